@@ -1,0 +1,49 @@
+# make demo      train EMC2 and SimCLR on real digits and print both side by side
+# make test      run all tests but the slow ones
+#
+# An environment that has torch already is used as it is; elsewhere .venv is made, with the torch that constraints.txt pins.
+
+PYTHON ?= python3
+
+ifneq ($(shell $(PYTHON) -c "import torch; print(torch.__version__)" 2>/dev/null),)
+RUN := $(PYTHON)
+INSTALLED := install-into-this-environment
+else
+RUN := .venv/bin/python
+INSTALLED := .venv/.installed
+endif
+
+.PHONY: demo test test-slow bench lint core-test clean install-into-this-environment
+
+demo: $(INSTALLED)
+	$(RUN) examples/demo.py
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -m slow
+
+bench: $(INSTALLED)
+	$(RUN) bench/throughput.py --memory
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# The torch-free core by itself, ahead of time.
+core-test:
+	cmake -S . -B build -DCMAKE_BUILD_TYPE=Release
+	cmake --build build --parallel 2
+	ctest --test-dir build --output-on-failure
+
+clean:
+	rm -rf .venv build
+
+.venv/.installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+install-into-this-environment:
+	$(RUN) -m pip install --quiet -e ".[test]"

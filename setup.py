@@ -1,0 +1,31 @@
+"""Packaging. The kernels are compiled on first use, so this needs neither a compiler nor torch."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "emc2_kernels/__init__.py").read_text()).group(1)
+
+# Sources travel inside the installed package; a checkout (pip install -e .) compiles them from where they lie.
+SOURCES = {
+    f"emc2_kernels._sources.{folder.replace('/', '.')}": folder for folder in ("csrc", "csrc/cpu", "python_bindings")
+}
+
+EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.66"]
+
+setup(
+    name="emc2_kernels",
+    version=VERSION,
+    description="Hard negatives for contrastive learning: exact Metropolis-Hastings sampling as one fused step",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["emc2_kernels", "emc2_kernels.*"]), *SOURCES],
+    package_dir=SOURCES,
+    package_data={name: ["*.h", "*.cpp"] for name in SOURCES},
+    install_requires=["torch>=2.11,<3", "numpy", "ninja", "pybind11>=2.12"],
+    extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, "pytest>=8", "scipy>=1.11", "ruff>=0.9"]},
+)
