@@ -1,0 +1,174 @@
+"""Errors that name the argument, what was expected, and what came.
+
+Shapes, dtypes and devices are always checked. Values are checked for Python numbers and for CPU tensors outside
+compilation: on a GPU a look at a value would wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .transition import MHState, Transition
+
+OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_CHAIN_ID = 2**40
+MAX_POSITION = 2**31  # samples are int32
+
+
+def describe(value: Any) -> str:
+    """A value as an error message shows it."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+
+
+def values_visible(value: Tensor) -> bool:
+    """Whether looking at a value costs nothing else: a real tensor (no fake one) on the CPU, outside compilation."""
+    return value.is_cpu and type(value) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def integer(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {describe(value)}")
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {describe(value)}") from None
+
+
+def at_least(name: str, value: Any, lowest: int) -> int:
+    number = integer(name, value)
+    if number < lowest:
+        raise ValueError(f"{name} must be at least {lowest}, got {number}")
+    return number
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def matrix(name: str, value: Any) -> None:
+    """A (rows, dim) floating-point tensor with unit last stride; rows may be any distance apart."""
+    tensor(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"{name} must have shape (rows, dim), got {describe(value)}")
+    if value.dtype not in OPERAND_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(value)}")
+    if value.stride(1) != 1 and value.shape[1] > 1 and value.shape[0] > 0:
+        raise ValueError(f"{name} must have a last stride of 1, got strides {value.stride()}: call .contiguous() on it")
+
+
+def operands(queries: Any, keys: Any) -> None:
+    matrix("queries", queries)
+    matrix("keys", keys)
+    if keys.shape[1] != queries.shape[1]:
+        raise ValueError(f"keys must have the dim of queries, {queries.shape[1]}, got {describe(keys)}")
+    if keys.dtype != queries.dtype:
+        raise TypeError(f"keys must have the dtype of queries, {queries.dtype}, got {describe(keys)}")
+    if keys.device != queries.device:
+        raise ValueError(f"keys must be on the device of queries, {queries.device}, got {describe(keys)}")
+    if keys.shape[0] >= MAX_POSITION:
+        raise ValueError(f"keys must have fewer than 2^31 rows, got {describe(keys)}")
+
+
+def vector(name: str, value: Any, length: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    tensor(name, value)
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {describe(value)}")
+    if value.dim() != 1 or (length is not None and value.shape[0] != length):
+        raise ValueError(f"{name} must have shape ({'m' if length is None else length},), got {describe(value)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {describe(value)}")
+
+
+def within(name: str, value: Tensor, lowest: int, end: int) -> None:
+    """Every element in lowest .. end - 1, where the values can be seen."""
+    if value.numel() == 0 or not values_visible(value):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(value))
+    if low < lowest or high >= end:
+        raise ValueError(f"{name} must hold values in [{lowest}, {end}), got values from {low} to {high}")
+
+
+def finite(name: str, value: Tensor) -> None:
+    if value.numel() and values_visible(value) and not bool(torch.isfinite(value).all()):
+        count = int((~torch.isfinite(value)).sum())
+        raise ValueError(f"{name} must be finite, got {count} values that are infinite or NaN, of {value.numel()}")
+
+
+def temperature(value: Any, rows: int, device: torch.device) -> None:
+    """A number, a 0-d tensor or a (rows,) tensor, > 0 and finite."""
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"temperature must be a floating-point tensor, got {describe(value)}")
+        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
+            raise ValueError(f"temperature must be a number or have shape () or ({rows},), got {describe(value)}")
+        if value.device != device:
+            raise ValueError(f"temperature must be on {device}, got {describe(value)}")
+        if value.numel() and values_visible(value):
+            low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+            if not (low > 0 and math.isfinite(high)):
+                raise ValueError(f"temperature must be > 0 and finite, got values from {low} to {high}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"temperature must be a number or a tensor, got {describe(value)}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {value}")
+
+
+def counter(name: str, value: Any, bits: int, device: torch.device) -> None:
+    """`seed` or `step`: a Python integer or a 0-d int64 tensor on the operands' device, in [0, 2^bits)."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.dim() != 0:
+            raise TypeError(f"{name} must be an integer or a 0-d int64 tensor, got {describe(value)}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on {device}, got {describe(value)}")
+        if not values_visible(value):
+            return
+        if bits == 64:  # every int64 is the bit pattern of a seed
+            return
+        value = int(value)
+    number = integer(name, value)
+    if not 0 <= number < 2**bits:
+        raise ValueError(f"{name} must be in [0, 2^{bits}), got {number}")
+
+
+def transition(name: str, value: Transition) -> None:
+    try:
+        threshold, score, position = value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a Transition(threshold, score, position), got {describe(value)}") from None
+    for field, entry in (("threshold", threshold), ("score", score), ("position", position)):
+        tensor(f"{name}.{field}", entry)
+        if entry.dim() != 2 or entry.shape != threshold.shape or entry.shape[1] == 0:
+            raise ValueError(
+                f"{name}.{field} must have the shape (n, R), R >= 1, of the other fields, got {describe(entry)}"
+            )
+    if position.dtype != torch.int64:
+        raise TypeError(f"{name}.position must be int64, got {describe(position)}")
+
+
+def state(value: MHState, like: Tensor) -> None:
+    """n = len(like) chains on its device; scores are float32, or float64 where `like` is."""
+    try:
+        key, score = value
+    except (TypeError, ValueError):
+        raise TypeError(f"state must be an MHState(key, score), got {describe(value)}") from None
+    vector("state.key", key, like.shape[0], torch.int64, like.device)
+    tensor("state.score", score)
+    wide = like.dtype == torch.float64 and score.dtype == torch.float64
+    vector("state.score", score, like.shape[0], torch.float64 if wide else torch.float32, like.device)

@@ -1,0 +1,105 @@
+"""A walk as a value: what a block of Metropolis-Hastings proposals does to any chain that enters it.
+
+One step moves the current score ``x`` to ``score`` where ``x < threshold``, and leaves it alone elsewhere. Such clamps
+are closed under composition, so a walk is an associative scan and its blocks can be walked in any order, anywhere, and
+composed afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+class MHState(NamedTuple):
+    """Where n chains are. A chain that has not started has key -1 and score -inf."""
+
+    key: Tensor  # (n,) int64   id of the chain's current key
+    score: Tensor  # (n,) float32 its score when last seen: similarity / temperature - log g
+
+
+class MHResult(NamedTuple):
+    """What a step of n chains returns."""
+
+    samples: Tensor  # (n, num_samples) int32  positions in `keys`; -1: still at the incoming state
+    state: MHState  # after the last proposal
+    num_accepted: Tensor | None  # (n,) int32, with return_accepts=True
+    threshold: Tensor  # (n,) float32  every incoming score below it leads to the same outcome
+    lse: (
+        Tensor | None
+    )  # (n,) float32  log-sum-exp of similarity / temperature over the non-excluded keys, with return_lse=True
+
+
+class Transition(NamedTuple):
+    """Prefixes of a walk at its sample points, (n, R); the last is the whole walk. Identity: (-inf, -inf, -1)."""
+
+    threshold: Tensor  # float32
+    score: Tensor  # float32
+    position: Tensor  # int64 of the proposed key; -1 in the identity
+
+
+def init_state(n: int, device: torch.device | str | None = None) -> MHState:
+    """n chains that have not started: key -1, score -inf.
+
+    Raises:
+        ValueError, TypeError: ``n`` is negative or not an integer.
+    """
+    checks.at_least("n", n, 0)
+    key = torch.full((n,), -1, dtype=torch.int64, device=device)
+    return MHState(key, torch.full((n,), -torch.inf, device=device))
+
+
+def compose(first: Transition, then: Transition) -> Transition:
+    """The transition of two blocks walked one after the other. Associative, not commutative.
+
+    Args:
+        first, then: fields (n, R) or (n, 1), which broadcast: the whole of an earlier block against the prefixes of a
+            later one.
+
+    If ``then.threshold`` is the larger, every x below it ends in ``then.score``, because ``first.score <=
+    first.threshold``; otherwise a moved x ends in whichever of the two scores ``first.score < then.threshold`` selects.
+    """
+    checks.transition("first", first)
+    checks.transition("then", then)
+    moves = first.score < then.threshold
+    return Transition(
+        torch.maximum(first.threshold, then.threshold),
+        torch.where(moves, then.score, first.score),
+        torch.where(moves, then.position, first.position),
+    )
+
+
+def apply(transition: Transition, state: MHState, key_labels: Tensor | None = None) -> MHResult:
+    """Let chains enter a walk: ``mh_step`` is ``apply(mh_transition(...), state, key_labels)``.
+
+    Args:
+        transition: fields (n, R).
+        state: n chains; a score that is NaN counts as not started.
+        key_labels: (m,) int64, what ``state.key`` holds for a position; default: the position. For a walk composed from
+            shards of a sweep these are the labels of all its keys, in their order.
+
+    Returns:
+        MHResult with samples (n, R) int32, the state after the whole walk, and its threshold; no counts and no
+        log-sum-exp.
+    """
+    checks.transition("transition", transition)
+    checks.state(state, transition.threshold)
+    started = state.score > -torch.inf
+    score = torch.where(started, state.score, -torch.inf)
+    moved = score[:, None] < transition.threshold
+    samples = torch.where(moved, transition.position, -1).to(torch.int32)
+    moves, position = moved[:, -1], transition.position[:, -1]
+    label = position
+    if key_labels is not None:
+        checks.vector("key_labels", key_labels, None, torch.int64, position.device)
+        if key_labels.numel() > 0:  # without keys nothing moves
+            label = key_labels[position.clamp_min(0)]
+    after = MHState(
+        torch.where(moves, label, torch.where(started, state.key, -1)),
+        torch.where(moves, transition.score[:, -1], score),
+    )
+    return MHResult(samples, after, None, transition.threshold[:, -1].clone(), None)
