@@ -1,0 +1,41 @@
+// The acceptance draws of a group of chains, one chain a lane.
+//
+// Rounds 1 and 2 of Philox mix the chain and the block only by exclusive-or, so all their multiplies belong to the row or to the
+// column and leave the inner loop: five rounds of seven remain. tests/test_philox.py holds this equal to the plain generator.
+#pragma once
+
+#include "lanes.h"
+
+namespace emc2 {
+
+struct AcceptanceDraws {
+  PhiloxKey key;
+  uint32_t step;
+  SplitWords c0, c2, c3;  // the chains' share of the state after two rounds
+
+  AcceptanceDraws() = default;
+
+  AcceptanceDraws(PhiloxKey key, uint32_t step, Words chain_low, Words tag) : key(key), step(step) {
+    const auto p1 = multiply_wide(kPhiloxMultiplier1, split(tag));
+    const SplitWords first_c0 = p1.high ^ split(chain_low) ^ key.k0;
+    const SplitWords first_c1 = p1.low;
+    const auto p0 = multiply_wide(kPhiloxMultiplier0, first_c0);
+    const PhiloxKey second = round_key(key, 1);
+    c0 = first_c1 ^ second.k0;
+    c2 = p0.high ^ second.k1;
+    c3 = p0.low;
+  }
+
+  // The four words of a block, that is, of proposals 4 * block .. 4 * block + 3.
+  EMC2_HD PhiloxBlock<Words> words(uint32_t block) const {
+    const auto p0 = multiply_wide(kPhiloxMultiplier0, block);
+    const uint32_t first_c2 = p0.high ^ step ^ key.k1;
+    const uint32_t first_c3 = p0.low;
+    const auto p1 = multiply_wide(kPhiloxMultiplier1, first_c2);
+    const SplitWords second_c1 = SplitWords{} ^ p1.low;
+    const auto state = philox_rounds<SplitWords>({c0 ^ p1.high, second_c1, c2 ^ first_c3, c3}, key, 2);
+    return {join(state.c0), join(state.c1), join(state.c2), join(state.c3)};
+  }
+};
+
+}  // namespace emc2

@@ -1,0 +1,64 @@
+// A sweep: every row is proposed the given keys one after another. The caller makes the scores, tile by tile, with the matrix
+// product that it has; this class walks each tile while it is in cache. Small sweeps are done whole, products included.
+#pragma once
+
+#include <vector>
+
+#include "acceptance.h"
+#include "operands.h"
+#include "recorder.h"
+
+namespace emc2 {
+
+// <q_i, k_j> for rows row_begin .. row_end - 1 and keys key_begin .. key_end - 1, key by key: dots[(j - key_begin) * stride +
+// (i - row_begin)]. row_begin is a multiple of 64; each key's run is readable up to the next multiple of 16 rows.
+struct Tile {
+  const float* dots;
+  int64_t stride;
+  int64_t row_begin, row_end;
+  int64_t key_begin, key_end;
+};
+
+// kLanes neighbouring rows and how far their walk has come.
+struct RowGroup {
+  Transition<Floats, Ints> prefix;
+  AcceptanceDraws draws;
+  Floats inverse_temperature;
+  Words query_id_low, query_id_high;
+  Floats state;    // incoming score
+  Floats current;  // score of the walk from the incoming state; kept only where accepts are counted
+  Ints accepted;
+  Floats lse_max, lse_sum;
+};
+
+class Sweep {
+ public:
+  explicit Sweep(const Recorder& recorder);
+
+  Sweep(const Sweep&) = delete;  // walk_ refers into recorder_
+
+  void walk(const Tile& tile);                 // tiles of a row block come in key order
+  void walk_small(const Operands& operands);  // all keys, products included
+  void finish();                               // writes what is known only at the end
+
+ private:
+  using Kernel = void (Sweep::*)(const Tile&, int64_t);
+
+  Kernel kernel() const;
+  template <class Prepare>
+  void walk_groups(const Tile& tile, bool parallel, Prepare prepare);
+  template <class Element>
+  void walk_small_of(const Operands& operands);
+  template <bool kExclude, bool kWeighted, bool kCount>
+  void walk_group(const Tile& tile, int64_t group);
+  void add_lse(const Tile& tile, int64_t group);
+  void record(int64_t group, int64_t sample) const;
+  RowTransition prefix_of(const RowGroup& rows, int lane) const;
+  Ints excluded(const RowGroup& rows, int64_t key) const;
+
+  Recorder recorder_;
+  const Walk& walk_;
+  std::vector<RowGroup> groups_;
+};
+
+}  // namespace emc2
