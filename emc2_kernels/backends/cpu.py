@@ -1,0 +1,143 @@
+"""The CPU backend: torch's matrix product for the scores of a tile, the compiled core for the walk over it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .native import library
+from .walk import Walk
+
+# A tile of scores stays in the second- and third-level cache between the product that writes it and the walk that reads
+# it.
+TILE_ELEMENTS = 1 << 20
+TILE_ROWS = 1024
+SMALL_SWEEP_MULTIPLIES = 1 << 20  # n * m * d up to which one native call, products included, beats torch's product
+ROW_ALIGNMENT = 64  # of a tile's rows: a multiple of the lanes, so that the last group may read past the rows
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_scratch = threading.local()
+
+
+def _tile_buffer(elements: int) -> Tensor:
+    """A buffer of this thread that is kept from call to call: fresh pages would cost as much as the walk."""
+    buffer = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.numel() < elements:
+        with torch.inference_mode(False):  # or a later call outside inference mode could not write to it
+            buffer = _scratch.buffer = torch.empty(elements, dtype=torch.float32)
+    return buffer
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _unsigned(value: int | Tensor, bits: int) -> int:
+    return int(value) & ((1 << bits) - 1)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _dense(walk: Walk) -> Walk:
+    """The walk with its vectors contiguous, as the core reads them; the caller keeps them alive."""
+    names = ("chain_ids", "query_ids", "key_ids", "log_proposal", "positions")
+    dense = {name: _contiguous(value) for name in names if (value := getattr(walk, name)) is not None}
+    if isinstance(walk.temperature, Tensor):
+        dense["temperature"] = walk.temperature.contiguous()
+    return walk._replace(**dense) if dense else walk
+
+
+def _recorder(walk: Walk, step: tuple[int, ...] = (0,) * 9, transition: tuple[int, ...] = (0,) * 3) -> Any:
+    """The walk and where its results go, by address; ``walk`` is dense."""
+    per_row = isinstance(walk.temperature, Tensor)
+    return library().Recorder(
+        walk.queries.shape[0],
+        walk.keys.shape[0],
+        walk.total_proposals,
+        walk.first_proposal,
+        walk.num_proposals,
+        walk.burn_in,
+        walk.num_samples,
+        _unsigned(walk.seed, 64),
+        _unsigned(walk.step, 32),
+        0.0 if per_row else walk.temperature,
+        walk.temperature.data_ptr() if per_row else 0,
+        _address(walk.chain_ids),
+        _address(walk.query_ids),
+        _address(walk.key_ids),
+        _address(walk.log_proposal),
+        torch.get_num_threads(),
+        *step,
+        *transition,
+    )
+
+
+def _sweep_by_tiles(walk: Walk, recorder: Any) -> None:
+    """Scores by tiles of (keys, rows): neighbouring rows, which share a vector, are neighbours in memory."""
+    n, m = walk.queries.shape[0], walk.keys.shape[0]
+    sweep = library().Sweep(recorder)
+    tile_rows = min(TILE_ROWS, n)
+    stride = -(-tile_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    tile_keys = min(m, TILE_ELEMENTS // stride)
+    buffer = _tile_buffer(stride * tile_keys)
+    for row in range(0, n, tile_rows):
+        queries = walk.queries[row : row + tile_rows].float().T
+        for key in range(0, m, tile_keys):
+            keys = walk.keys[key : key + tile_keys].float()
+            dots = buffer.as_strided((keys.shape[0], queries.shape[1]), (stride, 1))
+            torch.mm(keys, queries, out=dots)
+            sweep.walk(buffer.data_ptr(), stride, row, row + queries.shape[1], key, key + keys.shape[0])
+    sweep.finish()
+
+
+def _run(walk: Walk, recorder: Any) -> None:
+    queries, keys = walk.queries, walk.keys
+    n, dim = queries.shape
+    if walk.is_sweep and n * keys.shape[0] * dim > SMALL_SWEEP_MULTIPLIES:
+        _sweep_by_tiles(walk, recorder)
+        return
+    operands = (queries.data_ptr(), keys.data_ptr(), queries.stride(0), keys.stride(0), dim, _DTYPES[queries.dtype])
+    if walk.is_sweep:
+        library().small_sweep(recorder, *operands)
+    else:
+        positions = walk.positions
+        library().walk_gathered(
+            recorder, *operands, _address(positions), 0 if positions is None else positions.stride(0)
+        )
+
+
+def transition(walk: Walk) -> tuple[Tensor, Tensor, Tensor]:
+    """Threshold, score and position of the prefixes at the sample points, (n, R) each."""
+    walk = _dense(walk)
+    threshold = torch.empty(walk.queries.shape[0], walk.num_samples, dtype=torch.float32)
+    score, position = torch.empty_like(threshold), torch.empty_like(threshold, dtype=torch.int64)
+    _run(walk, _recorder(walk, transition=(threshold.data_ptr(), score.data_ptr(), position.data_ptr())))
+    return threshold, score, position
+
+
+def step(
+    walk: Walk, key: Tensor, score: Tensor, key_labels: Tensor | None, return_accepts: bool, return_lse: bool
+) -> list[Tensor]:
+    """[samples, key, score, threshold], then accepted and lse if asked for; see ``emc2_kernels.mh_step``."""
+    walk, key, score, key_labels = _dense(walk), _contiguous(key), _contiguous(score), _contiguous(key_labels)
+    n = walk.queries.shape[0]
+    samples, new_key = torch.empty(n, walk.num_samples, dtype=torch.int32), torch.empty(n, dtype=torch.int64)
+    new_score, threshold = torch.empty(n, dtype=torch.float32), torch.empty(n, dtype=torch.float32)
+    accepted = torch.empty(n, dtype=torch.int32) if return_accepts else None
+    lse = torch.empty(n, dtype=torch.float32) if return_lse else None
+    out = (samples, new_key, new_score, threshold, accepted, lse)
+    _run(walk, _recorder(walk, step=tuple(map(_address, (key, score, key_labels, *out)))))
+    return [tensor for tensor in out if tensor is not None]
+
+
+def view_coin(items: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """(b,) int64 of 0 and 1; see ``emc2_kernels.rng.view_coin``."""
+    items = items.contiguous()
+    views = torch.empty_like(items)
+    library().view_coins(items.data_ptr(), items.numel(), _unsigned(seed, 64), _unsigned(step, 32), views.data_ptr())
+    return views
