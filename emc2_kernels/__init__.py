@@ -1,0 +1,27 @@
+"""Hard negatives for contrastive learning: exact Metropolis-Hastings sampling as one fused step.
+
+``mh_step`` walks the chains of a mini-batch, ``ChainStore`` and ``EmbeddingBank`` keep them for a data set,
+``losses.EMC2Loss`` puts them together. Importing this package compiles nothing and touches no GPU.
+"""
+
+from .backends import backends
+from .bank import EmbeddingBank
+from .chains import ChainStore
+from .mh import mh_step, mh_transition
+from .transition import MHResult, MHState, Transition, apply, compose, init_state
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChainStore",
+    "EmbeddingBank",
+    "MHResult",
+    "MHState",
+    "Transition",
+    "apply",
+    "backends",
+    "compose",
+    "init_state",
+    "mh_step",
+    "mh_transition",
+]

@@ -1,0 +1,68 @@
+"""The latest embedding of every view of every item: it rescores chains, and stands for keys outside the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .slots import SlotStore, last_duplicates
+
+
+class EmbeddingBank(SlotStore):
+    """Label = item * views + view -> latest embedding, detached, and the step that wrote it, in persistent buffers."""
+
+    embeddings: Tensor  # (num_items * views, dim)
+    written_at: Tensor  # (num_items * views,) int64  -1: never
+    last_step: Tensor  # () int64  of the latest update
+
+    def __init__(
+        self,
+        num_items: int,
+        dim: int,
+        *,
+        views: int = 2,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_items, views)
+        self.dim = checks.at_least("dim", dim, 1)
+        if dtype not in checks.OPERAND_DTYPES:
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        self.register_buffer("embeddings", torch.zeros(self.num_slots, dim, dtype=dtype, device=device))
+        self.register_buffer("written_at", torch.full((self.num_slots,), -1, dtype=torch.int64, device=device))
+        self.register_buffer("last_step", torch.zeros((), dtype=torch.int64, device=device))
+
+    def update(self, index: Tensor, view: int | Tensor, embeddings: Tensor, step: int | Tensor) -> None:
+        """Writes b embeddings; of several rows with the same (index, view), the last one's.
+
+        Args:
+            index: (b,) int64 items. view: one number or (b,) int64. embeddings: (b, dim), any floating dtype.
+            step: 0 <= step < 2^32, an integer or a 0-d int64 tensor.
+        """
+        slots = self.slots(index, view, self.embeddings.device)
+        checks.tensor("embeddings", embeddings)
+        if embeddings.shape != (slots.shape[0], self.dim) or embeddings.device != slots.device:
+            expected = f"shape ({slots.shape[0]}, {self.dim}) on {slots.device}"
+            raise ValueError(f"embeddings must have {expected}, got {checks.describe(embeddings)}")
+        checks.counter("step", step, 32, slots.device)
+        self.embeddings[slots] = embeddings.detach()[last_duplicates(slots)].to(self.embeddings.dtype)
+        self.written_at[slots] = step
+        self.last_step.copy_(step) if isinstance(step, Tensor) else self.last_step.fill_(step)
+
+    def _checked(self, labels: Tensor) -> Tensor:
+        checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
+        checks.within("labels", labels, -1, self.num_slots)
+        return labels.clamp_min(0)
+
+    def lookup(self, labels: Tensor) -> Tensor:
+        """(k, dim) embeddings of labels (k,) int64; zeros for -1 and for what was never written."""
+        return torch.where((labels >= 0)[:, None], self.embeddings[self._checked(labels)], 0)
+
+    def age(self, labels: Tensor) -> Tensor:
+        """(k,) int64 steps between each embedding and the latest update; -1 for label -1 and what was never written."""
+        written_at = self.written_at[self._checked(labels)]
+        return torch.where((labels >= 0) & (written_at >= 0), self.last_step - written_at, -1)
+
+    def extra_repr(self) -> str:
+        return f"num_items={self.num_items}, dim={self.dim}, views={self.views}, dtype={self.embeddings.dtype}"

@@ -1,0 +1,75 @@
+"""The chains of a data set: one for each (item, view), carried from visit to visit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .bank import EmbeddingBank
+from .slots import SlotStore, last_duplicates
+from .transition import MHState
+
+
+class ChainStore(SlotStore):
+    """States of ``num_items * views`` chains in persistent buffers; chain id = item * views + view.
+
+    One chain for each view, because the two views of an item have different targets (EMC2's public code shares one, and
+    carries a score that was computed for the other view).
+    """
+
+    key: Tensor  # (num_items * views,) int64  -1: not started
+    score: Tensor  # (num_items * views,) float32
+
+    def __init__(self, num_items: int, *, views: int = 2, device: torch.device | str | None = None) -> None:
+        super().__init__(num_items, views)
+        self.register_buffer("key", torch.full((self.num_slots,), -1, dtype=torch.int64, device=device))
+        self.register_buffer("score", torch.full((self.num_slots,), -torch.inf, dtype=torch.float32, device=device))
+
+    def read(
+        self,
+        index: Tensor,
+        view: int | Tensor,
+        queries: Tensor | None = None,
+        bank: EmbeddingBank | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> MHState:
+        """States of b chains, rescored where a bank is given.
+
+        A kept score is stale: the anchor has been augmented anew and the encoder has moved. With ``queries`` (b, d),
+            ``bank`` and
+        ``temperature`` the score becomes <query, bank entry of the chain's key> / temperature; chains that have not
+        started, or whose key the bank does not hold, keep theirs.
+
+        Args:
+            index: (b,) int64 items. view: 0 .. views - 1, one number or (b,) int64.
+
+        Raises:
+            ValueError, TypeError: an index or view out of range, or only some of the three rescoring arguments.
+        """
+        slots = self.slots(index, view, self.key.device)
+        state = MHState(self.key[slots], self.score[slots])
+        given = [argument is not None for argument in (queries, bank, temperature)]
+        if not any(given):
+            return state
+        if not all(given):
+            raise ValueError("queries, bank and temperature go together: rescoring needs all three, got only some")
+        checks.matrix("queries", queries)
+        if queries.shape != (slots.shape[0], bank.dim):
+            raise ValueError(f"queries must have shape ({slots.shape[0]}, {bank.dim}), got {checks.describe(queries)}")
+        checks.temperature(temperature, slots.shape[0], queries.device)
+        with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+            held = bank.age(state.key) >= 0
+            similarity = (queries.float() * bank.lookup(state.key).float()).sum(-1)
+            return state._replace(score=torch.where(held, similarity / temperature, state.score))
+
+    def write(self, index: Tensor, view: int | Tensor, state: MHState) -> None:
+        """Keeps the states of b chains; of several rows with the same (index, view), the last one's."""
+        slots = self.slots(index, view, self.key.device)
+        checks.state(state, slots)
+        last = last_duplicates(slots)
+        self.key[slots] = state.key[last]
+        self.score[slots] = state.score.detach()[last]
+
+    def extra_repr(self) -> str:
+        return f"num_items={self.num_items}, views={self.views}"

@@ -1,0 +1,76 @@
+"""NT-Xent, the in-batch contrastive loss of SimCLR (arXiv 2002.05709)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from .pairs import Anchors, batch_stats, stack
+
+
+def nt_xent(anchors: Anchors, temperature: float) -> tuple[Tensor, Tensor]:
+    """The loss, and the detached mean similarity of its negatives under their own softmax weights.
+
+    Each anchor's denominator has its positive and every row but itself; with items, other rows of its item are masked
+    too.
+    """
+    embeddings, n = anchors.embeddings, anchors.embeddings.shape[0]
+    with torch.autocast(embeddings.device.type, enabled=False):
+        scores = embeddings @ embeddings.T / temperature
+    rows = torch.arange(n, device=embeddings.device)
+    positive = (rows + n // 2) % n
+    masked = torch.eye(n, dtype=torch.bool, device=embeddings.device)
+    if anchors.items is not None:
+        same_item = anchors.items[:, None] == anchors.items
+        masked = masked | (same_item & (rows != positive[:, None]))
+    scores = scores.masked_fill(masked, -torch.inf)
+    positive_scores = scores[rows, positive]
+    loss = (torch.logsumexp(scores, 1) - positive_scores).mean()
+    with torch.no_grad():
+        negatives = scores.detach().index_put((rows, positive), scores.new_tensor(-torch.inf))
+        exist = negatives.amax(1) > -torch.inf  # an anchor in a batch of one item has none
+        weights = torch.softmax(negatives[exist], 1)
+        similarity = (weights * negatives[exist].clamp_min(torch.finfo(scores.dtype).min)).sum(1) * temperature
+    return loss, similarity.mean() if similarity.numel() else scores.new_zeros(())
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent over the 2b views of a batch: mean over anchors of -s+ + log sum exp(s), s = similarity / temperature.
+
+    Args:
+        temperature: > 0.
+        normalize: L2-normalise the embeddings first, in float32.
+
+    Example:
+        >>> loss = NTXentLoss(temperature=0.2)
+        >>> loss(z0, z1).backward()
+    """
+
+    def __init__(self, *, temperature: float = 0.07, normalize: bool = True) -> None:
+        super().__init__()
+        checks.temperature(temperature, 0, torch.device("cpu"))
+        self.temperature = float(temperature)
+        self.normalize = normalize
+
+    def forward(
+        self, z0: Tensor, z1: Tensor, index: Tensor | None = None, *, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of b pairs.
+
+        Args:
+            z0, z1: (b, d) embeddings of the two views, float32, bfloat16 or float16.
+            index: (b,) int64 items; other rows of an anchor's item are then no negatives of it.
+            return_stats: also return detached values: ntxent, positive_similarity, negative_similarity, mean_cosine.
+
+        Raises:
+            ValueError, TypeError: name the argument, what was expected and what came.
+        """
+        anchors = stack(z0, z1, index, dim=None, num_items=None, normalize=self.normalize)
+        loss, negative_similarity = nt_xent(anchors, self.temperature)
+        if not return_stats:
+            return loss
+        return loss, batch_stats(anchors, self.temperature) | {"negative_similarity": negative_similarity}
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, normalize={self.normalize}"

@@ -1,0 +1,105 @@
+"""What every loss does with its arguments: two views of a batch, checked, normalised, and stacked into 2b anchors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+_NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
+
+
+class Anchors(NamedTuple):
+    """View 0 of the batch, then view 1. Row i's positive is row (i + b) % 2b."""
+
+    embeddings: (
+        Tensor  # (2b, d) float32 (float64 for float64 inputs), differentiable, of unit length unless normalize=False
+    )
+    items: Tensor | None  # (2b,) int64
+    views: Tensor  # (2b,) int64
+
+    @property
+    def positives(self) -> Tensor:
+        """(2b, d)."""
+        return self.embeddings.roll(self.embeddings.shape[0] // 2, 0)
+
+
+def stack(
+    z0: Tensor, z1: Tensor, index: Tensor | None, *, dim: int | None, num_items: int | None, normalize: bool
+) -> Anchors:
+    """Checks a loss's arguments and makes the anchors.
+
+    Raises:
+        ValueError, TypeError: name the argument, what was expected and what came. Values are looked at on the CPU only.
+    """
+    _check_embeddings("z0", z0, dim)
+    _check_embeddings("z1", z1, dim)
+    if z1.shape != z0.shape or z1.dtype != z0.dtype or z1.device != z0.device:
+        raise ValueError(
+            f"z1 must have the shape, dtype and device of z0, {checks.describe(z0)}, got {checks.describe(z1)}"
+        )
+    if index is not None:
+        _check_index(index, z0, num_items)
+        index = index.to(z0.device, non_blocking=True)
+    embeddings = unit(torch.cat((z0, z1)), normalize)
+    views = torch.arange(2, device=z0.device).repeat_interleave(z0.shape[0])
+    return Anchors(embeddings, None if index is None else index.repeat(2), views)
+
+
+def unit(z: Tensor, normalize: bool = True) -> Tensor:
+    """z in float32 (float64 stays), its rows divided by their lengths if asked to."""
+    wide = z if z.dtype == torch.float64 else z.float()
+    return torch.nn.functional.normalize(wide, dim=1, eps=_NORM_FLOOR) if normalize else wide
+
+
+def compute_dtype(z: Tensor) -> torch.dtype:
+    """What the kernels should multiply in: autocast's choice where it is on, else the inputs' own."""
+    device = z.device.type
+    return (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and z.dtype != torch.float64 else z.dtype
+    )
+
+
+def _check_embeddings(name: str, z: Tensor, dim: int | None) -> None:
+    checks.tensor(name, z)
+    if z.dim() != 2 or z.shape[0] == 0 or z.shape[1] == 0 or (dim is not None and z.shape[1] != dim):
+        raise ValueError(f"{name} must have shape (b, {'d' if dim is None else dim}), b >= 1, got {checks.describe(z)}")
+    if z.dtype not in checks.OPERAND_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {checks.describe(z)}")
+    checks.finite(name, z.detach())
+
+
+def _check_index(index: Tensor, z0: Tensor, num_items: int | None) -> None:
+    checks.tensor("index", index)
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {checks.describe(index)}")
+    if index.shape != (z0.shape[0],):
+        raise ValueError(
+            f"index must have shape ({z0.shape[0]},), one item for each row of z0, got {checks.describe(index)}"
+        )
+    if index.device != z0.device and index.device.type != "cpu":
+        raise ValueError(f"index must be on the CPU or on {z0.device}, got {checks.describe(index)}")
+    checks.within("index", index, 0, checks.MAX_CHAIN_ID if num_items is None else num_items)
+
+
+def batch_stats(anchors: Anchors, temperature: float) -> dict[str, Tensor]:
+    """What every loss reports of its batch, detached 0-d tensors, whatever it minimises itself.
+
+    ``ntxent``: the in-batch NT-Xent value. ``positive_similarity``: mean similarity of the pairs. ``mean_cosine``: mean
+    similarity over pairs of different rows of one view; near 1 the encoder has collapsed.
+    """
+    from .ntxent import nt_xent
+
+    with torch.no_grad():
+        detached = anchors._replace(embeddings=anchors.embeddings.detach())
+        b = detached.embeddings.shape[0] // 2
+        total = detached.embeddings.view(2, b, -1).sum(1).square().sum()
+        diagonal = detached.embeddings.square().sum()
+        return {
+            "ntxent": nt_xent(detached, temperature)[0],
+            "positive_similarity": (detached.embeddings * detached.positives).sum(1).mean(),
+            "mean_cosine": (total - diagonal) / max(2 * b * (b - 1), 1),
+        }
