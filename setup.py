@@ -13,7 +13,7 @@ SOURCES = {
     f"emc2_kernels._sources.{folder.replace('/', '.')}": folder for folder in ("csrc", "csrc/cpu", "python_bindings")
 }
 
-EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.66"]
+EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.66", "threadpoolctl>=3"]
 
 setup(
     name="emc2_kernels",

@@ -1,0 +1,140 @@
+"""The settings of a run: defaults, checks, command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import DATASETS
+
+METHODS = ("emc2", "simclr")
+CARRIES = ("cached", "recompute", "drop")
+VIEWS = ("one", "both")
+EMC2_ONLY = ("burn_in", "carry", "views")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are one reasonable setting for both methods, tuned for neither. `out` None: see `directory`."""
+
+    data: str = "digits"
+    method: str = "emc2"
+    batch_size: int = 32
+    epochs: int = 30
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    temperature: float = 0.2
+    dim: int = 64
+    burn_in: float = 0.5
+    carry: str = "cached"
+    views: str = "one"
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    out: str | None = None
+    resume: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        _expect_one_of("data", self.data, tuple(DATASETS))
+        _expect_one_of("method", self.method, METHODS)
+        _expect_one_of("carry", self.carry, CARRIES)
+        _expect_one_of("views", self.views, VIEWS)
+        _expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
+        _expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
+        _expect("lr", self.lr, "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
+        decay = self.weight_decay
+        _expect("weight_decay", decay, "a finite number of at least 0", math.isfinite(decay) and decay >= 0)
+        heat = self.temperature
+        _expect("temperature", heat, "a finite number above 0", math.isfinite(heat) and heat > 0)
+        _expect("dim", self.dim, "an integer of at least 2", self.dim >= 2)
+        _expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= self.burn_in < 1)
+        _expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
+        _expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"--out: expected a directory, or a new name, got the file {self.directory}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device: expected cpu or auto, as PyTorch finds no CUDA device here, got cuda")
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.out or f"runs/{self.data}-{self.method}-b{self.batch_size}")
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run that it continues."""
+        settings = asdict(self)
+        for name in ("out", "resume", "quiet"):
+            del settings[name]
+        if self.method != "emc2":
+            for name in EMC2_ONLY:
+                del settings[name]
+        # The state of a random generator cannot move to another kind of device.
+        settings["device"] = self.torch_device.type
+        return settings
+
+
+def _expect(name: str, value: object, expected: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value!r}")
+
+
+def _expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _expect(name, value, "one of " + ", ".join(choices), value in choices)
+
+
+HELP = {
+    "data": f"data set to pre-train on: {', '.join(DATASETS)}; nothing is downloaded",
+    "method": "loss: emc2 (negatives sampled from the whole data set) or simclr (NT-Xent, the batch's negatives)",
+    "batch_size": "images per step; each is encoded twice",
+    "epochs": "passes over the training images",
+    "lr": "peak learning rate of AdamW: linear warm-up over a tenth of the steps, then cosine to 0",
+    "weight_decay": "weight decay of AdamW",
+    "temperature": "similarities are divided by this",
+    "dim": "size of the projections",
+    "burn_in": "emc2 only: share of a visit's proposals that give no sample",
+    "carry": "emc2 only: samples outside the batch are taken from the bank (cached), encoded again (recompute) "
+    "or left out (drop, biased)",
+    "views": "emc2 only: views of an image that are proposed, one or both (both is the paper's choice, biased)",
+    "seed": "names the initial weights, the batches, the augmentations and the chains",
+    "device": "auto, cpu or cuda; auto takes the GPU if there is one",
+    "threads": "CPU threads of PyTorch; this model is too small for a second one to pay",
+    "out": "directory of the checkpoint, metrics.csv and curves.png; without --resume its files are overwritten",
+    "resume": "continue from the checkpoint in --out; the result is that of an uninterrupted run",
+    "quiet": "no progress bar",
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+    parser = argparse.ArgumentParser(description="Contrastive pre-training of a small convolutional encoder.")
+    for field in fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=HELP[field.name])
+            continue
+        default = "runs/DATA-METHOD-bBATCH_SIZE" if field.default is None else field.default
+        kind = str if field.default is None else type(field.default)
+        help_text = f"{HELP[field.name]} (default: {default})"
+        # Suppressed, so that what was not given is told apart from what was: the defaults live in Config.
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help_text, metavar=kind.__name__.upper())
+    given = vars(parser.parse_args(arguments))
+    try:
+        config = Config(**given)
+    except ValueError as error:
+        parser.error(str(error))
+    unused = [name for name in EMC2_ONLY if name in given and config.method != "emc2"]
+    if unused:
+        flags = ", ".join("--" + name.replace("_", "-") for name in unused)
+        parser.error(f"{flags}: expected only with --method emc2, got --method {config.method}")
+    return config

@@ -1,0 +1,231 @@
+"""Pre-trains a small encoder with a contrastive loss and says what its features are worth.
+
+python examples/pretrain.py --data digits --method emc2
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from config import Config, parse_arguments
+from data import DATASETS, Split, augment, batches
+from evaluate import FEW_LABELS, Accuracy, accuracy, encode, few_nearest_neighbour
+from model import build_encoder
+from plots import History, plot_curves
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from emc2_kernels.losses import EMC2Loss, NTXentLoss
+
+STATS = ("ntxent", "acceptance", "carry_share", "positive_similarity", "negative_similarity", "mean_cosine")
+COLUMNS = ("epoch", "step", "loss", *STATS, "lr", "images_per_second", "few_nearest_neighbour")
+CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
+
+
+@dataclass(frozen=True)
+class Results:
+    """seconds: training alone, without evaluation and checkpoints; history: the rows of metrics.csv."""
+
+    accuracy: Accuracy
+    history: History
+    steps: int
+    seconds: float
+    paths: tuple[Path, ...]
+
+
+class Run:
+    """All that changes during training, in one place, so that a checkpoint can hold all of it."""
+
+    def __init__(self, config: Config, split: Split) -> None:
+        self.config = config
+        self.split = split
+        num_items = len(split.train_images)
+        if config.batch_size > num_items:
+            raise ValueError(f"--batch-size: expected at most {num_items} (training images), got {config.batch_size}")
+        self.steps_per_epoch = num_items // config.batch_size
+        device = config.torch_device
+        # No draw comes from PyTorch's global generators: these two are the whole random state outside the loss.
+        seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        self.order_generator = torch.Generator().manual_seed(seeds[0])
+        self.view_generator = torch.Generator(device).manual_seed(seeds[1])
+        self.encoder = build_encoder(config.dim, config.seed).to(device)
+        self.loss = build_loss(config, num_items, self.encode_again).to(device)
+        self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        schedule = warmup_cosine(config.epochs * self.steps_per_epoch)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        self.epoch = 0
+        self.step = 0
+        self.seconds = 0.0
+        self.history: History = []
+
+    def encode_again(self, items: Tensor, views: Tensor) -> Tensor:
+        """items (k,), views (k,) -> (k, dim) with gradient. Views 0 and 1 are drawn alike: `views` is unused."""
+        return self.encoder(augment(self.split.train_images[items], self.view_generator))
+
+    def train_step(self, index: Tensor) -> dict[str, Tensor]:
+        """index (b,): one update. Returns detached 0-d statistics; nothing is read back from the device."""
+        images = self.split.train_images[index]
+        views = augment(torch.cat([images, images]), self.view_generator)
+        z0, z1 = self.encoder(views).chunk(2)
+        loss, stats = self.loss(z0, z1, index, return_stats=True)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        return {"loss": loss.detach(), **stats}
+
+    def train_epoch(self, progress: tqdm) -> dict[str, float]:
+        """One pass over the training images. Returns the row of metrics.csv, means over the epoch's steps."""
+        self.encoder.train()
+        self.loss.train()
+        sums: dict[str, Tensor] = {}
+        lr = self.scheduler.get_last_lr()[0]
+        start = time.perf_counter()
+        for index in batches(len(self.split.train_images), self.config.batch_size, self.order_generator):
+            for name, value in self.train_step(index.to(self.view_generator.device)).items():
+                sums[name] = sums[name] + value if name in sums else value
+            progress.update()
+        means = {name: value.item() / self.steps_per_epoch for name, value in sums.items()}  # waits for the device
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self.epoch += 1
+        row = {"epoch": self.epoch, "step": self.step, **means, "lr": lr}
+        row["images_per_second"] = self.steps_per_epoch * self.config.batch_size / seconds
+        row["few_nearest_neighbour"] = few_nearest_neighbour(encode(self.encoder, self.split))
+        return row
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "settings": self.config.settings(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "encoder": self.encoder.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generators": [self.order_generator.get_state(), self.view_generator.get_state()],
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.encoder.load_state_dict(state["encoder"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.order_generator.set_state(state["generators"][0])
+        self.view_generator.set_state(state["generators"][1])
+        self.history, self.seconds = state["history"], state["seconds"]
+
+
+def build_loss(config: Config, num_items: int, encode_again: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    if config.method == "simclr":
+        return NTXentLoss(temperature=config.temperature)
+    return EMC2Loss(
+        num_items,
+        config.dim,
+        temperature=config.temperature,
+        views=config.views,
+        burn_in=config.burn_in,
+        carry=config.carry,
+        encode=encode_again if config.carry == "recompute" else None,
+        seed=config.seed,
+    )
+
+
+def warmup_cosine(total: int) -> Callable[[int], float]:
+    """Step -> factor of the peak learning rate: linear over the first tenth, times a cosine from 1 to 0."""
+    return lambda step: min(1.0, 10 * (step + 1) / total) * (0.5 + 0.5 * math.cos(math.pi * step / total))
+
+
+def write_metrics(path: Path, history: History) -> None:
+    """The whole file each time: it then never disagrees with the checkpoint, whenever the run was cut off."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(history)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Limits PyTorch, and the BLAS below scikit-learn: with matrices this small, threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(count):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def train(config: Config) -> Results:
+    """One run, start to end or from its checkpoint; writes into `config.directory`."""
+    with cpu_threads(config.threads):
+        return _train(Run(config, DATASETS[config.data]().to(config.torch_device)))
+
+
+def _train(run: Run) -> Results:
+    config = run.config
+    paths = tuple(config.directory / name for name in (CHECKPOINT, METRICS, CURVES))
+    config.directory.mkdir(parents=True, exist_ok=True)
+    if config.resume:
+        state = load_checkpoint(paths[0], config.settings())
+        try:
+            run.restore(state)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{paths[0]}: expected a checkpoint of this version of the code: {error}") from error
+    else:
+        # Also replaces the checkpoint of an older run: --resume after an early interrupt must not continue that one.
+        save_checkpoint(paths[0], run.state())
+    total = config.epochs * run.steps_per_epoch
+    options = {"unit": "step", "mininterval": 1, "disable": config.quiet}
+    with tqdm(total=total, initial=run.step, desc=config.method, **options) as progress:
+        while run.epoch < config.epochs:
+            row = run.train_epoch(progress)
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(f"the loss is {row['loss']} in epoch {run.epoch}; a lower --lr may help")
+            run.history.append(row)
+            save_checkpoint(paths[0], run.state())
+            write_metrics(paths[1], run.history)
+            progress.set_postfix(ntxent=f"{row['ntxent']:.3f}", knn=f"{row['few_nearest_neighbour']:.1%}")
+    write_metrics(paths[1], run.history)
+    plot_curves(paths[2], {config.method: run.history}, f"{config.method} on {config.data}, batch {config.batch_size}")
+    return Results(accuracy(encode(run.encoder, run.split)), run.history, run.step, run.seconds, paths)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    config = parse_arguments(arguments)
+    try:
+        results = train(config)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {config.directory / CHECKPOINT} holds the last whole epoch: add --resume to go on")
+        return 130
+    except (CheckpointError, FloatingPointError, OSError, ValueError) as error:
+        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        return 2
+    found = results.accuracy
+    print(f"{config.method}: {results.steps} steps of {config.batch_size} images, {results.seconds:.1f} s of training")
+    print("accuracy on held-out images     linear probe    1-NN")
+    print(f"  all training labels           {found.linear_probe:12.1%}  {found.nearest_neighbour:6.1%}")
+    print(
+        f"  {FEW_LABELS} labels a class             {found.few_linear_probe:12.1%}  {found.few_nearest_neighbour:6.1%}"
+    )
+    print("written: " + ", ".join(str(path) for path in results.paths))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

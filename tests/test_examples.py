@@ -1,0 +1,354 @@
+"""The examples: what they train, write, resume and refuse."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import checkpoint
+import config
+import data
+import demo
+import evaluate
+import model
+import pretrain
+
+TINY = config.Config(batch_size=64, epochs=3, dim=16, device="cpu", quiet=True)
+# In the second epoch chains carry states from the first; with small batches and no burn-in some of these are samples.
+CARRYING = replace(TINY, batch_size=32, epochs=2, burn_in=0.0, temperature=0.05)
+CHAIN_COLUMNS = ("acceptance", "carry_share")
+CLOCK_COLUMN = "images_per_second"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with pretrain.cpu_threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def split() -> data.Split:
+    return data.digits()
+
+
+@pytest.fixture
+def few_images(split: data.Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the training images, for tests that ask how a run is kept and not what it learns."""
+    part = split._replace(train_images=split.train_images[:320], train_labels=split.train_labels[:320])
+    monkeypatch.setitem(data.DATASETS, "digits", lambda: part)
+
+
+def flags(run: config.Config) -> list[str]:
+    """The command line that gives `run`."""
+    unused = {"quiet", "resume", *(() if run.method == "emc2" else config.EMC2_ONLY)}
+    given = {field.name: getattr(run, field.name) for field in fields(run) if field.name not in unused}
+    return ["--quiet", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
+
+
+def differences(a: Any, b: Any, path: str = "state") -> list[str]:
+    """Where two nested states differ, bit for bit."""
+    if isinstance(a, Tensor):
+        alike = a.dtype == b.dtype and a.shape == b.shape
+        bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]
+        return [] if alike and torch.equal(*bits) else [path]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [path]
+        return [found for name in a for found in differences(a[name], b[name], f"{path}.{name}")]
+    if isinstance(a, list):
+        if len(a) != len(b):
+            return [path]
+        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{path}[{i}]")]
+    return [] if a == b else [path]
+
+
+@pytest.mark.parametrize("method", config.METHODS)
+def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split: data.Split) -> None:
+    run = config.Config(method=method, epochs=4, device="cpu", quiet=True, out=str(tmp_path / "run"))
+    random_state = torch.get_rng_state()
+    results = pretrain.train(run)
+    assert torch.equal(random_state, torch.get_rng_state()), "a draw from the global generator: not in the checkpoint"
+
+    untrained = evaluate.accuracy(evaluate.encode(model.build_encoder(run.dim, run.seed), split))
+    assert results.accuracy.few_linear_probe > untrained.few_linear_probe + 0.03
+    assert results.accuracy.few_nearest_neighbour > untrained.few_nearest_neighbour + 0.03
+    assert 0.95 < results.accuracy.linear_probe <= 1
+    assert 0.95 < results.accuracy.nearest_neighbour <= 1
+    assert results.steps == 4 * (1257 // 32)
+
+    assert [path.name for path in results.paths] == ["checkpoint.pt", "metrics.csv", "curves.png"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "curves.png", "metrics.csv"]
+    assert results.paths[2].read_bytes().startswith(b"\x89PNG")
+    with open(results.paths[1], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == pretrain.COLUMNS
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    for row in rows:
+        for column in pretrain.COLUMNS:
+            if column in CHAIN_COLUMNS and method == "simclr":
+                assert row[column] == ""
+            else:
+                assert math.isfinite(float(row[column])), column
+    assert float(rows[-1]["ntxent"]) < float(rows[0]["ntxent"])
+
+
+@pytest.mark.usefixtures("few_images")
+@pytest.mark.parametrize(("method", "carry"), [("emc2", "cached"), ("emc2", "recompute"), ("simclr", "cached")])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    method: str, carry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = replace(CARRYING, method=method, carry=carry, out=str(tmp_path / "whole"))
+    broken = replace(whole, out=str(tmp_path / "broken"))
+    pretrain.train(whole)
+
+    step = pretrain.Run.train_step
+
+    def interrupt(run: pretrain.Run, index: Tensor) -> dict[str, Tensor]:
+        if run.step == run.steps_per_epoch + 3:
+            raise KeyboardInterrupt
+        return step(run, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Run, "train_step", interrupt)
+        assert pretrain.main(flags(broken)) == 130
+    assert "--resume" in capsys.readouterr().out
+    saved = checkpoint.load_checkpoint(broken.directory / "checkpoint.pt", broken.settings())
+    assert saved["epoch"] == 1
+    assert pretrain.main([*flags(broken), "--resume"]) == 0
+
+    ends = [checkpoint.load_checkpoint(run.directory / "checkpoint.pt", run.settings()) for run in (whole, broken)]
+    for end in ends:
+        assert end.pop("seconds") > 0
+        assert all(row.pop(CLOCK_COLUMN) > 0 for row in end["history"])
+    assert differences(*ends) == []
+    assert len(ends[0]["history"]) == 2
+    if method == "emc2":
+        assert ends[0]["history"][-1]["carry_share"] > 0
+
+
+@pytest.mark.usefixtures("few_images")
+def test_a_fresh_run_replaces_an_old_checkpoint_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = replace(TINY, method="simclr", epochs=1, out=str(tmp_path))
+    pretrain.train(run)
+
+    def interrupt(*_: object) -> dict[str, Tensor]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain.Run, "train_step", interrupt)
+    assert pretrain.main(flags(run)) == 130
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt", run.settings())["epoch"] == 0
+
+
+@pytest.mark.usefixtures("few_images")
+def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = replace(TINY, method="simclr", epochs=1, out=str(tmp_path))
+    path = tmp_path / "checkpoint.pt"
+
+    def refusal(*extra: str) -> str:
+        capsys.readouterr()
+        assert pretrain.main([*flags(run), "--resume", *extra]) == 2
+        return capsys.readouterr().err
+
+    message = refusal()
+    assert str(path) in message and "no such file" in message
+    pretrain.train(run)
+    whole = path.read_bytes()
+
+    message = refusal("--epochs=7", "--temperature=0.5")
+    assert str(path) in message
+    assert "epochs: expected 7, found 1" in message and "temperature: expected 0.5, found 0.2" in message
+
+    for damaged in (b"", whole[: len(whole) // 2], whole[:-100], b"not a checkpoint" * 100):
+        path.write_bytes(damaged)
+        message = refusal()
+        assert str(path) in message and "expected a whole checkpoint" in message
+    torch.save({"epoch": tmp_path}, path)  # unpickling a class: not data
+    message = refusal()
+    assert str(path) in message and "expected a whole checkpoint" in message
+    torch.save({"epoch": 1}, path)
+    message = refusal()
+    assert str(path) in message and "'optimizer'" in message and "missing" in message
+
+    path.write_bytes(whole)
+    torch.save(torch.load(path) | {"encoder": {"backbone.0.weight": torch.zeros(3)}}, path)
+    message = refusal()
+    assert str(path) in message and "this version of the code" in message
+
+    path.write_bytes(whole)
+    assert pretrain.main([*flags(run), "--resume"]) == 0
+
+
+def test_a_failed_write_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    state = dict.fromkeys(checkpoint.FIELDS, 1) | {"settings": {}}
+    checkpoint.save_checkpoint(path, state)
+
+    def half_written(_: object, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save_checkpoint(path, state | {"epoch": 2})
+    assert checkpoint.load_checkpoint(path, {}) == state
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--method=moco"], "--method: expected one of emc2, simclr, got 'moco'"),
+        (["--data=mnist"], "--data: expected one of digits, got 'mnist'"),
+        (["--batch-size=1"], "--batch-size: expected an integer of at least 2, got 1"),
+        (["--batch-size=1258"], "--batch-size: expected at most 1257 (training images), got 1258"),
+        (["--epochs=0"], "--epochs: expected an integer of at least 1, got 0"),
+        (["--epochs=many"], "--epochs: invalid int value: 'many'"),
+        (["--lr=nan"], "--lr: expected a finite number above 0, got nan"),
+        (["--lr=0"], "--lr: expected a finite number above 0, got 0.0"),
+        (["--weight-decay=-1"], "--weight-decay: expected a finite number of at least 0, got -1.0"),
+        (["--temperature=0"], "--temperature: expected a finite number above 0, got 0.0"),
+        (["--dim=1"], "--dim: expected an integer of at least 2, got 1"),
+        (["--burn-in=1"], "--burn-in: expected a share from 0 to below 1, got 1.0"),
+        (["--carry=keep"], "--carry: expected one of cached, recompute, drop, got 'keep'"),
+        (["--views=two"], "--views: expected one of one, both, got 'two'"),
+        (["--method=simclr", "--burn-in=0.5"], "--burn-in: expected only with --method emc2, got --method simclr"),
+        (["--seed=-1"], "--seed: expected an integer from 0 to below 2**63, got -1"),
+        (["--threads=0"], "--threads: expected an integer of at least 1, got 0"),
+        (["--device=tpu"], "--device: expected one of auto, cpu, cuda, got 'tpu'"),
+        ([f"--out={__file__}"], "--out: expected a directory"),
+        (["--batchsize=3"], "--batchsize=3"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = pretrain.main([*arguments, "--quiet"])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert expected in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("few_images")
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = replace(TINY, method="simclr", out=str(tmp_path))
+    step = pretrain.Run.train_step
+
+    def diverge(run: pretrain.Run, index: Tensor) -> dict[str, Tensor]:
+        stats = step(run, index)
+        return stats | {"loss": stats["loss"] * torch.nan} if run.epoch == 1 else stats
+
+    monkeypatch.setattr(pretrain.Run, "train_step", diverge)
+    assert pretrain.main(flags(run)) == 2
+    message = capsys.readouterr().err
+    assert "nan in epoch 2" in message and "--lr" in message
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt", run.settings())["epoch"] == 1
+
+
+def test_recompute_encodes_again_and_cached_does_not(split: data.Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_again = pretrain.Run.encode_again
+    encoded = []
+
+    def count(run: pretrain.Run, items: Tensor, views: Tensor) -> Tensor:
+        encoded.append(len(items))
+        projections = encode_again(run, items, views)
+        assert projections.shape == (len(items), run.config.dim) and projections.requires_grad
+        return projections
+
+    monkeypatch.setattr(pretrain.Run, "encode_again", count)
+    batch = torch.arange(32)
+    for carry, happens in (("cached", False), ("recompute", True)):
+        encoded.clear()
+        run = pretrain.Run(replace(CARRYING, carry=carry), split)
+        # Other items in between: what the first batch's chains carry is then outside the batch at its next visit.
+        for index in (batch, batch + 32, batch + 64, batch):
+            run.train_step(index)
+        assert (sum(encoded) > 0) == happens
+
+
+def test_initial_weights_follow_the_seed() -> None:
+    states = [model.build_encoder(16, seed).state_dict() for seed in (0, 0, 1)]
+    assert differences(states[0], states[1]) == []
+    assert differences(states[0], states[2]) != []
+
+
+def test_split_is_stratified_disjoint_and_fixed(split: data.Split) -> None:
+    again = data.digits()
+    assert all(torch.equal(a, b) for a, b in zip(split, again, strict=True))
+    assert (len(split.train_images), len(split.test_images)) == (1257, 540)
+    assert split.train_images.min() == 0 and split.train_images.max() == 1
+    every = torch.cat([split.train_images, split.test_images]).flatten(1)
+    assert len(every.unique(dim=0)) == 1797
+    shares = split.test_labels.bincount() / torch.cat([split.train_labels, split.test_labels]).bincount()
+    assert (shares - 0.3).abs().max() < 0.01
+
+
+def test_augmentation_follows_its_generator_and_keeps_the_image(split: data.Split) -> None:
+    images = split.train_images[:400]
+    first, again = (data.augment(images, torch.Generator().manual_seed(3)) for _ in range(2))
+    generator = torch.Generator().manual_seed(4)
+    other, later = data.augment(images, generator), data.augment(images, generator)
+    assert first.shape == images.shape and first.dtype == torch.float32
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(other, later)
+    # Views differ from the image, and are yet nearer to it than to another image.
+    to_own = (first - images).flatten(1).norm(dim=1)
+    to_next = (first - images.roll(1, 0)).flatten(1).norm(dim=1)
+    assert to_own.min() > 0.1
+    assert (to_own < to_next).float().mean() > 0.85
+
+
+def test_batches_are_uniform_and_without_repeats() -> None:
+    generator = torch.Generator().manual_seed(0)
+    epochs = [torch.stack(list(data.batches(10, 3, generator))) for _ in range(3000)]
+    assert all(epoch.shape == (3, 3) and len(epoch.unique()) == 9 for epoch in epochs)
+    # Each item is the one left out in a tenth of the epochs, and is first in a tenth: 300, standard deviation 16.4.
+    drawn = torch.stack(epochs)
+    left_out = 3000 - drawn.flatten().bincount(minlength=10)
+    first = drawn[:, 0, 0].bincount(minlength=10)
+    assert ((left_out - 300).abs() < 5 * 16.4).all() and ((first - 300).abs() < 5 * 16.4).all()
+
+
+def test_accuracies_tell_good_features_from_bad(split: data.Split) -> None:
+    train, test = (torch.nn.functional.one_hot(labels).float() for labels in (split.train_labels, split.test_labels))
+    assert min(evaluate.accuracy(evaluate.Features(train, split.train_labels, test, split.test_labels))) == 1.0
+    shuffled = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))]
+    bad = evaluate.accuracy(evaluate.Features(train, split.train_labels, shuffled, split.test_labels))
+    assert max(bad) < 0.2
+    for chosen in evaluate.few_label_sets(split.train_labels):
+        assert split.train_labels[chosen].bincount().tolist() == [evaluate.FEW_LABELS] * 10
+        assert len(chosen.unique()) == len(chosen)
+
+
+@pytest.mark.usefixtures("few_images")
+def test_demo_compares_runs_that_differ_in_the_loss_alone(tmp_path: Path) -> None:
+    text = demo.compare(replace(TINY, epochs=1, out=str(tmp_path)))
+    for name in ("raw pixels", "untrained", "SimCLR", "EMC²"):
+        assert sum(line.startswith(name) for line in text.splitlines()) == 1
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    settings = [torch.load(tmp_path / method / "checkpoint.pt")["settings"] for method in config.METHODS]
+    assert [part.pop("method") for part in settings] == ["emc2", "simclr"]
+    for name in config.EMC2_ONLY:
+        del settings[0][name]
+    assert settings[0] == settings[1]
