@@ -135,7 +135,7 @@ void walk_rows(const Recorder& recorder, const Operands& operands, const Positio
 #pragma omp parallel num_threads(walk.threads) if (parallel)
   {
     std::vector<float> query(padded);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
     for (int64_t row = 0; row < walk.rows; ++row) walk_row<Element>(recorder, operands, positions, row, query.data());
   }
 }

@@ -164,7 +164,7 @@ void Sweep::walk_groups(const Tile& tile, bool parallel, Prepare prepare) {
   const Kernel walk_one = kernel();
   const int64_t first = tile.row_begin / kLanes;
   const int64_t last = (tile.row_end + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(static) num_threads(walk_.threads) if (parallel)
+#pragma omp parallel for schedule(dynamic) num_threads(walk_.threads) if (parallel)
   for (int64_t group = first; group < last; ++group) {
     prepare(group);
     (this->*walk_one)(tile, group);
