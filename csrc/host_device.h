@@ -3,8 +3,14 @@
 
 #if defined(__CUDACC__)
 #define EMC2_HD __host__ __device__ __forceinline__
-#define EMC2_UNROLL _Pragma("unroll")
 #else
 #define EMC2_HD inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define EMC2_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define EMC2_UNROLL  // nvcc's pass for the host, which knows neither pragma
+#else
 #define EMC2_UNROLL _Pragma("GCC unroll 16")
 #endif

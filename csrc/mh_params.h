@@ -5,7 +5,8 @@
 
 namespace emc2 {
 
-// Where a walk of `total` proposals is sampled. A shard of it holds proposals first .. first + count - 1.
+// Where a walk of `total` proposals is sampled. A shard of it holds proposals first .. first + count - 1; only transitions are walked
+// in shards, because a step's samples and labels are positions in the keys that it was given.
 struct Schedule {
   int64_t total;
   int64_t first;

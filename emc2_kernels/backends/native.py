@@ -13,14 +13,19 @@ import importlib.machinery
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 
@@ -44,8 +49,10 @@ def sources() -> list[Path]:
 
 def compiler() -> str | None:
     """The C++ compiler: ``$CXX``, or the first of c++, g++ and clang++ that is there."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next(filter(None, map(shutil.which, candidates)), None)
+    chosen = os.environ.get("CXX")
+    if chosen:  # may be a command line, such as "ccache g++"
+        return chosen if shutil.which(shlex.split(chosen)[0]) else None
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
 def why_unavailable() -> str | None:
@@ -71,11 +78,24 @@ def library() -> ModuleType:
     path = _library_path()
     if not path.exists():
         _build(path)
+    try:
+        return _load(path)
+    except ImportError as error:
+        _fail(f"the CPU kernels in the cache do not load ({error}): delete {path} to have them built again", error)
+
+
+def _load(path: Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
     spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+def _fail(reason: str, cause: Exception) -> NoReturn:
+    global _failure
+    _failure = reason
+    raise RuntimeError(reason) from cause
 
 
 @cache
@@ -106,7 +126,6 @@ def _build(path: Path) -> None:
     A killed build leaves nothing that looks finished, and the lock dies with its process (torch's own lock file does
     not: the next process would wait for it for ever).
     """
-    global _failure
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / "lock", "w") as lock:
@@ -116,13 +135,9 @@ def _build(path: Path) -> None:
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 os.replace(_compile(folder), path)
     except OSError as error:
-        _failure = (
-            f"the build cache {path.parent} cannot be written ({error}): set TORCH_EXTENSIONS_DIR to a folder that can"
-        )
-        raise RuntimeError(_failure) from error
-    except (RuntimeError, ImportError) as error:
-        _failure = f"compiling the CPU kernels with {compiler()} failed: {error}"
-        raise RuntimeError(_failure) from error
+        _fail(f"the build cache {path.parent} cannot be written ({error}): set TORCH_EXTENSIONS_DIR to another", error)
+    except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        _fail(f"compiling the CPU kernels with {compiler()} failed: {error}", error)
 
 
 def _compile(folder: str) -> Path:
@@ -130,11 +145,14 @@ def _compile(folder: str) -> Path:
 
     print("emc2_kernels: compiling the CPU kernels, once on this machine (about 15 s)...", file=sys.stderr, flush=True)
     start = time.monotonic()
-    environment = dict(os.environ)
-    # The ninja that pip installed lies beside this Python, which need not be on the PATH.
-    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), environment.get("PATH", os.defpath)))
-    os.environ["CXX"] = compiler()
-    try:
+    # The ninja that pip installed lies beside this Python, which need not be on the PATH. The core has no header of
+    # torch, so the ABI that torch would ask the compiler about does not matter.
+    settings = {
+        "PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath))),
+        "CXX": compiler(),
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
+    }
+    with _environment(settings):
         cpp_extension.load(
             MODULE,
             [str(source) for source in sources()],
@@ -142,8 +160,19 @@ def _compile(folder: str) -> Path:
             extra_ldflags=["-fopenmp"],
             build_directory=folder,
         )
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
     print(f"emc2_kernels: compiled in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return Path(folder) / f"{MODULE}.so"
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,500 @@
+// The core's building blocks against plain definitions of the same things, and two small walks against a loop.
+//
+// Prints what failed; the exit status is 1 if anything did.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/acceptance.h"
+#include "cpu/draws.h"
+#include "cpu/gathered.h"
+#include "cpu/products.h"
+#include "cpu/sweep.h"
+
+namespace {
+
+int failures = 0;
+
+// A broken loop of 2^23 checks would print as many lines: the first few say it all.
+#define CHECK(condition, ...)                                             \
+  do {                                                                    \
+    if (!(condition) && ++failures <= 20) {                               \
+      std::printf("%s:%d: %s failed: ", __FILE__, __LINE__, #condition);  \
+      std::printf(__VA_ARGS__);                                           \
+      std::printf("\n");                                                  \
+    }                                                                     \
+  } while (false)
+
+using emc2::Floats;
+using emc2::Ints;
+using emc2::kInfinity;
+using emc2::kLanes;
+using emc2::Words;
+
+std::mt19937_64 random_bits(20240427);  // its sequence is fixed by the standard, unlike that of the distributions
+
+int64_t random_below(int64_t end) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(end)); }
+
+template <class To, class From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+uint32_t lane(const Words& words, int i) { return words[i]; }
+
+void philox_has_the_published_answers() {
+  const uint32_t answers[2][4] = {{0x5f6fb709u, 0x0d893f64u, 0x4f121f81u, 0x4f730a48u},
+                                  {0x5207ddc2u, 0x45165e59u, 0x4d8ee751u, 0x8c52f662u}};
+  for (int ones = 0; ones < 2; ++ones) {
+    const uint32_t word = ones ? 0xffffffffu : 0u;
+    const uint32_t counter[4] = {word, word, word, word};
+    uint32_t drawn[4];
+    emc2::philox_words(counter, 1, ones ? ~0ull : 0ull, drawn);
+    for (int i = 0; i < 4; ++i) CHECK(drawn[i] == answers[ones][i], "word %d of case %d is %08x", i, ones, drawn[i]);
+  }
+}
+
+// Hoisting two rounds must not change a bit.
+void acceptance_draws_equal_the_plain_generator() {
+  const uint64_t seeds[] = {0, 1, 0xffffffffull, 1ull << 32, (1ull << 63) + 12345, ~0ull};
+  const uint32_t steps[] = {0, 1, 77, 0x80000000u, 0xffffffffu};
+  for (int group = 0; group < 40; ++group) {
+    uint64_t chains[kLanes];
+    Words low{}, tag{};
+    for (int i = 0; i < kLanes; ++i) {
+      // Every other group has chain ids of all 40 bits, so that their high bits, which are in the tag, differ by lane.
+      chains[i] = group % 2 ? random_bits() >> 24 : static_cast<uint64_t>(group * kLanes + i);
+      low[i] = static_cast<uint32_t>(chains[i]);
+      tag[i] = emc2::counter_tag(chains[i], emc2::kAcceptanceStream);
+    }
+    for (const uint64_t seed : seeds) {
+      for (const uint32_t step : steps) {
+        const emc2::PhiloxKey key = emc2::philox_key(seed);
+        const emc2::AcceptanceDraws draws(key, step, low, tag);
+        for (const uint32_t block : {0u, 1u, 2u, 255u, 0x80000001u, 0xffffffffu, static_cast<uint32_t>(random_bits())}) {
+          const auto words = draws.words(block);
+          for (int i = 0; i < kLanes; ++i) {
+            const auto plain =
+                emc2::philox_rounds(emc2::philox_counter(chains[i], emc2::kAcceptanceStream, step, block), key);
+            CHECK(lane(words.c0, i) == plain.c0 && lane(words.c1, i) == plain.c1 && lane(words.c2, i) == plain.c2 &&
+                      lane(words.c3, i) == plain.c3,
+                  "chain %llu, seed %llu, step %u, block %u", static_cast<unsigned long long>(chains[i]),
+                  static_cast<unsigned long long>(seed), step, block);
+          }
+        }
+      }
+    }
+  }
+}
+
+double ulps(float value, double exact) { return std::fabs(value - exact) / std::ldexp(1.0, std::ilogb(exact) - 23); }
+
+void exponential_is_minus_the_logarithm() {
+  double worst = 0;
+  uint32_t worst_at = 0;
+  for (uint32_t first = 0; first < 1u << 23; first += kLanes) {
+    Words word{};
+    // The low nine bits are not part of u: any value of them must do.
+    for (int i = 0; i < kLanes; ++i) word[i] = (first + i) << 9 | ((first + i) * 37u & 0x1ffu);
+    const Floats e = emc2::exponential(word);
+    for (int i = 0; i < kLanes; ++i) {
+      const double error = ulps(e[i], -std::log(std::ldexp(2.0 * (first + i) + 1.0, -24)));
+      if (error > worst) worst = error, worst_at = first + i;
+      CHECK(e[i] >= 0.0f, "E(%u) = %g", first + i, e[i]);
+    }
+  }
+  std::printf("exponential: at most %.3f ulp from -log u, at word >> 9 = %u\n", worst, worst_at);
+  CHECK(worst <= 1.25, "%.3f ulp", worst);  // 1.14 with fused multiply-add, 1.22 without
+}
+
+void exp_nonpositive_is_the_exponential() {
+  const auto exp_of = [](float x) { return emc2::exp_nonpositive(emc2::all_floats(x))[0]; };
+  CHECK(exp_of(0.0f) == 1.0f && exp_of(-0.0f) == 1.0f, "exp(0) = %g", exp_of(0.0f));
+  for (const float x : {-87.01f, -104.0f, -1e30f, -kInfinity}) CHECK(exp_of(x) == 0.0f, "exp(%g) = %g", x, exp_of(x));
+  double worst = 0;
+  const uint32_t last = bits_as<uint32_t>(87.0f);
+  for (uint32_t bits = 0; bits <= last; bits += 521 * kLanes) {
+    Floats x{};
+    for (int i = 0; i < kLanes; ++i) x[i] = -bits_as<float>(std::min(bits + 521 * i, last));
+    const Floats y = emc2::exp_nonpositive(x);
+    for (int i = 0; i < kLanes; ++i) {
+      const double exact = std::exp(static_cast<double>(x[i]));
+      worst = std::max(worst, std::fabs(y[i] - exact) / exact);
+    }
+  }
+  std::printf("exp_nonpositive: relative error at most %.3g\n", worst);
+  CHECK(worst <= 1.2e-7, "%.3g", worst);  // over all floats: 0.89e-7 with fused multiply-add, 1.13e-7 without
+}
+
+float plain_float(emc2::Bfloat16 value) { return bits_as<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+float plain_float(emc2::Float16 value) {
+  const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
+  const float sign = value.bits >> 15 ? -1.0f : 1.0f;
+  if (exponent == 31) return fraction ? std::nanf("") : sign * kInfinity;
+  return sign * (exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(static_cast<float>(fraction), -24));
+}
+
+template <class Half>
+void every_half_is_widened_right(const char* name) {
+  for (uint32_t first = 0; first < 1u << 16; first += kLanes) {
+    Half halves[kLanes];
+    for (int i = 0; i < kLanes; ++i) halves[i].bits = static_cast<uint16_t>(first + i);
+    const Floats wide = emc2::load_floats(halves);
+    for (int i = 0; i < kLanes; ++i) {
+      const float got = wide[i], want = plain_float(halves[i]);
+      const bool same = std::isnan(want) ? std::isnan(got) : bits_as<uint32_t>(got) == bits_as<uint32_t>(want);
+      CHECK(same, "%s %04x is %g, not %g", name, halves[i].bits, got, want);
+    }
+  }
+}
+
+void short_loads_end_in_zeros() {
+  std::vector<float> row(kLanes);
+  for (int i = 0; i < kLanes; ++i) row[i] = 1.0f + i;
+  for (int left = 0; left <= kLanes; ++left) {
+    const std::vector<float> end(row.begin(), row.begin() + left);  // reading past it is what a sanitizer would see
+    const Floats loaded = emc2::load_floats(end.data(), left);
+    for (int i = 0; i < kLanes; ++i) {
+      CHECK(loaded[i] == (i < left ? 1.0f + i : 0.0f), "lane %d of %d is %g", i, left, static_cast<double>(loaded[i]));
+    }
+  }
+}
+
+void transpose_swaps_rows_and_columns() {
+  Floats rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) rows[i][j] = 100.0f * i + j;
+  }
+  emc2::transpose(rows);
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) CHECK(rows[i][j] == 100.0f * j + i, "row %d, lane %d is %g", i, j, rows[i][j]);
+  }
+}
+
+using Step = emc2::Transition<float, int64_t>;
+const Step identity{-kInfinity, -kInfinity, -1};
+
+bool same(const Step& a, const Step& b) {
+  return a.threshold == b.threshold && a.score == b.score && a.position == b.position;
+}
+
+// Few values, so that ties are common.
+Step random_step(int64_t position) {
+  if (random_below(6) == 0) return identity;
+  const float score = static_cast<float>(random_below(8)) - 4.0f;
+  return {score + static_cast<float>(random_below(4)), score, position};
+}
+
+// What a step that is not proposable looks like in the kernels: never below its threshold, any score, NaN included.
+Step random_unproposable_step(int64_t position) {
+  const float scores[] = {std::nanf(""), -kInfinity, kInfinity, 3.0f, -3.0f};
+  return {-kInfinity, scores[random_below(5)], position};
+}
+
+void transitions_compose() {
+  for (int64_t trial = 0; trial < 200000; ++trial) {
+    const Step a = random_step(1), b = random_step(2), c = random_step(3);
+    CHECK(same(compose(compose(a, b), c), compose(a, compose(b, c))),
+          "not associative: (%g %g) (%g %g) (%g %g)", a.threshold, a.score, b.threshold, b.score, c.threshold, c.score);
+    CHECK(same(compose(identity, a), a) && same(compose(a, identity), a), "identity with (%g %g)", a.threshold, a.score);
+    // A step, then another, is what their composition does.
+    const float x = static_cast<float>(random_below(16)) - 8.0f;
+    const auto enter = [](const Step& step, float score) { return score < step.threshold ? step.score : score; };
+    CHECK(enter(compose(a, b), x) == enter(b, enter(a, x)), "(%g %g) (%g %g) from %g", a.threshold, a.score, b.threshold, b.score, x);
+  }
+  // Only as the second operand does a step that is not proposable have to be harmless: walks start from the identity.
+  for (int walk = 0; walk < 5000; ++walk) {
+    Step with = identity, without = identity;
+    for (int64_t position = 0; position < 12; ++position) {
+      if (random_below(3) == 0) with = compose(with, random_unproposable_step(position));
+      const Step step = random_step(position);
+      with = compose(with, step), without = compose(without, step);
+    }
+    CHECK(same(with, without), "an identity step leaked: (%g %g), not (%g %g)", with.threshold, with.score, without.threshold,
+          without.score);
+  }
+  // In lanes, as in scalars.
+  for (int trial = 0; trial < 2000; ++trial) {
+    Step first[kLanes], then[kLanes];
+    emc2::Transition<Floats, Ints> wide_first{}, wide_then{};
+    for (int i = 0; i < kLanes; ++i) {
+      first[i] = random_step(1), then[i] = random_below(4) ? random_step(2) : random_unproposable_step(2);
+      wide_first.threshold[i] = first[i].threshold, wide_first.score[i] = first[i].score;
+      wide_then.threshold[i] = then[i].threshold, wide_then.score[i] = then[i].score;
+      wide_first.position[i] = static_cast<int32_t>(first[i].position);
+      wide_then.position[i] = static_cast<int32_t>(then[i].position);
+    }
+    const auto wide = compose(wide_first, wide_then);
+    for (int i = 0; i < kLanes; ++i) {
+      const Step got{wide.threshold[i], wide.score[i], wide.position[i]};
+      CHECK(same(got, compose(first[i], then[i])), "lane %d", i);
+    }
+  }
+}
+
+void samples_are_taken_where_the_schedule_says() {
+  for (int64_t total = 1; total <= 24; ++total) {
+    for (int64_t burn_in = 0; burn_in < total; ++burn_in) {
+      for (int64_t samples = 1; samples <= total - burn_in; ++samples) {
+        const emc2::Schedule schedule{total, 0, total, burn_in, samples};
+        const int64_t kept = total - burn_in;
+        std::vector<int64_t> taken(total + 1);  // after each number of proposals
+        for (int64_t r = 0; r < samples; ++r) {
+          int64_t after = 1;  // the least number of proposals that holds a share (r + 1) / samples of those kept
+          while (after * samples < (r + 1) * kept) ++after;
+          CHECK(schedule.proposal_of_sample(r) == burn_in + after - 1, "sample %d of %d, %d + %d proposals", int(r), int(samples),
+                int(burn_in), int(kept));
+          for (int64_t p = burn_in + after; p <= total; ++p) ++taken[p];
+        }
+        for (int64_t p = 0; p <= total; ++p) {
+          CHECK(schedule.samples_before(p) == taken[p], "before proposal %d: %d of %d samples, %d + %d proposals", int(p),
+                int(schedule.samples_before(p)), int(samples), int(burn_in), int(kept));
+        }
+      }
+    }
+  }
+  const emc2::Schedule nothing{0, 0, 0, 5, 3};  // no keys: legal, whatever was asked
+  CHECK(nothing.samples_before(0) == 0, "a walk of nothing takes samples");
+  const int64_t many = (1ll << 31) - 1;  // products of two such numbers must not overflow
+  const emc2::Schedule longest{many, 0, many, 0, many};
+  CHECK(longest.proposal_of_sample(many - 1) == many - 1 && longest.samples_before(many - 1) == many - 1, "overflow");
+}
+
+// The high 64 bits of a 64 x 64 bit product, by long multiplication in base 2^16.
+uint64_t high_product(uint64_t a, uint64_t b) {
+  uint64_t digits[9] = {};
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      const uint64_t product = (a >> 16 * i & 0xffff) * (b >> 16 * j & 0xffff);
+      digits[i + j] += product & 0xffff;
+      digits[i + j + 1] += product >> 16;
+    }
+  }
+  for (int i = 0; i < 8; ++i) digits[i + 1] += digits[i] >> 16, digits[i] &= 0xffff;
+  return digits[4] | digits[5] << 16 | digits[6] << 32 | digits[7] << 48;
+}
+
+void positions_scale_exactly() {
+  for (int trial = 0; trial < 200000; ++trial) {
+    const uint64_t value = trial % 5 ? random_bits() : ~0ull - static_cast<uint64_t>(trial % 3);
+    uint64_t count = random_bits() >> random_below(64);
+    if (trial % 7 == 0) count = 1;
+    if (trial % 7 == 1) count = (1ull << 31) - 1;
+    const uint64_t got = emc2::scale_to_range(static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32), count);
+    CHECK(got == high_product(value, count), "%llu * %llu", static_cast<unsigned long long>(value),
+          static_cast<unsigned long long>(count));
+    CHECK(got < count || count == 0, "%llu is no position among %llu keys", static_cast<unsigned long long>(got),
+          static_cast<unsigned long long>(count));
+  }
+}
+
+// A walk whose scores are small integers: exact in every order of addition, so that the kernels must agree to the last bit with a
+// loop over the proposals.
+struct Problem {
+  int64_t rows, keys, dim;
+  emc2::Schedule schedule;
+  bool steps;  // whether chains enter it, or it is wanted as a transition
+  std::vector<float> queries, key_rows;
+  std::vector<int64_t> chain_ids, query_ids, key_ids, state_key;
+  std::vector<float> state_score;
+  uint64_t seed = (1ull << 63) + 5;
+  uint32_t step = 0xfffffffeu;
+
+  Problem(int64_t rows, int64_t keys, int64_t dim, emc2::Schedule schedule, bool steps)
+      : rows(rows), keys(keys), dim(dim), schedule(schedule), steps(steps), queries(rows * dim), key_rows(keys * dim),
+        chain_ids(rows), query_ids(rows), key_ids(keys), state_key(rows), state_score(rows) {
+    for (float& value : queries) value = static_cast<float>(random_below(5) - 2);
+    for (float& value : key_rows) value = static_cast<float>(random_below(5) - 2);
+    // Past 2^32, and so few that many pairs agree in one half of their bits only.
+    for (int64_t& id : query_ids) id = random_below(3) + (random_below(3) << 32);
+    for (int64_t& id : key_ids) id = random_below(3) + (random_below(3) << 32);
+    for (int64_t row = 0; row < rows; ++row) {
+      chain_ids[row] = static_cast<int64_t>(random_bits() >> 24);
+      state_key[row] = 1000 + row;
+      state_score[row] = row % 3 ? static_cast<float>(random_below(9)) : row % 2 ? -kInfinity : std::nanf("");
+    }
+  }
+
+  emc2::Operands operands() const { return {queries.data(), key_rows.data(), dim, dim, dim, emc2::Dtype::kFloat32}; }
+
+  float dot(int64_t row, int64_t key) const {
+    float sum = 0;
+    for (int64_t i = 0; i < dim; ++i) sum += queries[row * dim + i] * key_rows[key * dim + i];
+    return sum;
+  }
+
+  emc2::PhiloxBlock<uint32_t> words(int64_t row, emc2::Stream stream, int64_t block) const {
+    const auto counter = emc2::philox_counter(chain_ids[row], stream, step, static_cast<uint32_t>(block));
+    return emc2::philox_rounds(counter, emc2::philox_key(seed));
+  }
+
+  float e(int64_t row, int64_t proposal) const {
+    const auto block = words(row, emc2::kAcceptanceStream, proposal / 4);
+    const uint32_t word[] = {block.c0, block.c1, block.c2, block.c3};
+    return emc2::exponential(Words{} + word[proposal % 4])[0];
+  }
+
+  int64_t drawn_position(int64_t row, int64_t proposal) const {
+    const auto block = words(row, emc2::kPositionStream, proposal / 2);
+    return static_cast<int64_t>(proposal % 2 ? emc2::scale_to_range(block.c2, block.c3, keys)
+                                             : emc2::scale_to_range(block.c0, block.c1, keys));
+  }
+};
+
+// What a walk leaves; poisoned, so that what is not written shows.
+struct Results {
+  std::vector<int32_t> samples, accepted;
+  std::vector<int64_t> key, position_at;
+  std::vector<float> score, threshold, score_at, threshold_at;
+
+  explicit Results(const Problem& problem) {
+    const int64_t rows = problem.rows, sampled = rows * problem.schedule.samples;
+    if (problem.steps) {
+      samples.resize(sampled, -77), accepted.resize(rows, -77), key.resize(rows, -77);
+      score.resize(rows, -77.0f), threshold.resize(rows, -77.0f);
+    } else {
+      position_at.resize(sampled, -77), score_at.resize(sampled, -77.0f), threshold_at.resize(sampled, -77.0f);
+    }
+  }
+
+  emc2::Recorder recorder(const Problem& problem, int threads) {
+    emc2::Recorder recorder{};
+    emc2::Walk& walk = recorder.walk;
+    walk.rows = problem.rows, walk.keys = problem.keys, walk.schedule = problem.schedule;
+    walk.seed = problem.seed, walk.step = problem.step, walk.temperature = 0.5f, walk.threads = threads;
+    walk.chain_ids = problem.chain_ids.data();
+    walk.query_ids = problem.query_ids.data(), walk.key_ids = problem.key_ids.data();
+    if (problem.steps) {
+      recorder.states = {problem.state_key.data(), problem.state_score.data()};
+      recorder.step = {samples.data(), key.data(), score.data(), threshold.data(), accepted.data(), nullptr, problem.key_ids.data()};
+    } else {
+      recorder.transition = {threshold_at.data(), score_at.data(), position_at.data()};
+    }
+    return recorder;
+  }
+};
+
+// A chain as the method describes it: one proposal after another, accepted or not. A transition is the walk of a chain that enters
+// it at -inf. `numbered` positions are those in the whole walk, of a sweep.
+template <class KeyOfProposal>
+Results walk_by_the_book(const Problem& problem, KeyOfProposal key_of, bool numbered) {
+  Results out(problem);
+  const emc2::Schedule& schedule = problem.schedule;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    float current = problem.steps ? problem.state_score[row] : -kInfinity;
+    if (std::isnan(current)) current = -kInfinity;
+    int64_t key = current > -kInfinity ? problem.state_key[row] : -1;
+    int64_t position = -1;
+    float threshold = -kInfinity;
+    int32_t accepted = 0;
+    for (int64_t p = std::min(schedule.first, schedule.burn_in); p < schedule.total; ++p) {
+      const bool in_shard = p >= schedule.first && p < schedule.first + schedule.count;
+      const int64_t proposed = in_shard ? key_of(row, p) : 0;
+      if (in_shard && problem.key_ids[proposed] != problem.query_ids[row]) {
+        const float score = problem.dot(row, proposed) * 2.0f, e = problem.e(row, p);
+        threshold = std::max(threshold, score + e);
+        if (score + e > current) {
+          current = score, position = proposed + (numbered ? schedule.first : 0), key = problem.key_ids[proposed];
+          ++accepted;
+        }
+      }
+      for (int64_t r = 0; r < schedule.samples; ++r) {
+        if (schedule.proposal_of_sample(r) != p) continue;
+        const int64_t at = row * schedule.samples + r;
+        if (problem.steps) {
+          out.samples[at] = static_cast<int32_t>(position);
+        } else {
+          out.position_at[at] = position, out.score_at[at] = current, out.threshold_at[at] = threshold;
+        }
+      }
+    }
+    if (problem.steps) out.key[row] = key, out.score[row] = current, out.threshold[row] = threshold, out.accepted[row] = accepted;
+  }
+  return out;
+}
+
+void check_same(const Results& got, const Results& want, const char* walk) {
+  CHECK(got.samples == want.samples, "%s", walk);
+  CHECK(got.key == want.key, "%s", walk);
+  CHECK(got.score == want.score, "%s", walk);
+  CHECK(got.threshold == want.threshold, "%s", walk);
+  CHECK(got.accepted == want.accepted, "%s", walk);
+  CHECK(got.position_at == want.position_at, "%s", walk);
+  CHECK(got.score_at == want.score_at, "%s", walk);
+  CHECK(got.threshold_at == want.threshold_at, "%s", walk);
+}
+
+void walk_of_uniform_draws(const Problem& problem, int threads) {
+  Results got(problem);
+  emc2::walk_gathered(got.recorder(problem, threads), problem.operands(), {nullptr, 0});
+  const auto drawn = [&](int64_t row, int64_t p) { return problem.drawn_position(row, p); };
+  check_same(got, walk_by_the_book(problem, drawn, false), "uniform draws");
+}
+
+void sweeps(const Problem& problem, int threads) {
+  const auto in_order = [&](int64_t, int64_t p) { return p - problem.schedule.first; };
+  const Results want = walk_by_the_book(problem, in_order, true);
+  Results small(problem);
+  emc2::Sweep with_products(small.recorder(problem, threads));
+  with_products.walk_small(problem.operands());
+  with_products.finish();
+  check_same(small, want, "a small sweep");
+
+  Results tiled(problem);
+  emc2::Sweep by_tiles(tiled.recorder(problem, threads));
+  const int64_t stride = (problem.rows + 63) / 64 * 64;
+  for (int64_t begin = 0, end; begin < problem.keys; begin = end) {
+    end = std::min(begin + 10, problem.keys);  // tiles that do not end with a block of four draws either
+    std::vector<float> dots(stride * (end - begin), std::nanf(""));
+    for (int64_t key = begin; key < end; ++key) {
+      for (int64_t row = 0; row < problem.rows; ++row) dots[(key - begin) * stride + row] = problem.dot(row, key);
+    }
+    by_tiles.walk({dots.data(), stride, 0, problem.rows, begin, end});
+  }
+  by_tiles.finish();
+  check_same(tiled, want, "a sweep by tiles");
+}
+
+void walks_follow_the_book(int threads) {
+  // Rows, keys and dimensions on both sides of a vector's width; the last problem is large enough for several threads.
+  const int64_t shapes[][3] = {{1, 1, 1}, {7, 9, 3}, {17, 33, 19}, {70, 64, 40}};
+  for (const auto& [rows, keys, dim] : shapes) {
+    const int64_t draws = 2 * keys + 5;
+    walk_of_uniform_draws({rows, keys, dim, {draws, 0, draws, draws / 3, 3}, true}, threads);
+    sweeps({rows, keys, dim, {keys, 0, keys, keys / 3, (keys + 1) / 2}, true}, threads);
+    // Shards that begin inside a block of four draws, past 2^32, with sample points before, in and after them.
+    for (const int64_t first : {int64_t{6}, int64_t{1} << 32 | 3}) {
+      const auto schedule = [first](int64_t count) {
+        return emc2::Schedule{first + count + 2, first, count, first - 3, count + 5};
+      };
+      walk_of_uniform_draws({rows, keys, dim, schedule(draws), false}, threads);
+      sweeps({rows, keys, dim, schedule(keys), false}, threads);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  philox_has_the_published_answers();
+  acceptance_draws_equal_the_plain_generator();
+  exponential_is_minus_the_logarithm();
+  exp_nonpositive_is_the_exponential();
+  every_half_is_widened_right<emc2::Bfloat16>("bfloat16");
+  every_half_is_widened_right<emc2::Float16>("float16");
+  short_loads_end_in_zeros();
+  transpose_swaps_rows_and_columns();
+  transitions_compose();
+  samples_are_taken_where_the_schedule_says();
+  positions_scale_exactly();
+  for (const int threads : {1, 3}) walks_follow_the_book(threads);
+  if (failures) std::printf("%d checks failed\n", failures);
+  return failures ? 1 : 0;
+}
