@@ -27,8 +27,7 @@ class EmbeddingBank(SlotStore):
     ) -> None:
         super().__init__(num_items, views)
         self.dim = checks.at_least("dim", dim, 1)
-        if dtype not in checks.OPERAND_DTYPES:
-            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        checks.embedding_dtype("dtype", dtype)
         self.register_buffer("embeddings", torch.zeros(self.num_slots, dim, dtype=dtype, device=device))
         self.register_buffer("written_at", torch.full((self.num_slots,), -1, dtype=torch.int64, device=device))
         self.register_buffer("last_step", torch.zeros((), dtype=torch.int64, device=device))
@@ -57,7 +56,8 @@ class EmbeddingBank(SlotStore):
 
     def lookup(self, labels: Tensor) -> Tensor:
         """(k, dim) embeddings of labels (k,) int64; zeros for -1 and for what was never written."""
-        return torch.where((labels >= 0)[:, None], self.embeddings[self._checked(labels)], 0)
+        rows = self._checked(labels)
+        return torch.where((labels >= 0)[:, None], self.embeddings[rows], 0)
 
     def age(self, labels: Tensor) -> Tensor:
         """(k,) int64 steps between each embedding and the latest update; -1 for label -1 and what was never written."""

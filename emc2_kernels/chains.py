@@ -54,6 +54,8 @@ class ChainStore(SlotStore):
             return state
         if not all(given):
             raise ValueError("queries, bank and temperature go together: rescoring needs all three, got only some")
+        if not isinstance(bank, EmbeddingBank):
+            raise TypeError(f"bank must be an EmbeddingBank, got {checks.describe(bank)}")
         checks.matrix("queries", queries)
         if queries.shape != (slots.shape[0], bank.dim):
             raise ValueError(f"queries must have shape ({slots.shape[0]}, {bank.dim}), got {checks.describe(queries)}")

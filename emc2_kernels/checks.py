@@ -56,9 +56,26 @@ def at_least(name: str, value: Any, lowest: int) -> int:
     return number
 
 
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not (isinstance(value, str) and value in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def operand_dtype(name: str, value: Tensor) -> None:
+    if value.dtype not in OPERAND_DTYPES or value.layout != torch.strided:
+        layout = "" if value.layout == torch.strided else f"{value.layout} "
+        expected = "a dense float32, bfloat16, float16 or float64 tensor"
+        raise TypeError(f"{name} must be {expected}, got {layout}{describe(value)}")
+
+
+def embedding_dtype(name: str, value: Any) -> None:
+    if value not in OPERAND_DTYPES:
+        raise TypeError(f"{name} must be torch.float32, bfloat16, float16 or float64, got {describe(value)}")
 
 
 def matrix(name: str, value: Any) -> None:
@@ -66,8 +83,7 @@ def matrix(name: str, value: Any) -> None:
     tensor(name, value)
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape (rows, dim), got {describe(value)}")
-    if value.dtype not in OPERAND_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(value)}")
+    operand_dtype(name, value)
     if value.stride(1) != 1 and value.shape[1] > 1 and value.shape[0] > 0:
         raise ValueError(f"{name} must have a last stride of 1, got strides {value.stride()}: call .contiguous() on it")
 
@@ -130,21 +146,29 @@ def temperature(value: Any, rows: int, device: torch.device) -> None:
         raise ValueError(f"temperature must be > 0 and finite, got {value}")
 
 
-def counter(name: str, value: Any, bits: int, device: torch.device) -> None:
-    """`seed` or `step`: a Python integer or a 0-d int64 tensor on the operands' device, in [0, 2^bits)."""
+def one_temperature(value: Any) -> float:
+    """Of a loss: a number, or a 0-d tensor that is read once."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        raise ValueError(f"temperature must be one number, got {describe(value)}")
+    temperature(value, 0, value.device if isinstance(value, Tensor) else torch.device("cpu"))
+    return float(value)
+
+
+def counter(name: str, value: Any, bits: int, device: torch.device) -> int | Tensor:
+    """`seed` or `step`: an integer or a 0-d int64 tensor on the operands' device, in [0, 2^bits)."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.dim() != 0:
             raise TypeError(f"{name} must be an integer or a 0-d int64 tensor, got {describe(value)}")
         if value.device != device:
             raise ValueError(f"{name} must be on {device}, got {describe(value)}")
-        if not values_visible(value):
-            return
-        if bits == 64:  # every int64 is the bit pattern of a seed
-            return
-        value = int(value)
+        # Every int64 is the bit pattern of a seed.
+        if bits < 64 and values_visible(value) and not 0 <= int(value) < 2**bits:
+            raise ValueError(f"{name} must be in [0, 2^{bits}), got {int(value)}")
+        return value
     number = integer(name, value)
     if not 0 <= number < 2**bits:
         raise ValueError(f"{name} must be in [0, 2^{bits}), got {number}")
+    return number
 
 
 def transition(name: str, value: Transition) -> None:

@@ -77,6 +77,8 @@ def mh_step(
     checks.state(state, queries)
     if key_labels is not None:
         checks.vector("key_labels", key_labels, keys.shape[0], torch.int64, queries.device)
+    checks.boolean("return_accepts", return_accepts)
+    checks.boolean("return_lse", return_lse)
     if return_lse and not (isinstance(proposal, str) and proposal == "sweep"):
         raise ValueError('return_lse needs proposal="sweep", which sees every key, got another proposal')
     samples, key, score, threshold, *asked_for = ops.MH_STEP(
@@ -150,15 +152,14 @@ def _walk_arguments(
     checks.one_of("backend", backend, NAMES)
     n, device = queries.shape[0], queries.device
     checks.temperature(temperature, n, device)
-    checks.counter("seed", seed, 64, device)
-    checks.counter("step", step, 32, device)
+    seed, step = checks.counter("seed", seed, 64, device), checks.counter("step", step, 32, device)
     chain_ids = _check_ids(queries, keys, chain_ids, query_ids, key_ids)
     if log_proposal is not None:
         checks.vector("log_proposal", log_proposal, keys.shape[0], torch.float32, device)
         checks.finite("log_proposal", log_proposal)
         log_proposal = _detached(log_proposal)
     positions, num_draws, count = _proposals(queries, keys, proposal, num_proposals)
-    total = _check_schedule(count, burn_in, num_samples, first_proposal, total_proposals)
+    schedule = _schedule(count, burn_in, num_samples, first_proposal, total_proposals)
     return (
         _detached(queries),
         _detached(keys),
@@ -171,10 +172,7 @@ def _walk_arguments(
         positions,
         num_draws,
         log_proposal,
-        burn_in,
-        num_samples,
-        first_proposal,
-        total,
+        *schedule,
     )
 
 
@@ -226,29 +224,21 @@ def _proposals(
     return None, None, m
 
 
-def _check_schedule(
-    count: int, burn_in: int, num_samples: int, first_proposal: int, total_proposals: int | None
-) -> int:
-    """Returns M of the whole walk."""
-    checks.at_least("first_proposal", first_proposal, 0)
-    total = (
-        first_proposal + count if total_proposals is None else checks.at_least("total_proposals", total_proposals, 0)
-    )
-    if first_proposal + count > total:
-        shard = f"first_proposal={first_proposal} and {count} proposals"
-        raise ValueError(
-            f"total_proposals must be at least first_proposal plus this shard's proposals, got {total} with {shard}"
-        )
-    checks.at_least("burn_in", burn_in, 0)
-    checks.at_least("num_samples", num_samples, 1)
+def _schedule(count: int, burn_in: int, num_samples: int, first: int, total: int | None) -> tuple[int, int, int, int]:
+    """Burn-in, number of samples, first proposal, and M of the whole walk."""
+    first = checks.at_least("first_proposal", first, 0)
+    total = first + count if total is None else checks.at_least("total_proposals", total, 0)
+    if first + count > total:
+        end = f"first_proposal + {count} proposals = {first + count}"
+        raise ValueError(f"total_proposals must be at least {end}, got {total}")
+    burn_in, num_samples = checks.at_least("burn_in", burn_in, 0), checks.at_least("num_samples", num_samples, 1)
     if total > 0:  # a walk of nothing leaves every sample at the incoming state, whatever was asked
         if burn_in >= total:
             raise ValueError(f"burn_in must be below the number of proposals, {total}, got {burn_in}")
         if num_samples > total - burn_in:
-            raise ValueError(
-                f"num_samples must be at most {total - burn_in} ({total} proposals - burn_in), got {num_samples}"
-            )
-    return total
+            expected = f"at most {total - burn_in} ({total} proposals - burn_in)"
+            raise ValueError(f"num_samples must be {expected}, got {num_samples}")
+    return burn_in, num_samples, first, total
 
 
 def _number_or_tensor(value: float | Tensor, rows: int) -> tuple[float, Tensor | None]:

@@ -65,6 +65,10 @@ def compose(first: Transition, then: Transition) -> Transition:
     """
     checks.transition("first", first)
     checks.transition("then", then)
+    (n, columns), (rows, others) = first.threshold.shape, then.threshold.shape
+    if rows != n or (columns != others and 1 not in (columns, others)):
+        expected = f"shape ({n}, {columns}), or one column where it broadcasts"
+        raise ValueError(f"then must have {expected}, got {(rows, others)}")
     moves = first.score < then.threshold
     return Transition(
         torch.maximum(first.threshold, then.threshold),
@@ -96,6 +100,7 @@ def apply(transition: Transition, state: MHState, key_labels: Tensor | None = No
     label = position
     if key_labels is not None:
         checks.vector("key_labels", key_labels, None, torch.int64, position.device)
+        checks.within("transition.position, a position in key_labels,", position, -1, key_labels.shape[0])
         if key_labels.numel() > 0:  # without keys nothing moves
             label = key_labels[position.clamp_min(0)]
     after = MHState(

@@ -86,14 +86,15 @@ class EMC2Loss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checks.temperature(temperature, 0, torch.device("cpu"))
+        self.temperature = checks.one_temperature(temperature)
         checks.one_of("proposals", proposals, ("batch",))
         checks.one_of("views", views, ("one", "both"))
         checks.one_of("carry", carry, ("cached", "recompute", "drop"))
         checks.one_of("estimator", estimator, ("states",))
         checks.one_of("gather", gather, ("none",))
         checks.one_of("backend", backend, NAMES)
-        checks.counter("seed", seed, 64, torch.device("cpu"))
+        checks.boolean("normalize", normalize)
+        checks.embedding_dtype("bank_dtype", bank_dtype)
         if num_proposals is not None:
             raise ValueError(
                 f'num_proposals must be None with proposals="batch" (the keys are proposed), got {num_proposals!r}'
@@ -108,13 +109,12 @@ class EMC2Loss(nn.Module):
             raise ValueError(
                 f'encode must be a function with carry="recompute", None without, got {encode!r} with carry={carry!r}'
             )
-        self.temperature = float(temperature)
         self.views = views
         self.burn_in = float(burn_in)
         self.num_samples = num_samples
         self.carry = carry
         self.encode = encode
-        self.seed = seed
+        self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
         self.normalize = normalize
         self.backend = backend
         self.chains = ChainStore(num_items, views=2)
@@ -135,6 +135,7 @@ class EMC2Loss(nn.Module):
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; chains and bank are unchanged.
         """
+        checks.boolean("return_stats", return_stats)
         if index is None:
             raise TypeError("index must be an int64 tensor of the batch's items, got None")
         anchors = stack(z0, z1, index, dim=self.bank.dim, num_items=self.chains.num_items, normalize=self.normalize)
@@ -207,15 +208,12 @@ class EMC2Loss(nn.Module):
             return mean
         distinct, inverse = labels[rows].unique(return_inverse=True)
         encoded = self.encode(distinct // 2, distinct % 2)
-        if (
-            not isinstance(encoded, Tensor)
-            or encoded.shape != (distinct.shape[0], mean.shape[1])
-            or encoded.device != mean.device
-        ):
-            expected = f"a tensor of shape ({distinct.shape[0]}, {mean.shape[1]}) on {mean.device}"
-            raise ValueError(
-                f"encode must return {expected} for {distinct.shape[0]} items, got {checks.describe(encoded)}"
-            )
+        checks.tensor("encode's result", encoded)
+        checks.operand_dtype("encode's result", encoded)
+        if encoded.shape != (distinct.shape[0], mean.shape[1]) or encoded.device != mean.device:
+            expected = f"shape ({distinct.shape[0]}, {mean.shape[1]}) on {mean.device}"
+            raise ValueError(f"encode's result must have {expected}, got {checks.describe(encoded)}")
+        checks.finite("encode's result", encoded.detach())
         carried = unit(encoded, self.normalize).to(mean.dtype)[inverse]
         return mean.index_add(0, rows, weight[rows, None] * carried)
 

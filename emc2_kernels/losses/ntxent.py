@@ -28,11 +28,11 @@ def nt_xent(anchors: Anchors, temperature: float) -> tuple[Tensor, Tensor]:
     positive_scores = scores[rows, positive]
     loss = (torch.logsumexp(scores, 1) - positive_scores).mean()
     with torch.no_grad():
-        negatives = scores.detach().index_put((rows, positive), scores.new_tensor(-torch.inf))
-        exist = negatives.amax(1) > -torch.inf  # an anchor in a batch of one item has none
-        weights = torch.softmax(negatives[exist], 1)
-        similarity = (weights * negatives[exist].clamp_min(torch.finfo(scores.dtype).min)).sum(1) * temperature
-    return loss, similarity.mean() if similarity.numel() else scores.new_zeros(())
+        is_negative = ~masked.index_put((rows, positive), torch.ones_like(rows, dtype=torch.bool))
+        has_negatives = is_negative.any(1)  # an anchor in a batch of one item has none
+        negatives = torch.where(is_negative, scores, torch.where(has_negatives[:, None], -torch.inf, 0))
+        similarity = (torch.softmax(negatives, 1) * torch.where(is_negative, scores, 0)).sum(1) * temperature
+    return loss, similarity.sum() / has_negatives.sum().clamp_min(1)
 
 
 class NTXentLoss(nn.Module):
@@ -49,8 +49,8 @@ class NTXentLoss(nn.Module):
 
     def __init__(self, *, temperature: float = 0.07, normalize: bool = True) -> None:
         super().__init__()
-        checks.temperature(temperature, 0, torch.device("cpu"))
-        self.temperature = float(temperature)
+        self.temperature = checks.one_temperature(temperature)
+        checks.boolean("normalize", normalize)
         self.normalize = normalize
 
     def forward(
@@ -66,6 +66,7 @@ class NTXentLoss(nn.Module):
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came.
         """
+        checks.boolean("return_stats", return_stats)
         anchors = stack(z0, z1, index, dim=None, num_items=None, normalize=self.normalize)
         loss, negative_similarity = nt_xent(anchors, self.temperature)
         if not return_stats:

@@ -44,7 +44,7 @@ def stack(
     if index is not None:
         _check_index(index, z0, num_items)
         index = index.to(z0.device, non_blocking=True)
-    embeddings = unit(torch.cat((z0, z1)), normalize)
+    embeddings = torch.cat((unit(z0, normalize), unit(z1, normalize)))
     views = torch.arange(2, device=z0.device).repeat_interleave(z0.shape[0])
     return Anchors(embeddings, None if index is None else index.repeat(2), views)
 
@@ -67,8 +67,7 @@ def _check_embeddings(name: str, z: Tensor, dim: int | None) -> None:
     checks.tensor(name, z)
     if z.dim() != 2 or z.shape[0] == 0 or z.shape[1] == 0 or (dim is not None and z.shape[1] != dim):
         raise ValueError(f"{name} must have shape (b, {'d' if dim is None else dim}), b >= 1, got {checks.describe(z)}")
-    if z.dtype not in checks.OPERAND_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {checks.describe(z)}")
+    checks.operand_dtype(name, z)
     checks.finite(name, z.detach())
 
 
