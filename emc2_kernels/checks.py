@@ -102,6 +102,7 @@ def operands(queries: Any, keys: Any) -> None:
 
 
 def vector(name: str, value: Any, length: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    """A 1-d tensor of ``length`` (None: any), dtype and device."""
     tensor(name, value)
     if value.dtype != dtype:
         raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {describe(value)}")

@@ -81,7 +81,7 @@ def mh_step(
     checks.boolean("return_lse", return_lse)
     if return_lse and not (isinstance(proposal, str) and proposal == "sweep"):
         raise ValueError('return_lse needs proposal="sweep", which sees every key, got another proposal')
-    samples, key, score, threshold, *asked_for = ops.MH_STEP(
+    samples, key, score, threshold, *asked_for = ops.mh_step(
         *walk,
         state[0],
         _detached(state[1]),
@@ -136,7 +136,7 @@ def mh_transition(
         queries, keys, temperature, seed, step, chain_ids, query_ids, key_ids, proposal, num_proposals, log_proposal,
         burn_in, num_samples, first_proposal, total_proposals, backend,
     )  # fmt: skip
-    return Transition(*ops.MH_TRANSITION(*walk, backend))
+    return Transition(*ops.mh_transition(*walk, backend))
 
 
 def _detached(value: Tensor) -> Tensor:

@@ -146,7 +146,8 @@ def test_compose_is_associative_with_an_identity():
     for composed in (left, right):
         for mine, theirs in zip(emc2.apply(composed, state).state, in_turn, strict=True):
             assert torch.equal(mine, theirs)
-    identity = emc2.Transition(torch.full((1, 1), -torch.inf), torch.full((1, 1), -torch.inf), torch.full((1, 1), -1))
+    nothing = torch.full((5000, 1), -torch.inf)
+    identity = emc2.Transition(nothing, nothing, torch.full((5000, 1), -1))
     unchanged = emc2.compose(emc2.compose(identity, a), identity)
     assert torch.equal(unchanged.threshold, a.threshold)
     for mine, theirs in zip(emc2.apply(unchanged, state).state, emc2.apply(a, state).state, strict=True):

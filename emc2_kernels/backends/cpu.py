@@ -13,8 +13,8 @@ from .walk import Walk
 
 # A tile of scores stays in the second- and third-level cache between the product that writes it and the walk that reads
 # it.
-TILE_ELEMENTS = 1 << 20
-TILE_ROWS = 1024
+TILE_ELEMENTS = 1 << 19
+TILE_ROWS = 512
 SMALL_SWEEP_MULTIPLIES = 1 << 20  # n * m * d up to which one native call, products included, beats torch's product
 ROW_ALIGNMENT = 64  # of a tile's rows: a multiple of the lanes, so that the last group may read past the rows
 
@@ -77,6 +77,11 @@ def _recorder(walk: Walk, step: tuple[int, ...] = (0,) * 9, transition: tuple[in
     )
 
 
+def _floats(operand: Tensor, first: int, count: int) -> Tensor:
+    """Rows of an operand in float32, so that half-precision products are exact."""
+    return (operand if count >= operand.shape[0] else operand[first : first + count]).float()
+
+
 def _sweep_by_tiles(walk: Walk, recorder: Any) -> None:
     """Scores by tiles of (keys, rows): neighbouring rows, which share a vector, are neighbours in memory."""
     n, m = walk.queries.shape[0], walk.keys.shape[0]
@@ -86,9 +91,9 @@ def _sweep_by_tiles(walk: Walk, recorder: Any) -> None:
     tile_keys = min(m, TILE_ELEMENTS // stride)
     buffer = _tile_buffer(stride * tile_keys)
     for row in range(0, n, tile_rows):
-        queries = walk.queries[row : row + tile_rows].float().T
+        queries = _floats(walk.queries, row, tile_rows).T
         for key in range(0, m, tile_keys):
-            keys = walk.keys[key : key + tile_keys].float()
+            keys = _floats(walk.keys, key, tile_keys)
             dots = buffer.as_strided((keys.shape[0], queries.shape[1]), (stride, 1))
             torch.mm(keys, queries, out=dots)
             sweep.walk(buffer.data_ptr(), stride, row, row + queries.shape[1], key, key + keys.shape[0])

@@ -155,7 +155,7 @@ class EMC2Loss(nn.Module):
             return ProposedKeys(*anchors)
         b = anchors.embeddings.shape[0] // 2
         items = anchors.items[:b]
-        coin = ops.VIEW_COIN(items, *ops.integer_or_tensor(self.seed), *ops.integer_or_tensor(self.step), self.backend)
+        coin = ops.view_coin(items, *ops.integer_or_tensor(self.seed), *ops.integer_or_tensor(self.step), self.backend)
         chosen = torch.where(coin[:, None] == 1, anchors.embeddings[b:], anchors.embeddings[:b])
         return ProposedKeys(chosen, items, coin)
 
