@@ -1,5 +1,6 @@
 """What several test files share: seeded inputs, and module states compared bit by bit."""
 
+import pytest
 import torch
 
 from emc2_kernels import backends
@@ -29,3 +30,23 @@ def relative_rms(actual, expected):
     """Root mean square of the error over that of the expected values, in float64."""
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+def int64(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def table(cases):
+    """Parametrises (change, exception, regex)."""
+    return pytest.mark.parametrize(("change", "exception", "regex"), cases.values(), ids=cases)
+
+
+def named_error(exception, regex):
+    """An error that starts with the argument's name and says what came."""
+    return pytest.raises(exception, match=rf"(?s)^(?=.*\bgot\b){regex}")
+
+
+def with_rows(tensor, row, value):
+    changed = tensor.clone()
+    changed[row] = value
+    return changed
