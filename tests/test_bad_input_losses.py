@@ -176,8 +176,8 @@ EMC2_CONSTRUCTOR_ERRORS = {
     "carry is a typo": ({"carry": "cache"}, ValueError, "carry"),
     "carry is None": ({"carry": None}, ValueError, "carry"),
     "recompute without encode": ({"carry": "recompute"}, ValueError, "encode"),
-    "recompute with an encode that is no function": ({"carry": "recompute", "encode": 3}, ValueError, "encode"),
-    "encode without recompute": ({"encode": filled(1.0)}, ValueError, "encode"),
+    "recompute with an encode that is no function": ({"carry": "recompute", "encode": 3}, TypeError, "encode"),
+    "encode is a word": ({"encode": "recompute"}, TypeError, "encode"),
     "estimator is a typo": ({"estimator": "state"}, ValueError, "estimator"),
     "gather is a typo": ({"gather": "some"}, ValueError, "gather"),
     "gather is a bool": ({"gather": True}, ValueError, "gather"),
@@ -294,6 +294,18 @@ def test_every_statistic_of_a_degenerate_batch_is_finite():
         for change in (one_row(), {"index": int64(3, 3, 3, 3)}, {"z0": Z0 * 0, "z1": Z1 * 0}):
             _, stats = partial(loss, return_stats=True)(**({"z0": Z0, "z1": Z1, "index": INDEX} | change))
             assert all(value.isfinite() for value in stats.values()), stats
+
+
+@pytest.mark.parametrize("scale", [1e19, 3e38])
+def test_products_that_overflow_without_normalisation_are_named_and_change_nothing(scale):
+    big = torch.full_like(Z0, scale)
+    with named_error(ValueError, "the similarities"):
+        NTXentLoss(normalize=False)(big, big)
+    loss = warm_emc2(normalize=False)
+    before = snapshot(loss)
+    with named_error(ValueError, "the similarities"):
+        loss(big, big, INDEX)
+    assert_unchanged(loss, before)
 
 
 def test_each_table_has_at_least_forty_cases():

@@ -451,3 +451,14 @@ def test_both_backends_make_the_same_loss():
     for state in states[1:]:
         assert_identical(state["chains.key"], states[0]["chains.key"])
         torch.testing.assert_close(state["chains.score"], states[0]["chains.score"])
+
+
+def test_an_encoder_given_to_the_loss_does_not_become_a_part_of_it():
+    class Encoder(nn.Linear):
+        def forward(self, items, views):
+            return super().forward(torch.ones(len(items), 3))
+
+    loss = EMC2Loss(ITEMS, DIM, carry="recompute", encode=Encoder(3, DIM))
+    assert not list(loss.parameters()) and not any("encode" in name for name in loss.state_dict())
+    for index in shuffled_batches():
+        loss(normal(0, B, DIM), normal(1, B, DIM), index)

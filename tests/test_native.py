@@ -419,3 +419,14 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     check_fallback(result, ["cpu", "auto", "auto", "auto"], "TORCH_EXTENSIONS_DIR")
     assert str(cache) in result.calls[0]
     assert MESSAGE not in result.err
+
+
+def test_a_cached_core_that_does_not_load(first_use: FirstUse, tmp_path: Path) -> None:
+    """Built with a newer C++ library, say, in a home directory that machines share."""
+    cache = tmp_path / "cache"
+    library = cache / first_use.library.relative_to(first_use.cache)
+    library.parent.mkdir(parents=True)
+    library.write_text("no shared object")
+    result = outcome(start_python(STEPS, "auto", "cpu", "auto", TORCH_EXTENSIONS_DIR=cache))
+    check_fallback(result, ["auto", "cpu", "auto", "auto"], f"delete {library}")
+    assert MESSAGE not in result.err

@@ -48,7 +48,8 @@ class EMC2Loss(nn.Module):
         carry: where a sample is still the key that the chain brought along, which is outside the batch: "cached" takes
             its latest embedding from the bank, detached, so the key's side of the gradient is lost; "recompute" encodes
             it again, the reference; "drop" leaves it out, which is badly biased and there for comparison only.
-        encode: for "recompute": encode(items (k,), views (k,)) -> (k, dim) embeddings, as the loss takes them.
+        encode: called with carry="recompute" only: encode(items (k,), views (k,)) -> (k, dim) embeddings, as the loss
+            takes them.
         seed: of the chains' random numbers.
         normalize: L2-normalise the embeddings first, in float32.
         bank_dtype: dtype of the kept embeddings.
@@ -105,15 +106,15 @@ class EMC2Loss(nn.Module):
             raise ValueError(f"burn_in must be a share of the proposals in [0, 1), got {burn_in!r}")
         if num_samples is not None:
             checks.at_least("num_samples", num_samples, 1)
-        if (carry == "recompute") != callable(encode):
-            raise ValueError(
-                f'encode must be a function with carry="recompute", None without, got {encode!r} with carry={carry!r}'
-            )
+        if encode is None and carry == "recompute":
+            raise ValueError('encode must be given with carry="recompute", got None')
+        if encode is not None and not callable(encode):
+            raise TypeError(f"encode must be a function, got {checks.describe(encode)}")
         self.views = views
         self.burn_in = float(burn_in)
         self.num_samples = num_samples
         self.carry = carry
-        self.encode = encode
+        object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
         self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
         self.normalize = normalize
         self.backend = backend
@@ -145,6 +146,8 @@ class EMC2Loss(nn.Module):
         positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
         negative_similarity = (anchors.embeddings * negatives).sum(1)
         loss = (negative_similarity - positive_similarity).mean() / self.temperature
+        if not self.normalize:  # unit vectors cannot overflow
+            checks.finite("the similarities of z0 and z1", loss.detach())
         stats = self._stats(anchors, keys, result, negative_similarity.detach()) if return_stats else None
         if self.training:
             self._remember(anchors, result.state)

@@ -69,6 +69,8 @@ class NTXentLoss(nn.Module):
         checks.boolean("return_stats", return_stats)
         anchors = stack(z0, z1, index, dim=None, num_items=None, normalize=self.normalize)
         loss, negative_similarity = nt_xent(anchors, self.temperature)
+        if not self.normalize:  # unit vectors cannot overflow
+            checks.finite("the similarities of z0 and z1", loss.detach())
         if not return_stats:
             return loss
         return loss, batch_stats(anchors, self.temperature) | {"negative_similarity": negative_similarity}
