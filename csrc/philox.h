@@ -1,7 +1,7 @@
 // The random-number contract: Philox4x32 with 7 rounds (Salmon et al., SC 2011), and which counter names which draw.
 //
-// A draw is a pure function of (seed, chain, stream, step, block), so it does not depend on tile shape, row order, thread or backend.
-// emc2_kernels/rng.py states the same contract in torch.
+// A draw is a pure function of (seed, chain, stream, step, block), so it does not depend on tile shape, row order,
+// thread or backend. emc2_kernels/rng.py states the same contract in torch.
 #pragma once
 
 #include <cstdint>
@@ -64,12 +64,16 @@ EMC2_HD uint32_t counter_tag(uint64_t chain, Stream stream, uint32_t sample = 0)
   return sample << 16 | static_cast<uint32_t>(chain >> 32) << 8 | stream;
 }
 
-EMC2_HD PhiloxBlock<uint32_t> philox_counter(uint64_t chain, Stream stream, uint32_t step, uint32_t block, uint32_t sample = 0) {
+EMC2_HD PhiloxBlock<uint32_t> philox_counter(uint64_t chain, Stream stream, uint32_t step, uint32_t block,
+                                             uint32_t sample = 0) {
   return {block, static_cast<uint32_t>(chain), counter_tag(chain, stream, sample), step};
 }
 
 // u = (word >> 9) * 2^-23 + 2^-24 is (2 * (word >> 9) + 1) * 2^-24: this is the odd integer, exact as a float.
-EMC2_HD uint32_t acceptance_numerator(uint32_t word) { return (word >> 9) << 1 | 1u; }
+template <class Word>
+EMC2_HD Word acceptance_numerator(Word word) {
+  return word >> 8 | 1u;
+}
 
 // High 64 bits of value * count: uniform over 0 .. count - 1 up to count / 2^64.
 EMC2_HD uint64_t scale_to_range(uint32_t low, uint32_t high, uint64_t count) {

@@ -19,10 +19,12 @@ struct Transition {
   Position position;  // of the proposal that `score` belongs to; -1 in the identity
 };
 
-// Associative, not commutative. As `then`, threshold -inf is an identity step whatever its score: nothing lies below it, so not even
-// a NaN is taken. As `first` the identity must be (-inf, -inf, -1): there its score and position would leak.
+// Associative, not commutative. As `then`, threshold -inf is an identity step whatever its score: nothing lies below
+// it, so not even a NaN is taken. As `first` the identity must be (-inf, -inf, -1): there its score and position would
+// leak.
 template <class Score, class Position>
-EMC2_HD Transition<Score, Position> compose(const Transition<Score, Position>& first, const Transition<Score, Position>& then) {
+EMC2_HD Transition<Score, Position> compose(const Transition<Score, Position>& first,
+                                            const Transition<Score, Position>& then) {
   const auto moves = first.score < then.threshold;
   return {then.threshold > first.threshold ? then.threshold : first.threshold, moves ? then.score : first.score,
           moves ? then.position : first.position};

@@ -17,12 +17,12 @@ Element* at(uintptr_t address) {
 
 emc2::Recorder make_recorder(
     // the walk
-    int64_t rows, int64_t keys, int64_t total, int64_t first, int64_t count, int64_t burn_in, int64_t samples, uint64_t seed,
-    uint32_t step, float temperature, uintptr_t temperatures, uintptr_t chain_ids, uintptr_t query_ids, uintptr_t key_ids,
-    uintptr_t log_proposal, int threads,
+    int64_t rows, int64_t keys, int64_t total, int64_t first, int64_t count, int64_t burn_in, int64_t samples,
+    uint64_t seed, uint32_t step, float temperature, uintptr_t temperatures, uintptr_t chain_ids, uintptr_t query_ids,
+    uintptr_t key_ids, uintptr_t log_proposal, int threads,
     // of a step: incoming states and what it writes; all 0 for a transition
-    uintptr_t state_key, uintptr_t state_score, uintptr_t labels, uintptr_t step_samples, uintptr_t step_key, uintptr_t step_score,
-    uintptr_t step_threshold, uintptr_t accepted, uintptr_t lse,
+    uintptr_t state_key, uintptr_t state_score, uintptr_t labels, uintptr_t step_samples, uintptr_t step_key,
+    uintptr_t step_score, uintptr_t step_threshold, uintptr_t accepted, uintptr_t lse,
     // of a transition; all 0 for a step
     uintptr_t threshold, uintptr_t score, uintptr_t position) {
   return {{rows,
@@ -38,29 +38,31 @@ emc2::Recorder make_recorder(
            at<const float>(log_proposal),
            threads},
           {at<const int64_t>(state_key), at<const float>(state_score)},
-          {at<int32_t>(step_samples), at<int64_t>(step_key), at<float>(step_score), at<float>(step_threshold), at<int32_t>(accepted),
-           at<float>(lse), at<const int64_t>(labels)},
+          {at<int32_t>(step_samples), at<int64_t>(step_key), at<float>(step_score), at<float>(step_threshold),
+           at<int32_t>(accepted), at<float>(lse), at<const int64_t>(labels)},
           {at<float>(threshold), at<float>(score), at<int64_t>(position)}};
 }
 
-emc2::Operands operands(uintptr_t queries, uintptr_t keys, int64_t query_stride, int64_t key_stride, int64_t dim, int dtype) {
-  return {at<const void>(queries), at<const void>(keys), query_stride, key_stride, dim, static_cast<emc2::Dtype>(dtype)};
+emc2::Operands operands(uintptr_t queries, uintptr_t keys, int64_t query_stride, int64_t key_stride, int64_t dim,
+                        int dtype) {
+  return {at<const void>(queries),        at<const void>(keys), query_stride, key_stride, dim,
+          static_cast<emc2::Dtype>(dtype)};
 }
 
-void walk_tile(emc2::Sweep& sweep, uintptr_t dots, int64_t stride, int64_t row_begin, int64_t row_end, int64_t key_begin,
-               int64_t key_end) {
+void walk_tile(emc2::Sweep& sweep, uintptr_t dots, int64_t stride, int64_t row_begin, int64_t row_end,
+               int64_t key_begin, int64_t key_end) {
   sweep.walk({at<const float>(dots), stride, row_begin, row_end, key_begin, key_end});
 }
 
-void small_sweep(const emc2::Recorder& recorder, uintptr_t queries, uintptr_t keys, int64_t query_stride, int64_t key_stride,
-                 int64_t dim, int dtype) {
+void small_sweep(const emc2::Recorder& recorder, uintptr_t queries, uintptr_t keys, int64_t query_stride,
+                 int64_t key_stride, int64_t dim, int dtype) {
   emc2::Sweep sweep(recorder);
   sweep.walk_small(operands(queries, keys, query_stride, key_stride, dim, dtype));
   sweep.finish();
 }
 
-void walk_gathered(const emc2::Recorder& recorder, uintptr_t queries, uintptr_t keys, int64_t query_stride, int64_t key_stride,
-                   int64_t dim, int dtype, uintptr_t positions, int64_t position_stride) {
+void walk_gathered(const emc2::Recorder& recorder, uintptr_t queries, uintptr_t keys, int64_t query_stride,
+                   int64_t key_stride, int64_t dim, int dtype, uintptr_t positions, int64_t position_stride) {
   emc2::walk_gathered(recorder, operands(queries, keys, query_stride, key_stride, dim, dtype),
                       {at<const int64_t>(positions), position_stride});
 }

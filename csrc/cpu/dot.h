@@ -26,7 +26,8 @@ EMC2_HD Floats load_floats(const float* from) { return load<Floats>(from); }
 
 EMC2_HD Floats load_floats(const Bfloat16* from) { return (Floats)(widened(from) << 16); }
 
-// Shifting float16's exponent and mantissa into float32's places leaves a value 2^-112 of the right one, subnormals included.
+// Shifting float16's exponent and mantissa into float32's places leaves a value 2^-112 of the right one, subnormals
+// included.
 EMC2_HD Floats load_floats(const Float16* from) {
   const Words half = widened(from);
   const Words magnitude = (half & 0x7fffu) << 13;

@@ -17,7 +17,8 @@ inline void view_coins(const int64_t* items, int64_t count, uint64_t seed, uint3
 // Whole counters, four words each: what the tests compare between backends.
 inline void philox_words(const uint32_t* counters, int64_t count, uint64_t seed, uint32_t* words) {
   for (int64_t i = 0; i < 4 * count; i += 4) {
-    const auto block = philox_rounds<uint32_t>({counters[i], counters[i + 1], counters[i + 2], counters[i + 3]}, philox_key(seed));
+    const auto block =
+        philox_rounds<uint32_t>({counters[i], counters[i + 1], counters[i + 2], counters[i + 3]}, philox_key(seed));
     words[i] = block.c0;
     words[i + 1] = block.c1;
     words[i + 2] = block.c2;

@@ -21,8 +21,10 @@ struct Chunk {
 EMC2_HD PhiloxBlock<Words> chain_blocks(const Walk& walk, uint64_t chain, Stream stream, uint32_t first_block) {
   Words block;
   for (int lane = 0; lane < kLanes; ++lane) block[lane] = first_block + lane;
-  const Words low = Words{} + static_cast<uint32_t>(chain), tag = Words{} + counter_tag(chain, stream), step = Words{} + walk.step;
-  const auto state = philox_rounds<SplitWords>({split(block), split(low), split(tag), split(step)}, philox_key(walk.seed));
+  const Words low = Words{} + static_cast<uint32_t>(chain), tag = Words{} + counter_tag(chain, stream),
+              step = Words{} + walk.step;
+  const auto state =
+      philox_rounds<SplitWords>({split(block), split(low), split(tag), split(step)}, philox_key(walk.seed));
   return {join(state.c0), join(state.c1), join(state.c2), join(state.c3)};
 }
 
@@ -66,7 +68,9 @@ class RowScores {
     return walk_.log_proposal ? score - walk_.log_proposal[position] : score;
   }
 
-  EMC2_HD bool excluded(int64_t position) const { return walk_.query_ids && walk_.query_ids[row_] == walk_.key_ids[position]; }
+  EMC2_HD bool excluded(int64_t position) const {
+    return walk_.query_ids && walk_.query_ids[row_] == walk_.key_ids[position];
+  }
 
  private:
   const Walk& walk_;
@@ -91,7 +95,8 @@ void fill_chunk(const Walk& walk, const Positions& positions, int64_t row, int64
 }
 
 template <class Element>
-void walk_row(const Recorder& recorder, const Operands& operands, const Positions& positions, int64_t row, float* query) {
+void walk_row(const Recorder& recorder, const Operands& operands, const Positions& positions, int64_t row,
+              float* query) {
   const Walk& walk = recorder.walk;
   const Schedule& schedule = walk.schedule;
   const RowScores<Element> scores(walk, operands, row, query);
@@ -112,7 +117,8 @@ void walk_row(const Recorder& recorder, const Operands& operands, const Position
     Chunk chunk;
     fill_chunk(walk, positions, row, from, to, chunk);
     for (int64_t p = from; p < to; ++p) {
-      if (p + kPrefetchDistance < to) prefetch_row(scores.key(chunk.position[(p + kPrefetchDistance) % kChunk]), operands.dim);
+      if (p + kPrefetchDistance < to)
+        prefetch_row(scores.key(chunk.position[(p + kPrefetchDistance) % kChunk]), operands.dim);
       const int64_t key = chunk.position[p % kChunk];
       const float score = scores.score(key);
       const float threshold = score < kInfinity && !scores.excluded(key) ? score + chunk.e[p % kChunk] : -kInfinity;
@@ -144,9 +150,12 @@ void walk_rows(const Recorder& recorder, const Operands& operands, const Positio
 
 void walk_gathered(const Recorder& recorder, const Operands& operands, const Positions& positions) {
   switch (operands.dtype) {
-    case Dtype::kFloat32: return walk_rows<float>(recorder, operands, positions);
-    case Dtype::kBfloat16: return walk_rows<Bfloat16>(recorder, operands, positions);
-    case Dtype::kFloat16: return walk_rows<Float16>(recorder, operands, positions);
+    case Dtype::kFloat32:
+      return walk_rows<float>(recorder, operands, positions);
+    case Dtype::kBfloat16:
+      return walk_rows<Bfloat16>(recorder, operands, positions);
+    case Dtype::kFloat16:
+      return walk_rows<Float16>(recorder, operands, positions);
   }
 }
 

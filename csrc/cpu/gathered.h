@@ -6,7 +6,8 @@
 
 namespace emc2 {
 
-// Positions of the shard's proposals, (rows, schedule.count) with unit last stride; null: drawn from the position stream.
+// Positions of the shard's proposals, (rows, schedule.count) with unit last stride; null: drawn from the position
+// stream.
 struct Positions {
   const int64_t* data;
   int64_t stride;

@@ -1,7 +1,7 @@
 // One chain in each lane: GCC's vector extensions, lowered to whatever the target has (AVX-512, AVX2, SSE, NEON).
 //
-// Two operations are spelled with intrinsics where x86 has the exact instruction and GCC does not find it: the widening multiply
-// that Philox is made of, and "is any lane set". Everything else is portable C++.
+// Two operations are spelled with intrinsics where x86 has the exact instruction and GCC does not find it: the widening
+// multiply that Philox is made of, and "is any lane set". Everything else is portable C++.
 #pragma once
 
 #include <cstdint>
@@ -58,8 +58,8 @@ EMC2_HD bool any(Ints mask) {
 #endif
 }
 
-// A vector of 32-bit words kept as its even and its odd lanes, each in the low half of a 64-bit lane. The high halves hold rubbish:
-// the widening multiply ignores them, so Philox needs no shuffle between its rounds.
+// A vector of 32-bit words kept as its even and its odd lanes, each in the low half of a 64-bit lane. The high halves
+// hold rubbish: the widening multiply ignores them, so Philox needs no shuffle between its rounds.
 struct SplitWords {
   Wides even, odd;
 };
@@ -91,10 +91,11 @@ EMC2_HD WideProduct<SplitWords> multiply_wide(uint32_t multiplier, SplitWords wo
   return {{even >> 32, odd >> 32}, {even, odd}};
 }
 
-// E = -log u of the contract. log(odd * 2^-24) = (exponent - 24) log 2 + log1p(f), f = mantissa - 1 in [sqrt(1/2) - 1, sqrt(2) - 1);
-// the result is within 1.25 ulp and never negative, which would put a threshold below its score: tests/cpp checks all 2^23 inputs.
+// E = -log u of the contract. log(odd * 2^-24) = (exponent - 24) log 2 + log1p(f), f = mantissa - 1 in [sqrt(1/2) - 1,
+// sqrt(2) - 1). Within 1.25 ulp and never negative, or a threshold could lie below its score: tests/cpp checks all 2^23
+// inputs.
 EMC2_HD Floats exponential(Words word) {
-  const Floats x = __builtin_convertvector((Ints)(word >> 8 | 1u), Floats);
+  const Floats x = __builtin_convertvector((Ints)acceptance_numerator(word), Floats);
   const Ints bits = (Ints)x;
   const Ints exponent = (bits - 0x3f3504f3) >> 23;
   const Floats f = (Floats)(bits - (exponent << 23)) - 1.0f;
@@ -114,7 +115,8 @@ EMC2_HD Floats exponential(Words word) {
 EMC2_HD Floats exp_nonpositive(Floats x) {
   const Ints underflows = x < -87.0f;
   const Floats y = underflows ? all_floats(0.0f) : x;
-  const Floats magic = all_floats(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer, kept in the low bits
+  const Floats magic =
+      all_floats(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer, kept in the low bits
   const Floats shifted = y * 1.4426950408889634f + magic;
   const Floats n = shifted - magic;
   const Floats r = (y - n * 0.693359375f) + n * 2.12194440054690583e-4f;  // log 2 in two parts

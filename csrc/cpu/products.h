@@ -1,4 +1,5 @@
-// The scores of a small sweep. Up to some 2^20 multiplies, calling torch's matrix product costs more than the product itself.
+// The scores of a small sweep. Up to some 2^20 multiplies, calling torch's matrix product costs more than the product
+// itself.
 #pragma once
 
 #include <type_traits>
@@ -46,7 +47,8 @@ struct KeyBlock {
   int64_t stride;
 
   template <class Element>
-  KeyBlock(const Element* keys, int64_t key_stride, int64_t begin, int64_t count, int64_t dim, std::vector<float>& buffer) {
+  KeyBlock(const Element* keys, int64_t key_stride, int64_t begin, int64_t count, int64_t dim,
+           std::vector<float>& buffer) {
     if constexpr (std::is_same_v<Element, float>) {
       if (begin + kKeyBlock <= count) {
         rows = keys + begin * key_stride;
@@ -56,7 +58,8 @@ struct KeyBlock {
     }
     stride = (dim + kLanes - 1) / kLanes * kLanes;
     buffer.resize(kKeyBlock * stride);
-    for (int k = 0; k < kKeyBlock; ++k) load_row(keys + std::min(begin + k, count - 1) * key_stride, dim, buffer.data() + k * stride);
+    for (int k = 0; k < kKeyBlock; ++k)
+      load_row(keys + std::min(begin + k, count - 1) * key_stride, dim, buffer.data() + k * stride);
     rows = buffer.data();
   }
 };

@@ -1,4 +1,5 @@
-// What leaves a walk: the samples and the end of given incoming states (mh_step), or the walk's own prefixes (mh_transition).
+// What leaves a walk: the samples and the end of given incoming states (mh_step), or the walk's own prefixes
+// (mh_transition).
 #pragma once
 
 #include <cmath>

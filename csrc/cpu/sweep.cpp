@@ -11,10 +11,11 @@ namespace {
 // Below this many (row, key) elements, or multiplies where there are any, waking the threads costs more than they save.
 constexpr int64_t kParallelElements = 1 << 15;
 constexpr int64_t kParallelMultiplies = 1 << 17;
-constexpr int64_t kPrefetchKeys = 32;
+constexpr int64_t kPrefetchKeys = 32;  // ahead of the walk: a third-level cache line takes as long as some ten keys
 
 template <class Element>
-EMC2_HD Words low_words(const Element* values, int64_t begin, int64_t rows, int shift) {
+EMC2_HD Words low_words(const Element* values, int64_t begin, int64_t rows,
+                        int shift) {  // row numbers where there are no values
   Words words{};
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t row = std::min(begin + lane, rows - 1);
@@ -27,30 +28,33 @@ EMC2_HD Words low_words(const Element* values, int64_t begin, int64_t rows, int 
 
 Sweep::Sweep(const Recorder& recorder) : recorder_(recorder), walk_(recorder_.walk) {
   groups_.resize((walk_.rows + kLanes - 1) / kLanes);
-  const PhiloxKey key = philox_key(walk_.seed);
-  for (int64_t g = 0; g < static_cast<int64_t>(groups_.size()); ++g) {
-    RowGroup& rows = groups_[g];
-    const int64_t begin = g * kLanes;
-    const Words chain_high = low_words(walk_.chain_ids, begin, walk_.rows, 32);
-    rows.draws = AcceptanceDraws(key, walk_.step, low_words(walk_.chain_ids, begin, walk_.rows, 0), chain_high << 8 | static_cast<uint32_t>(kAcceptanceStream));
-    if (walk_.query_ids) {
-      rows.query_id_low = low_words(walk_.query_ids, begin, walk_.rows, 0);
-      rows.query_id_high = low_words(walk_.query_ids, begin, walk_.rows, 32);
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t row = std::min(begin + lane, walk_.rows - 1);
-      rows.inverse_temperature[lane] = 1.0f / (walk_.temperatures ? walk_.temperatures[row] : walk_.temperature);
-      rows.state[lane] = recorder_.incoming(row);
-    }
-    rows.prefix = {all_floats(-kInfinity), all_floats(-kInfinity), all_ints(-1)};
-    rows.current = rows.state;
-    rows.accepted = all_ints(0);
-    rows.lse_max = all_floats(-kInfinity);
-    rows.lse_sum = all_floats(0.0f);
+  for (size_t group = 0; group < groups_.size(); ++group) start(groups_[group], group * kLanes);
+  // What was due before this shard, the shard leaves alone.
+  const int64_t due = walk_.schedule.samples_before(walk_.schedule.first);
+  for (int64_t group = 0; group < static_cast<int64_t>(groups_.size()); ++group) {
+    for (int64_t r = 0; r < due; ++r) record(group, r);
   }
-  for (int64_t r = 0; r < walk_.schedule.samples_before(walk_.schedule.first); ++r) {  // due before this shard, which leaves them alone
-    for (int64_t g = 0; g < static_cast<int64_t>(groups_.size()); ++g) record(g, r);
+}
+
+void Sweep::start(RowGroup& rows, int64_t begin) const {
+  const Words chain_low = low_words(walk_.chain_ids, begin, walk_.rows, 0);
+  const Words chain_high = low_words(walk_.chain_ids, begin, walk_.rows, 32);
+  const Words tag = chain_high << 8 | counter_tag(0, kAcceptanceStream);
+  rows.draws = AcceptanceDraws(philox_key(walk_.seed), walk_.step, chain_low, tag);
+  if (walk_.query_ids) {
+    rows.query_id_low = low_words(walk_.query_ids, begin, walk_.rows, 0);
+    rows.query_id_high = low_words(walk_.query_ids, begin, walk_.rows, 32);
   }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t row = std::min(begin + lane, walk_.rows - 1);
+    rows.inverse_temperature[lane] = 1.0f / (walk_.temperatures ? walk_.temperatures[row] : walk_.temperature);
+    rows.state[lane] = recorder_.incoming(row);
+  }
+  rows.prefix = {all_floats(-kInfinity), all_floats(-kInfinity), all_ints(-1)};
+  rows.current = rows.state;
+  rows.accepted = all_ints(0);
+  rows.lse_max = all_floats(-kInfinity);
+  rows.lse_sum = all_floats(0.0f);
 }
 
 EMC2_HD Ints Sweep::excluded(const RowGroup& rows, int64_t key) const {
@@ -111,7 +115,8 @@ void Sweep::walk_group(const Tile& tile, int64_t group) {
   rows.accepted = accepted;
 }
 
-// Adds a tile to the running log-sum-exp of similarity / temperature: the largest score first, so that each needs one exponential.
+// Adds a tile to the running log-sum-exp of similarity / temperature: the largest score first, so that each needs one
+// exponential.
 void Sweep::add_lse(const Tile& tile, int64_t group) {
   RowGroup& rows = groups_[group];
   const float* dots = tile.dots + (group * kLanes - tile.row_begin);
@@ -194,9 +199,12 @@ void Sweep::walk_small_of(const Operands& operands) {
 
 void Sweep::walk_small(const Operands& operands) {
   switch (operands.dtype) {
-    case Dtype::kFloat32: return walk_small_of<float>(operands);
-    case Dtype::kBfloat16: return walk_small_of<Bfloat16>(operands);
-    case Dtype::kFloat16: return walk_small_of<Float16>(operands);
+    case Dtype::kFloat32:
+      return walk_small_of<float>(operands);
+    case Dtype::kBfloat16:
+      return walk_small_of<Bfloat16>(operands);
+    case Dtype::kFloat16:
+      return walk_small_of<Float16>(operands);
   }
 }
 

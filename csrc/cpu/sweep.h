@@ -1,5 +1,6 @@
-// A sweep: every row is proposed the given keys one after another. The caller makes the scores, tile by tile, with the matrix
-// product that it has; this class walks each tile while it is in cache. Small sweeps are done whole, products included.
+// A sweep: every row is proposed the given keys one after another. The caller makes the scores, tile by tile, with the
+// matrix product that it has; this class walks each tile while it is in cache. Small sweeps are done whole, products
+// included.
 #pragma once
 
 #include <vector>
@@ -10,8 +11,9 @@
 
 namespace emc2 {
 
-// <q_i, k_j> for rows row_begin .. row_end - 1 and keys key_begin .. key_end - 1, key by key: dots[(j - key_begin) * stride +
-// (i - row_begin)]. row_begin is a multiple of 64; each key's run is readable up to the next multiple of 16 rows.
+// <q_i, k_j> for rows row_begin .. row_end - 1 and keys key_begin .. key_end - 1, key by key: dots[(j - key_begin) *
+// stride + (i - row_begin)]. row_begin is a multiple of 64; each key's run is readable up to the next multiple of 16
+// rows.
 struct Tile {
   const float* dots;
   int64_t stride;
@@ -37,13 +39,14 @@ class Sweep {
 
   Sweep(const Sweep&) = delete;  // walk_ refers into recorder_
 
-  void walk(const Tile& tile);                 // tiles of a row block come in key order
+  void walk(const Tile& tile);                // tiles of a row block come in key order
   void walk_small(const Operands& operands);  // all keys, products included
-  void finish();                               // writes what is known only at the end
+  void finish();                              // writes what is known only at the end
 
  private:
   using Kernel = void (Sweep::*)(const Tile&, int64_t);
 
+  void start(RowGroup& rows, int64_t begin) const;
   Kernel kernel() const;
   template <class Prepare>
   void walk_groups(const Tile& tile, bool parallel, Prepare prepare);

@@ -19,13 +19,13 @@ namespace {
 int failures = 0;
 
 // A broken loop of 2^23 checks would print as many lines: the first few say it all.
-#define CHECK(condition, ...)                                             \
-  do {                                                                    \
-    if (!(condition) && ++failures <= 20) {                               \
-      std::printf("%s:%d: %s failed: ", __FILE__, __LINE__, #condition);  \
-      std::printf(__VA_ARGS__);                                           \
-      std::printf("\n");                                                  \
-    }                                                                     \
+#define CHECK(condition, ...)                                            \
+  do {                                                                   \
+    if (!(condition) && ++failures <= 20) {                              \
+      std::printf("%s:%d: %s failed: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                          \
+      std::printf("\n");                                                 \
+    }                                                                    \
   } while (false)
 
 using emc2::Floats;
@@ -77,7 +77,8 @@ void acceptance_draws_equal_the_plain_generator() {
       for (const uint32_t step : steps) {
         const emc2::PhiloxKey key = emc2::philox_key(seed);
         const emc2::AcceptanceDraws draws(key, step, low, tag);
-        for (const uint32_t block : {0u, 1u, 2u, 255u, 0x80000001u, 0xffffffffu, static_cast<uint32_t>(random_bits())}) {
+        for (const uint32_t block :
+             {0u, 1u, 2u, 255u, 0x80000001u, 0xffffffffu, static_cast<uint32_t>(random_bits())}) {
           const auto words = draws.words(block);
           for (int i = 0; i < kLanes; ++i) {
             const auto plain =
@@ -138,7 +139,8 @@ float plain_float(emc2::Float16 value) {
   const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
   const float sign = value.bits >> 15 ? -1.0f : 1.0f;
   if (exponent == 31) return fraction ? std::nanf("") : sign * kInfinity;
-  return sign * (exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(static_cast<float>(fraction), -24));
+  return sign *
+         (exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(static_cast<float>(fraction), -24));
 }
 
 template <class Half>
@@ -201,13 +203,15 @@ Step random_unproposable_step(int64_t position) {
 void transitions_compose() {
   for (int64_t trial = 0; trial < 200000; ++trial) {
     const Step a = random_step(1), b = random_step(2), c = random_step(3);
-    CHECK(same(compose(compose(a, b), c), compose(a, compose(b, c))),
-          "not associative: (%g %g) (%g %g) (%g %g)", a.threshold, a.score, b.threshold, b.score, c.threshold, c.score);
-    CHECK(same(compose(identity, a), a) && same(compose(a, identity), a), "identity with (%g %g)", a.threshold, a.score);
+    CHECK(same(compose(compose(a, b), c), compose(a, compose(b, c))), "not associative: (%g %g) (%g %g) (%g %g)",
+          a.threshold, a.score, b.threshold, b.score, c.threshold, c.score);
+    CHECK(same(compose(identity, a), a) && same(compose(a, identity), a), "identity with (%g %g)", a.threshold,
+          a.score);
     // A step, then another, is what their composition does.
     const float x = static_cast<float>(random_below(16)) - 8.0f;
     const auto enter = [](const Step& step, float score) { return score < step.threshold ? step.score : score; };
-    CHECK(enter(compose(a, b), x) == enter(b, enter(a, x)), "(%g %g) (%g %g) from %g", a.threshold, a.score, b.threshold, b.score, x);
+    CHECK(enter(compose(a, b), x) == enter(b, enter(a, x)), "(%g %g) (%g %g) from %g", a.threshold, a.score,
+          b.threshold, b.score, x);
   }
   // Only as the second operand does a step that is not proposable have to be harmless: walks start from the identity.
   for (int walk = 0; walk < 5000; ++walk) {
@@ -217,8 +221,8 @@ void transitions_compose() {
       const Step step = random_step(position);
       with = compose(with, step), without = compose(without, step);
     }
-    CHECK(same(with, without), "an identity step leaked: (%g %g), not (%g %g)", with.threshold, with.score, without.threshold,
-          without.score);
+    CHECK(same(with, without), "an identity step leaked: (%g %g), not (%g %g)", with.threshold, with.score,
+          without.threshold, without.score);
   }
   // In lanes, as in scalars.
   for (int trial = 0; trial < 2000; ++trial) {
@@ -249,13 +253,13 @@ void samples_are_taken_where_the_schedule_says() {
         for (int64_t r = 0; r < samples; ++r) {
           int64_t after = 1;  // the least number of proposals that holds a share (r + 1) / samples of those kept
           while (after * samples < (r + 1) * kept) ++after;
-          CHECK(schedule.proposal_of_sample(r) == burn_in + after - 1, "sample %d of %d, %d + %d proposals", int(r), int(samples),
-                int(burn_in), int(kept));
+          CHECK(schedule.proposal_of_sample(r) == burn_in + after - 1, "sample %d of %d, %d + %d proposals", int(r),
+                int(samples), int(burn_in), int(kept));
           for (int64_t p = burn_in + after; p <= total; ++p) ++taken[p];
         }
         for (int64_t p = 0; p <= total; ++p) {
-          CHECK(schedule.samples_before(p) == taken[p], "before proposal %d: %d of %d samples, %d + %d proposals", int(p),
-                int(schedule.samples_before(p)), int(samples), int(burn_in), int(kept));
+          CHECK(schedule.samples_before(p) == taken[p], "before proposal %d: %d of %d samples, %d + %d proposals",
+                int(p), int(schedule.samples_before(p)), int(samples), int(burn_in), int(kept));
         }
       }
     }
@@ -295,8 +299,8 @@ void positions_scale_exactly() {
   }
 }
 
-// A walk whose scores are small integers: exact in every order of addition, so that the kernels must agree to the last bit with a
-// loop over the proposals.
+// A walk whose scores are small integers: exact in every order of addition, so that the kernels must agree to the last
+// bit with a loop over the proposals.
 struct Problem {
   int64_t rows, keys, dim;
   emc2::Schedule schedule;
@@ -308,8 +312,18 @@ struct Problem {
   uint32_t step = 0xfffffffeu;
 
   Problem(int64_t rows, int64_t keys, int64_t dim, emc2::Schedule schedule, bool steps)
-      : rows(rows), keys(keys), dim(dim), schedule(schedule), steps(steps), queries(rows * dim), key_rows(keys * dim),
-        chain_ids(rows), query_ids(rows), key_ids(keys), state_key(rows), state_score(rows) {
+      : rows(rows),
+        keys(keys),
+        dim(dim),
+        schedule(schedule),
+        steps(steps),
+        queries(rows * dim),
+        key_rows(keys * dim),
+        chain_ids(rows),
+        query_ids(rows),
+        key_ids(keys),
+        state_key(rows),
+        state_score(rows) {
     for (float& value : queries) value = static_cast<float>(random_below(5) - 2);
     for (float& value : key_rows) value = static_cast<float>(random_below(5) - 2);
     // Past 2^32, and so few that many pairs agree in one half of their bits only.
@@ -373,7 +387,8 @@ struct Results {
     walk.query_ids = problem.query_ids.data(), walk.key_ids = problem.key_ids.data();
     if (problem.steps) {
       recorder.states = {problem.state_key.data(), problem.state_score.data()};
-      recorder.step = {samples.data(), key.data(), score.data(), threshold.data(), accepted.data(), nullptr, problem.key_ids.data()};
+      recorder.step = {samples.data(),  key.data(), score.data(),          threshold.data(),
+                       accepted.data(), nullptr,    problem.key_ids.data()};
     } else {
       recorder.transition = {threshold_at.data(), score_at.data(), position_at.data()};
     }
@@ -381,8 +396,8 @@ struct Results {
   }
 };
 
-// A chain as the method describes it: one proposal after another, accepted or not. A transition is the walk of a chain that enters
-// it at -inf. `numbered` positions are those in the whole walk, of a sweep.
+// A chain as the method describes it: one proposal after another, accepted or not. A transition is the walk of a chain
+// that enters it at -inf. `numbered` positions are those in the whole walk, of a sweep.
 template <class KeyOfProposal>
 Results walk_by_the_book(const Problem& problem, KeyOfProposal key_of, bool numbered) {
   Results out(problem);
@@ -415,7 +430,8 @@ Results walk_by_the_book(const Problem& problem, KeyOfProposal key_of, bool numb
         }
       }
     }
-    if (problem.steps) out.key[row] = key, out.score[row] = current, out.threshold[row] = threshold, out.accepted[row] = accepted;
+    if (problem.steps)
+      out.key[row] = key, out.score[row] = current, out.threshold[row] = threshold, out.accepted[row] = accepted;
   }
   return out;
 }

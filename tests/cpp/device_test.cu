@@ -29,7 +29,8 @@ __global__ void walk_of_uniform_draws(emc2::Walk walk, const float* scores, Step
   };
   for (int64_t p = 0; p < walk.schedule.count; ++p) {
     const auto at = drawn(emc2::kPositionStream, p / 2);
-    const auto position = p % 2 ? emc2::scale_to_range(at.c2, at.c3, walk.keys) : emc2::scale_to_range(at.c0, at.c1, walk.keys);
+    const auto position =
+        p % 2 ? emc2::scale_to_range(at.c2, at.c3, walk.keys) : emc2::scale_to_range(at.c0, at.c1, walk.keys);
     const auto u = drawn(emc2::kAcceptanceStream, p / 4);
     const uint32_t word = p % 4 == 0 ? u.c0 : p % 4 == 1 ? u.c1 : p % 4 == 2 ? u.c2 : u.c3;
     const float e = 24 * 0.6931471805599453f - logf(static_cast<float>(emc2::acceptance_numerator(word)));
@@ -39,7 +40,8 @@ __global__ void walk_of_uniform_draws(emc2::Walk walk, const float* scores, Step
   whole[row] = prefix;
 }
 
-// A warp composes the transitions of its lanes, neighbours first: the order is kept, since the operator does not commute.
+// A warp composes the transitions of its lanes, neighbours first: the order is kept, since the operator does not
+// commute.
 __global__ void compose_warps(const Step* steps, Step* of_warps) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   Step mine = steps[at];
