@@ -4,6 +4,7 @@
 ``losses.EMC2Loss`` puts them together. Importing this package compiles nothing and touches no GPU.
 """
 
+from . import losses
 from .backends import backends
 from .bank import EmbeddingBank
 from .chains import ChainStore
@@ -22,6 +23,7 @@ __all__ = [
     "backends",
     "compose",
     "init_state",
+    "losses",
     "mh_step",
     "mh_transition",
 ]

@@ -7,6 +7,7 @@ compilation: on a GPU a look at a value would wait for the device.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,7 @@ def temperature(value: Any, rows: int, device: torch.device) -> None:
             if not (low > 0 and math.isfinite(high)):
                 raise ValueError(f"temperature must be > 0 and finite, got values from {low} to {high}")
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"temperature must be a number or a tensor, got {describe(value)}")
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be > 0 and finite, got {value}")

@@ -371,9 +371,10 @@ def test_a_state_score_of_nan_counts_as_not_started(backend):
     assert_identical(nan, fresh)
 
 
-def test_integers_from_numpy_are_integers():
+def test_numbers_from_numpy_are_numbers():
     changes = {"seed": np.uint64(2**63 + 1), "step": np.int64(5), "burn_in": np.int32(2), "num_samples": np.uint8(2)}
     assert_identical(step(changes), step({name: int(value) for name, value in changes.items()}))
+    assert_identical(step({"temperature": np.float32(0.25)}), step({"temperature": 0.25}))
 
 
 def test_the_table_has_at_least_forty_cases():

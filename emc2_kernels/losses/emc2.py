@@ -131,7 +131,8 @@ class EMC2Loss(nn.Module):
             z0, z1: (b, dim) embeddings of the two views, float32, bfloat16 or float16.
             index: (b,) int64 items in [0, num_items), on the CPU or with z0.
             return_stats: also return detached values: acceptance (of proposals that were not excluded), carry_share (of
-                samples still at the carried state), ntxent, positive_similarity, negative_similarity, mean_cosine.
+                samples still at the carried state), ntxent, positive_similarity, negative_similarity (of the samples),
+                mean_cosine (over pairs of rows of one view).
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; chains and bank are unchanged.

@@ -61,7 +61,8 @@ class NTXentLoss(nn.Module):
         Args:
             z0, z1: (b, d) embeddings of the two views, float32, bfloat16 or float16.
             index: (b,) int64 items; other rows of an anchor's item are then no negatives of it.
-            return_stats: also return detached values: ntxent, positive_similarity, negative_similarity, mean_cosine.
+            return_stats: also return detached values: ntxent, positive_similarity, negative_similarity (of an anchor's
+                negatives, weighted by their softmax), mean_cosine (over pairs of rows of one view).
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came.
