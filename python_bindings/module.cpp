@@ -58,7 +58,6 @@ void small_sweep(const emc2::Recorder& recorder, uintptr_t queries, uintptr_t ke
                  int64_t key_stride, int64_t dim, int dtype) {
   emc2::Sweep sweep(recorder);
   sweep.walk_small(operands(queries, keys, query_stride, key_stride, dim, dtype));
-  sweep.finish();
 }
 
 void walk_gathered(const emc2::Recorder& recorder, uintptr_t queries, uintptr_t keys, int64_t query_stride,
@@ -82,8 +81,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<emc2::Recorder>(module, "Recorder").def(py::init(&make_recorder));
   py::class_<emc2::Sweep>(module, "Sweep")
       .def(py::init<const emc2::Recorder&>(), ReleaseGil())
-      .def("walk", &walk_tile, ReleaseGil())
-      .def("finish", &emc2::Sweep::finish, ReleaseGil());
+      .def("walk", &walk_tile, ReleaseGil());
   module.def("small_sweep", &small_sweep, ReleaseGil());
   module.def("walk_gathered", &walk_gathered, ReleaseGil());
   module.def("view_coins", &view_coins, ReleaseGil());

@@ -102,7 +102,7 @@ def test_a_forgotten_mask_at_a_tile_edge_is_caught(monkeypatch):
 
     class Sweep:
         def __init__(self, recorder):
-            self.sweep, self.finish = (sweep := real.Sweep(recorder)), sweep.finish
+            self.sweep = real.Sweep(recorder)
 
         def walk(self, dots, stride, row_begin, row_end, key_begin, key_end):
             self.sweep.walk(dots, stride, row_begin, row_end, key_begin, min(key_end + 1, 50))

@@ -26,17 +26,12 @@ EMC2_HD Words low_words(const Element* values, int64_t begin, int64_t rows,
 
 }  // namespace
 
-Sweep::Sweep(const Recorder& recorder) : recorder_(recorder), walk_(recorder_.walk) {
-  groups_.resize((walk_.rows + kLanes - 1) / kLanes);
-  for (size_t group = 0; group < groups_.size(); ++group) start(groups_[group], group * kLanes);
-  // What was due before this shard, the shard leaves alone.
-  const int64_t due = walk_.schedule.samples_before(walk_.schedule.first);
-  for (int64_t group = 0; group < static_cast<int64_t>(groups_.size()); ++group) {
-    for (int64_t r = 0; r < due; ++r) record(group, r);
-  }
-}
+Sweep::Sweep(const Recorder& recorder)
+    : recorder_(recorder), walk_(recorder_.walk), groups_((walk_.rows + kLanes - 1) / kLanes) {}
 
-void Sweep::start(RowGroup& rows, int64_t begin) const {
+void Sweep::start(int64_t group) {
+  RowGroup& rows = groups_[group];
+  const int64_t begin = group * kLanes;
   const Words chain_low = low_words(walk_.chain_ids, begin, walk_.rows, 0);
   const Words chain_high = low_words(walk_.chain_ids, begin, walk_.rows, 32);
   const Words tag = chain_high << 8 | counter_tag(0, kAcceptanceStream);
@@ -55,6 +50,22 @@ void Sweep::start(RowGroup& rows, int64_t begin) const {
   rows.accepted = all_ints(0);
   rows.lse_max = all_floats(-kInfinity);
   rows.lse_sum = all_floats(0.0f);
+  // What was due before this shard, the shard leaves alone.
+  for (int64_t r = 0; r < walk_.schedule.samples_before(walk_.schedule.first); ++r) record(group, r);
+}
+
+void Sweep::end(int64_t group) const {
+  const RowGroup& rows = groups_[group];
+  const Schedule& schedule = walk_.schedule;
+  // What is due after this shard is left at the shard's own last state.
+  for (int64_t r = schedule.samples_before(schedule.first + schedule.count); r < schedule.samples; ++r)
+    record(group, r);
+  for (int64_t row = group * kLanes; row < std::min((group + 1) * kLanes, walk_.rows); ++row) {
+    const int lane = row % kLanes;
+    recorder_.end(row, prefix_of(rows, lane), rows.state[lane]);
+    if (recorder_.step.accepted) recorder_.step.accepted[row] = rows.accepted[lane];
+    if (recorder_.step.lse) recorder_.step.lse[row] = rows.lse_max[lane] + std::log(rows.lse_sum[lane]);
+  }
 }
 
 EMC2_HD Ints Sweep::excluded(const RowGroup& rows, int64_t key) const {
@@ -175,8 +186,10 @@ void Sweep::walk_groups(const Tile& tile, bool parallel, Prepare prepare) {
 #pragma omp parallel for schedule(dynamic) num_threads(walk_.threads) if (parallel)
   for (int64_t group = first; group < last; ++group) {
     prepare(group);
+    if (tile.key_begin == 0) start(group);
     (this->*walk_one)(tile, group);
     if (recorder_.step.lse) add_lse(tile, group);
+    if (tile.key_end == walk_.keys) end(group);
   }
 }
 
@@ -205,22 +218,6 @@ void Sweep::walk_small(const Operands& operands) {
       return walk_small_of<Bfloat16>(operands);
     case Dtype::kFloat16:
       return walk_small_of<Float16>(operands);
-  }
-}
-
-void Sweep::finish() {
-  const Schedule& schedule = walk_.schedule;
-  // What is due after a shard is left at the shard's own last state.
-  const int64_t taken = schedule.samples_before(schedule.first + schedule.count);
-  for (int64_t group = 0; group < static_cast<int64_t>(groups_.size()); ++group) {
-    for (int64_t r = taken; r < schedule.samples; ++r) record(group, r);
-  }
-  for (int64_t row = 0; row < walk_.rows; ++row) {
-    const RowGroup& rows = groups_[row / kLanes];
-    const int lane = row % kLanes;
-    recorder_.end(row, prefix_of(rows, lane), rows.state[lane]);
-    if (recorder_.step.accepted) recorder_.step.accepted[row] = rows.accepted[lane];
-    if (recorder_.step.lse) recorder_.step.lse[row] = rows.lse_max[lane] + std::log(rows.lse_sum[lane]);
   }
 }
 

@@ -39,14 +39,15 @@ class Sweep {
 
   Sweep(const Sweep&) = delete;  // walk_ refers into recorder_
 
-  void walk(const Tile& tile);                // tiles of a row block come in key order
-  void walk_small(const Operands& operands);  // all keys, products included
-  void finish();                              // writes what is known only at the end
+  // Tiles of a row block come in key order: its first key starts the rows, its last one ends them.
+  void walk(const Tile& tile);
+  void walk_small(const Operands& operands);  // all keys, products included; there may be none
 
  private:
   using Kernel = void (Sweep::*)(const Tile&, int64_t);
 
-  void start(RowGroup& rows, int64_t begin) const;
+  void start(int64_t group);
+  void end(int64_t group) const;
   Kernel kernel() const;
   template <class Prepare>
   void walk_groups(const Tile& tile, bool parallel, Prepare prepare);

@@ -97,7 +97,6 @@ def _sweep_by_tiles(walk: Walk, recorder: Any) -> None:
             dots = buffer.as_strided((keys.shape[0], queries.shape[1]), (stride, 1))
             torch.mm(keys, queries, out=dots)
             sweep.walk(buffer.data_ptr(), stride, row, row + queries.shape[1], key, key + keys.shape[0])
-    sweep.finish()
 
 
 def _run(walk: Walk, recorder: Any) -> None:

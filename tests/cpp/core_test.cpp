@@ -460,7 +460,6 @@ void sweeps(const Problem& problem, int threads) {
   Results small(problem);
   emc2::Sweep with_products(small.recorder(problem, threads));
   with_products.walk_small(problem.operands());
-  with_products.finish();
   check_same(small, want, "a small sweep");
 
   Results tiled(problem);
@@ -474,7 +473,6 @@ void sweeps(const Problem& problem, int threads) {
     }
     by_tiles.walk({dots.data(), stride, 0, problem.rows, begin, end});
   }
-  by_tiles.finish();
   check_same(tiled, want, "a sweep by tiles");
 }
 
