@@ -37,9 +37,8 @@ class ChainStore(SlotStore):
         """States of b chains, rescored where a bank is given.
 
         A kept score is stale: the anchor has been augmented anew and the encoder has moved. With ``queries`` (b, d),
-            ``bank`` and
-        ``temperature`` the score becomes <query, bank entry of the chain's key> / temperature; chains that have not
-        started, or whose key the bank does not hold, keep theirs.
+        ``bank`` and ``temperature`` the score becomes <query, bank entry of the chain's key> / temperature; chains that
+        have not started, or whose key the bank does not hold, keep theirs.
 
         Args:
             index: (b,) int64 items. view: 0 .. views - 1, one number or (b,) int64.

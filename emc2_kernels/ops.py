@@ -3,8 +3,8 @@
 The backend is chosen inside the operator, so that nothing is built while a graph is traced. ``seed`` and ``step`` come
 as integers or, with the integer ignored, as 0-d tensors; so does ``temperature``, as a number or one value per row.
 
-A call through torch's dispatcher costs 8 us, a fifth of a step at batch 32 (``custom_op`` costs several times that).
-Where the dispatcher has nothing to do, the functions below go round it.
+A call through torch's dispatcher is a notable share of a step at batch 32 (docs/decisions.md has the figures). Where
+the dispatcher has nothing to do, the functions below go round it.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ MUTANTS = {
     "inverted ratio": patched(rng, "acceptance", inverted_ratio),
     "shared stream": patched(rng, "acceptance", shared_stream),
     "draws off by one": patched(rng, "acceptance", draws_off_by_one),
-    "positive proposed": patched(reference, "_proposable", positive_proposed),
+    "positive proposed": patched(reference, "_where_proposable", positive_proposed),
     "stale position": patched(reference, "compose", stale_position),
     "composed backwards": patched(reference, "compose", composed_backwards),
     "burn-in off by one": patched(reference, "_at_sample_points", burn_in_off_by_one),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import RUNNABLE, assert_identical, assert_unchanged, normal, snapshot
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emc2_kernels import (
@@ -19,6 +20,7 @@ from emc2_kernels import (
     init_state,
     mh_step,
     mh_transition,
+    ops,
 )
 from emc2_kernels.losses import EMC2Loss, NTXentLoss
 
@@ -469,3 +471,53 @@ def test_stores_work_in_a_compiled_function():
         assert_identical(fast(*arguments), expected)
         assert_unchanged(store, after[0])
         assert_unchanged(bank, after[1])
+
+
+class TestTheDispatcherIsPassedByOnlyWhereItHasNothingToDo:
+    @staticmethod
+    def step():
+        return mh_step(normal(0, 3, 4), normal(1, 5, 4), init_state(3), temperature=1.0, seed=0, step=0)
+
+    def test_eager_calls_pass_it_by(self, monkeypatch):
+        asked = []
+        real = ops._nothing_to_dispatch
+        monkeypatch.setattr(ops, "_nothing_to_dispatch", lambda operand: asked.append(real(operand)) or asked[-1])
+        self.step()
+        assert asked == [True]
+
+    def test_the_profiler_sees_the_operator(self):
+        with torch.profiler.profile() as profile:
+            self.step()
+        assert "emc2_kernels::mh_step" in {event.name for event in profile.events()}
+
+    def test_modes_see_the_operator(self):
+        seen = []
+
+        class Dispatch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append(function)
+                return function(*args, **(kwargs or {}))
+
+        class Function(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                seen.append(function)
+                return function(*args, **(kwargs or {}))
+
+        for mode in (Dispatch, Function):
+            seen.clear()
+            with mode():
+                self.step()
+            assert torch.ops.emc2_kernels.mh_step.default in seen, mode
+
+    def test_subclasses_see_the_operator(self):
+        seen = []
+
+        class Logged(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                seen.append(function)
+                return super().__torch_function__(function, types, args, kwargs or {})
+
+        queries = normal(0, 3, 4).as_subclass(Logged)
+        mh_step(queries, normal(1, 5, 4), init_state(3), temperature=1.0, seed=0, step=0)
+        assert torch.ops.emc2_kernels.mh_step.default in seen

@@ -195,3 +195,19 @@ def test_reference_takes_rows_in_blocks(monkeypatch):
     blocks = call("reference", queries, keys, **options)
     assert torch.equal(whole.samples, blocks.samples) and torch.equal(whole.state.key, blocks.state.key)
     torch.testing.assert_close(whole.lse, blocks.lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("proposal", [{}, {"proposal": "uniform", "num_proposals": 40}], ids=["sweep", "uniform"])
+def test_a_proposal_weight_that_overflows_the_score_is_an_identity_step(backend, proposal, sweep_path):
+    """Scores of 10^38 less -3 * 10^38: infinite as a difference, though neither is. The lse keeps the score itself."""
+    queries, keys = torch.ones(20, 4), torch.ones(8, 4) * torch.linspace(-1, 1, 8)[:, None]
+    keys[2] = 2.5e37
+    log_proposal = torch.zeros(8)
+    log_proposal[2] = -3e38
+    options = proposal | {"temperature": 1.0, "log_proposal": log_proposal, "num_samples": 8}
+    result = call(backend, queries, keys, return_lse=not proposal, **options)
+    assert not (result.samples == 2).any() and (result.state.key != 2).all()
+    assert result.threshold.isfinite().all() and result.state.score.isfinite().all()
+    if not proposal:
+        torch.testing.assert_close(result.lse, torch.full((20,), 1e38))

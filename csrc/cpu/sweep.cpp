@@ -13,9 +13,9 @@ constexpr int64_t kParallelElements = 1 << 15;
 constexpr int64_t kParallelMultiplies = 1 << 17;
 constexpr int64_t kPrefetchKeys = 32;  // ahead of the walk: a third-level cache line takes as long as some ten keys
 
-template <class Element>
-EMC2_HD Words low_words(const Element* values, int64_t begin, int64_t rows,
-                        int shift) {  // row numbers where there are no values
+// The low words of kLanes values shifted right, from `begin` on (the last one again past the end); null: of row
+// numbers.
+EMC2_HD Words low_words(const int64_t* values, int64_t begin, int64_t rows, int shift) {
   Words words{};
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t row = std::min(begin + lane, rows - 1);

@@ -52,26 +52,26 @@ def _scores(walk: Walk, positions: Tensor) -> Tensor:
     return dots / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
 
-def _proposable(walk: Walk, positions: Tensor, scores: Tensor) -> Tensor:
-    """(rows, K) bool: a key with the row's id is never proposed to it, nor is a score that is not finite."""
+def _where_proposable(walk: Walk, positions: Tensor, scores: Tensor) -> Tensor:
+    """(rows, K): -inf for a key with the row's id, which is never proposed to it, and where a score is not finite."""
     proposable = scores.isfinite()
     if walk.query_ids is not None:
         proposable &= walk.key_ids[positions] != walk.query_ids[:, None]
-    return proposable
+    return torch.where(proposable, scores, -torch.inf)
 
 
 def _steps(walk: Walk) -> tuple[Transition, Tensor]:
     """Each proposal as a transition, (rows, K), and the scores without proposal weights, -inf where not proposable."""
     positions = _proposed_positions(walk)
     scores = _scores(walk, positions)
-    proposable = _proposable(walk, positions, scores)
-    similarity = torch.where(proposable, scores, -torch.inf)
-    value = similarity if walk.log_proposal is None else similarity - walk.log_proposal[positions]
+    similarity = _where_proposable(walk, positions, scores)
+    weighted = scores if walk.log_proposal is None else scores - walk.log_proposal[positions]
+    value = _where_proposable(walk, positions, weighted)
     numbers = range(walk.first_proposal, walk.first_proposal + walk.num_proposals)
     e = rng.acceptance(walk.chain_ids, numbers, seed=walk.seed, step=walk.step, dtype=value.dtype)
     if walk.is_sweep:  # numbered as in the whole walk, so that shards compose
         positions = positions + walk.first_proposal
-    return Transition(value + e, value, torch.where(proposable, positions, -1)), similarity
+    return Transition(value + e, value, torch.where(value.isfinite(), positions, -1)), similarity
 
 
 def _identity(walk: Walk) -> Transition:
