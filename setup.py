@@ -9,9 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "emc2_kernels/__init__.py").read_text()).group(1)
 
 # Sources travel inside the installed package; a checkout (pip install -e .) compiles them from where they lie.
-SOURCES = {
-    f"emc2_kernels._sources.{folder.replace('/', '.')}": folder for folder in ("csrc", "csrc/cpu", "python_bindings")
-}
+FOLDERS = ("csrc", "csrc/cpu", "csrc/cuda", "python_bindings")
+SOURCES = {f"emc2_kernels._sources.{folder.replace('/', '.')}": folder for folder in FOLDERS}
 
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.66", "threadpoolctl>=3"]
 
@@ -25,7 +24,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["emc2_kernels", "emc2_kernels.*"]), *SOURCES],
     package_dir=SOURCES,
-    package_data={name: ["*.h", "*.cpp"] for name in SOURCES},
-    install_requires=["torch>=2.11,<3", "numpy", "ninja", "pybind11>=2.12"],
+    package_data={name: ["*.h", "*.cpp", "*.cuh", "*.cu"] for name in SOURCES},
+    install_requires=["torch>=2.11,<3", "numpy", "ninja", "pybind11>=2.12", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, "pytest>=8", "scipy>=1.11", "ruff>=0.9"]},
 )

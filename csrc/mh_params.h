@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace emc2 {
 
 // Where a walk of `total` proposals is sampled. A shard of it holds proposals first .. first + count - 1; only
@@ -15,12 +17,14 @@ struct Schedule {
   int64_t samples;
 
   // Sample r is the state after proposal burn_in + ceil((r + 1) * (total - burn_in) / samples) - 1.
-  int64_t proposal_of_sample(int64_t r) const {
+  EMC2_HD int64_t proposal_of_sample(int64_t r) const {
     return burn_in + ((r + 1) * (total - burn_in) + samples - 1) / samples - 1;
   }
 
   // How many samples are taken before proposal p, that is, after one of 0 .. p - 1.
-  int64_t samples_before(int64_t p) const { return p <= burn_in ? 0 : (p - burn_in) * samples / (total - burn_in); }
+  EMC2_HD int64_t samples_before(int64_t p) const {
+    return p <= burn_in ? 0 : (p - burn_in) * samples / (total - burn_in);
+  }
 };
 
 // What every row and every proposal of a walk has, whatever the proposal distribution.

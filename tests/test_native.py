@@ -1,4 +1,4 @@
-"""The compiled core: ahead of time with CMake, for other instruction sets, for GPUs, and on first use.
+"""The compiled core: ahead of time with CMake, for other instruction sets, and on first use.
 
 What a process builds or imports is looked at in processes of their own, with a cache folder of their own.
 """
@@ -27,7 +27,6 @@ BUILD_LIMIT = 60  # seconds, of the first use
 MESSAGE = "compiling the CPU kernels"
 
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler to build with")
 
 
@@ -219,18 +218,6 @@ def test_every_instruction_set_walks_the_same_chains(build: Build, tmp_path: Pat
             if expected.lse is not None:
                 torch.testing.assert_close(result.lse, expected.lse, rtol=1e-6, atol=1e-6)
         assert (result.samples >= 0).any()
-
-
-@needs_nvcc
-def test_nvcc_compiles_the_shared_headers(tmp_path: Path) -> None:
-    """The generator and the transition operator in device code, warnings and register spills being errors."""
-    architectures = [("-gencode", f"arch=compute_{cc},code=sm_{cc}") for cc in (80, 90, 100)]
-    run_checked(
-        "nvcc", "-std=c++17", "-O3", "--Werror", "all-warnings", "-Xptxas", "-warn-spills", "-Xcompiler",
-        "-Wall,-Wextra,-Werror", *(flag for pair in architectures for flag in pair), "-I", ROOT / "csrc",
-        "-c", ROOT / "tests" / "cpp" / "device_test.cu", "-o", tmp_path / "device_test.o",
-    )  # fmt: skip
-    assert (tmp_path / "device_test.o").stat().st_size > 0
 
 
 # On first use.

@@ -1,7 +1,7 @@
 // Walks over gathered keys: each row has proposals of its own, drawn uniformly with replacement or given as positions.
 #pragma once
 
-#include "operands.h"
+#include "../operands.h"
 #include "recorder.h"
 
 namespace emc2 {

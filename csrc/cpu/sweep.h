@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "acceptance.h"
-#include "operands.h"
+#include "../operands.h"
 #include "recorder.h"
 
 namespace emc2 {

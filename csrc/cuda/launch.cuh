@@ -1,0 +1,87 @@
+// Putting a kernel on a stream of a device that need not be the current one.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <initializer_list>
+
+#include "launch.h"
+
+namespace emc2 {
+
+// Makes a device current and, at the end, the one that was.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) : device_(device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device_) error_ = cudaSetDevice(device_);
+  }
+  ~DeviceScope() {
+    if (error_ == cudaSuccess && before_ != device_) cudaSetDevice(before_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int device_, before_ = 0;
+  cudaError_t error_;
+};
+
+// The kernels count the elements of a row in 32 bits.
+inline const char* why_unsupported(const Operands& operands) {
+  return operands.dim < (1 << 30) ? nullptr : "queries and keys must have fewer than 2^30 elements in a row";
+}
+
+// `first`: number of the proposal in the first batch's lane 0, which may lie before the shard.
+inline SampleClock sample_clock(const Schedule& schedule, int64_t first, int64_t batch) {
+  const int64_t kept = schedule.total - schedule.burn_in, samples = schedule.samples;
+  if (kept <= 0) return {};
+  const int64_t progress = (first - schedule.burn_in) * samples;
+  const int64_t done = progress >= 0 ? progress / kept : -((-progress + kept - 1) / kept);  // rounded down
+  const int64_t end = schedule.first + schedule.count;
+  return {kept,
+          schedule.count > 0 ? end : 0,  // or a batch of nothing would be walked, with no key to score
+          schedule.samples_before(schedule.first),
+          schedule.samples_before(end),
+          done,
+          progress - done * kept,
+          batch * samples / kept,
+          batch * samples % kept};
+}
+
+template <class... Parameters>
+const void* pointer_to(void (*kernel)(Parameters...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+// CUDA loads a kernel when it is first asked for, which a stream that is being captured may not allow.
+inline const char* load(std::initializer_list<const void*> kernels, int device) {
+  const DeviceScope scope(device);
+  cudaError_t error = scope.error();
+  cudaFuncAttributes attributes;
+  for (const void* kernel : kernels) {
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class... Parameters>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, DeviceQueue queue,
+                   const Parameters&... arguments) {
+  if (blocks == 0) return nullptr;
+  if (blocks > INT32_MAX) return "queries have more rows than one launch can take";
+  const DeviceScope scope(queue.device);
+  cudaError_t error = scope.error();
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = static_cast<cudaStream_t>(queue.stream);
+    error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // reported here, so the next launch does not report it again
+  return cudaGetErrorString(error);
+}
+
+}  // namespace emc2

@@ -1,0 +1,81 @@
+"""What a machine needs for the GPU backends. Nothing here imports Triton or starts CUDA before it is asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from .walk import Walk
+
+# Where the CUDA kernels and Triton's meet. Not measured yet (`bench/gpu.py` prints both sides).
+SMALL_SWEEP = 1024  # rows, keys
+SMALL_SWEEP_MULTIPLIES = 1 << 24  # n * m * d
+FEW_CHAINS = 1024
+FEW_CHAINS_PROPOSALS = 4096
+
+OLDEST = (8, 0)  # compute capability: bfloat16 in the matrix unit, asynchronous copies
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors (for tests; it is slow)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def interpreted_devices() -> tuple[str, ...]:
+    return ("cpu",) if interpreting() else ()
+
+
+def why_no_gpu() -> str | None:
+    if torch.version.hip is not None:
+        return "the GPU kernels are written for NVIDIA GPUs, and this torch is built for AMD's"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible to torch"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        have, need = ".".join(map(str, capability)), ".".join(map(str, OLDEST))
+        return f"compute capability {need} or newer is needed, and {torch.cuda.get_device_name()} has {have}"
+    return None
+
+
+def why_no_cuda_kernels() -> str | None:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch was built without CUDA"
+    reason = why_no_gpu()
+    if reason is None:
+        from . import native_cuda
+
+        reason = native_cuda.why_unavailable(architecture())
+    return reason
+
+
+def cuda_kernels() -> ModuleType:
+    """The CUDA kernels for the current device; builds them if they are not in the cache."""
+    from . import native_cuda
+
+    return native_cuda.library(architecture())
+
+
+def architecture(device_index: int | None = None) -> int:
+    """As nvcc counts: 90 for compute capability 9.0. None: of the current device."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+def prefers_cuda_kernels(walk: Walk) -> bool:
+    """Whether the CUDA kernels are the fast way, beside Triton's sweep on matrix units and its splits.
+
+    A warp walks a whole chain there, so few chains of many proposals would leave the GPU idle.
+    """
+    (n, d), m = walk.queries.shape, walk.keys.shape[0]
+    if walk.is_sweep:
+        return n <= SMALL_SWEEP and m <= SMALL_SWEEP and n * m * d <= SMALL_SWEEP_MULTIPLIES
+    return n >= FEW_CHAINS or walk.num_proposals <= FEW_CHAINS_PROPOSALS
+
+
+def why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return None if interpreting() else why_no_gpu()

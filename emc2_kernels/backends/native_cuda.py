@@ -1,0 +1,132 @@
+"""The CUDA kernels: built on first use with nvcc, for the one architecture asked for (``build.py`` says where they are
+kept).
+
+nvcc is called directly. torch's own builder refuses where its CUDA version is another than nvcc's; these sources have
+no header of torch, and a runtime of their own is linked in, so the two need not agree. The cache's key covers the
+sources, the flags with the architecture, Python, and nvcc's version.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+
+from .build import Extension, cache_root, digest_of, source_root
+
+MODULE = "emc2_cuda"
+FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+LINK_FLAGS = ("-shared", "-cudart=static")
+SECONDS = 20
+
+
+def sources() -> list[Path]:
+    root = source_root()
+    return sorted(root.glob("csrc/cuda/*.cu")) + [root / "python_bindings" / "cuda_module.cpp"]
+
+
+def compiler() -> str | None:
+    """nvcc: ``$CUDACXX``, the one on the PATH, or that of ``$CUDA_HOME``, ``$CUDA_PATH`` or NVIDIA's default folder."""
+    chosen = os.environ.get("CUDACXX")
+    if chosen:
+        return shutil.which(chosen)
+    folders = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    candidates = ("nvcc", *(str(Path(folder, "bin", "nvcc")) for folder in folders if folder))
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def include_flags() -> list[str]:
+    """Of Python and pybind11, which the binding alone needs."""
+    import pybind11
+
+    return ["-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include()]
+
+
+def code_for(*architectures: int) -> list[str]:
+    """nvcc's flags: code for exactly these, such as 90 for compute capability 9.0."""
+    return [flag for a in architectures for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+
+
+def why_unavailable(architecture: int) -> str | None:
+    """None where the kernels can be had, as far as can be told without building them."""
+    return extension(architecture).why_unavailable()
+
+
+def library(architecture: int) -> ModuleType:
+    """The kernels for an architecture; builds them if they are not in the cache.
+
+    Raises:
+        RuntimeError: there is no nvcc, or it failed; the message has its output.
+    """
+    return extension(architecture).library()
+
+
+@cache
+def extension(architecture: int) -> Extension:
+    return Extension(
+        MODULE,
+        "CUDA kernels",
+        SECONDS,
+        partial(_library_path, architecture),
+        compiler,
+        _no_compiler,
+        partial(_compile, architecture),
+    )
+
+
+def _no_compiler() -> str:
+    wanted = os.environ.get("CUDACXX") or "nvcc"
+    return f"no CUDA compiler ({wanted}) found: install NVIDIA's CUDA toolkit, or set CUDACXX to its nvcc"
+
+
+@cache
+def _library_path(architecture: int) -> Path:
+    """In a folder named after the sources and nvcc's version; without nvcc, what the newest version has left there."""
+    root = source_root()
+    headers = (*root.glob("csrc/*.h"), *root.glob("csrc/cuda/*.h"), *root.glob("csrc/cuda/*.cuh"))
+    parts = (*FLAGS, *LINK_FLAGS, *code_for(architecture), sys.implementation.cache_tag, sysconfig.get_platform())
+    key = digest_of((*sources(), *headers), parts)
+    nvcc = compiler()
+    if nvcc is not None:
+        return cache_root() / f"{key}-nvcc{_version(nvcc)}" / f"{MODULE}.so"
+    built = sorted(cache_root().glob(f"{key}-nvcc*/{MODULE}.so"), key=lambda path: path.stat().st_mtime)
+    return built[-1] if built else cache_root() / f"{key}-nvcc" / f"{MODULE}.so"
+
+
+@cache
+def _version(nvcc: str) -> str:
+    """As in "release 13.0, V13.0.88"; an nvcc that does not say fails when it is used."""
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        said = ""
+    found = re.search(r"\bV([\d.]+)", said)
+    return found.group(1) if found else "unknown"
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr).strip()}")
+
+
+def _compile(architecture: int, folder: Path) -> None:
+    nvcc = compiler()
+    common = [nvcc, *FLAGS, *code_for(architecture)]
+
+    def compiled(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        include = include_flags() if source.suffix == ".cpp" else []
+        _run([*common, *include, "-c", str(source), "-o", target])
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compiled, sources()))
+    _run([*common, *LINK_FLAGS, *objects, "-o", str(folder / f"{MODULE}.so")])
