@@ -59,11 +59,13 @@ def _walk(arguments: tuple) -> Walk:
 
 
 def _mh_step(*arguments):
-    return resolve(arguments[-1], arguments[0]).step(_walk(arguments), *arguments[18:-1])
+    walk = _walk(arguments)
+    return resolve(arguments[-1], walk.queries, walk).step(walk, *arguments[18:-1])
 
 
 def _mh_transition(*arguments):
-    return resolve(arguments[-1], arguments[0]).transition(_walk(arguments))
+    walk = _walk(arguments)
+    return resolve(arguments[-1], walk.queries, walk).transition(walk)
 
 
 def _view_coin(items, seed, seed_tensor, step, step_tensor, backend):

@@ -4,8 +4,18 @@ import pytest
 import torch
 
 from emc2_kernels import backends
+from emc2_kernels.backends import TABLE
 
-RUNNABLE = [name for name, status in backends().items() if status == "available"]
+
+def _takes_cpu_tensors(name):
+    backend = TABLE[name]
+    return backend.devices is None or "cpu" in (*backend.devices, *backend.also())
+
+
+# Backends for CPU tensors here: Triton's interpreter among them where there is no GPU. COMPILED: without it, since it
+# is slow, and serves one thread only.
+RUNNABLE = [name for name, status in backends().items() if status == "available" and _takes_cpu_tensors(name)]
+COMPILED = [name for name in RUNNABLE if name != "triton"]
 
 
 def normal(seed, *shape, dtype=torch.float32):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import RUNNABLE, assert_identical, assert_unchanged, normal, snapshot
+from helpers import COMPILED, RUNNABLE, assert_identical, assert_unchanged, normal, snapshot
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -311,7 +311,7 @@ def large_step(backend="auto", **options):
     return step(**LARGE, **LARGE_OPTIONS, backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_autocast_leaves_a_walk_in_its_operands_precision(backend):
     for call in (lambda: step(backend=backend, **LARGE_OPTIONS), lambda: large_step(backend)):
         expected = call()
@@ -365,7 +365,7 @@ def in_new_thread(function):
         return pool.submit(function).result(timeout=60)
 
 
-@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_buffers_made_in_inference_mode_serve_later_calls_outside_it(backend):
     def both():  # in a thread that has no buffers yet
         with torch.inference_mode():
@@ -405,7 +405,7 @@ def test_counters_in_tensors_equal_the_integers(seed, number, backend):
     )
 
 
-@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_threads_do_not_share_scratch_memory(backend):
     """Walks of different sizes at the same time, in threads that start together."""
     calls = [
@@ -429,7 +429,7 @@ def test_threads_do_not_share_scratch_memory(backend):
 def test_a_step_touches_none_of_its_inputs():
     inputs = [QUERIES, KEYS, *STATE, *IDS.values(), POSITIONS]
     before = [tensor.clone() for tensor in inputs]
-    for backend in RUNNABLE:
+    for backend in COMPILED:
         step(**IDS, backend=backend)
         step(**IDS, backend=backend, proposal=POSITIONS)
     assert_identical(inputs, before)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import gpu, native
+from .walk import Walk
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,10 +25,14 @@ class Backend(NamedTuple):
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...] | None  # None: any
     why_unavailable: Callable[[], str | None]  # on this machine; None: it can run
+    prefers: Callable[[Walk], bool] = lambda walk: True  # whether "auto" should give it this walk
+    also: Callable[[], tuple[str, ...]] = tuple  # devices that it takes when asked for by name
 
 
 # Fastest first: "auto" takes the first that can run the operands.
 TABLE = {
+    "cuda": Backend("cuda", ("cuda",), HALF_AND_SINGLE, gpu.why_no_cuda_kernels, gpu.prefers_cuda_kernels),
+    "triton": Backend("triton", ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices),
     "cpu": Backend("cpu", ("cpu",), HALF_AND_SINGLE, native.why_unavailable),
     "reference": Backend("reference", None, None, lambda: None),
 }
@@ -44,23 +49,28 @@ def _module(name: str) -> ModuleType:
     return import_module(f".{TABLE[name].module}", __name__)
 
 
-def _suits(backend: Backend, device: str, dtype: torch.dtype) -> bool:
+def _suits(backend: Backend, device: str, dtype: torch.dtype, by_name: bool = False) -> bool:
     """Whether the backend takes such operands. Integer operands (item ids) suit every backend."""
-    device_ok = backend.devices is None or device in backend.devices
+    device_ok = backend.devices is None or device in backend.devices or (by_name and device in backend.also())
     return device_ok and (backend.dtypes is None or dtype in backend.dtypes or dtype == torch.int64)
 
 
-def resolve(name: str, operand: Tensor) -> ModuleType:
+def resolve(name: str, operand: Tensor, walk: Walk | None = None) -> ModuleType:
     """The module that runs ``name`` on operands like this one.
+
+    "auto" is the fastest that can and, of those, the first that prefers this walk.
 
     Raises:
         ValueError: the named backend takes neither this device nor this dtype.
         RuntimeError: it cannot run on this machine; the message says why.
     """
     if name == "auto":
-        return _fastest(operand.device.type, operand.dtype)
+        able = _able(operand.device.type, operand.dtype)
+        if walk is None or len(able) == 1:
+            return _module(able[0])
+        return _module(next(candidate for candidate in able if TABLE[candidate].prefers(walk)))
     backend = TABLE[name]
-    if not _suits(backend, operand.device.type, operand.dtype):
+    if not _suits(backend, operand.device.type, operand.dtype, by_name=True):
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
         takes = f"{' or '.join(backend.devices)} tensors of {dtypes}"
         raise ValueError(
@@ -73,23 +83,38 @@ def resolve(name: str, operand: Tensor) -> ModuleType:
 
 
 @cache
-def _fastest(device: str, dtype: torch.dtype) -> ModuleType:
-    return next(_module(name) for name, backend in TABLE.items() if _suits(backend, device, dtype) and _can_run(name))
+def _able(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that can run such operands here, fastest first. The reference always can.
+
+    One that should run and cannot is reported, once, and not skipped silently: unless another kernel does its work.
+    """
+    suited = [name for name, backend in TABLE.items() if _suits(backend, device, dtype)]
+    reasons = {name: _why_not_built(name) for name in suited}
+    able = tuple(name for name in suited if reasons[name] is None)
+    if able[0] == "reference" and len(suited) > 1:
+        _warn("; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None))
+    return able
 
 
 @cache
-def _can_run(name: str) -> bool:
-    """Whether "auto" may take it. A backend that should run here and cannot is reported once, not skipped silently."""
+def _warn(why: str) -> None:
+    """Once in a process."""
+    warnings.warn(
+        f"emc2_kernels: no fast backend can run here, so the much slower 'reference' does its work: {why}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _why_not_built(name: str) -> str | None:
+    """The reason why a backend cannot run, after an attempt at it where that means compiling."""
     reason = TABLE[name].why_unavailable()
-    if reason is None and name == "cpu":
+    if reason is None and name in _BUILDS:
         try:
-            native.library()
+            _BUILDS[name]()
         except RuntimeError as error:
             reason = str(error)
-    if reason is not None:
-        warnings.warn(
-            f"emc2_kernels: backend {name!r} cannot run here, so the much slower 'reference' does its work: {reason}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return reason is None
+    return reason
+
+
+_BUILDS: dict[str, Callable[[], object]] = {"cpu": native.library, "cuda": gpu.cuda_kernels}

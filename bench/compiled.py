@@ -1,0 +1,219 @@
+"""What the Triton kernels compile to at the shipped settings, for GPUs that need not be there.
+
+Registers, spills and shared memory come from the assembler; the walk's instructions are counted in the longest block
+without a branch that makes logarithms, one for each (row, key). Run `python bench/compiled.py` for the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+GENERATIONS = (80, 90, 100)
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100, B200: they decide only how a walk is split
+
+
+class Case(NamedTuple):
+    """A walk whose launches are compiled."""
+
+    dtype: torch.dtype
+    n: int
+    m: int
+    d: int
+    proposals: str  # "sweep", "drawn" or "given"
+    step: bool = True  # else a transition
+    accepts: bool = False
+    lse: bool = False
+
+
+CASES = {
+    "sweep d=128": Case(torch.bfloat16, 32768, 32768, 128, "sweep"),
+    "sweep d=512": Case(torch.bfloat16, 32768, 32768, 512, "sweep"),
+    "sweep float32": Case(torch.float32, 4096, 4096, 128, "sweep"),
+    "split, lse": Case(torch.bfloat16, 64, 1_000_000, 128, "sweep", lse=True),
+    "drawn": Case(torch.bfloat16, 32768, 10_000_000, 128, "drawn", accepts=True),
+    "given": Case(torch.bfloat16, 32768, 100_000, 128, "given", step=False),
+}
+
+
+class Launch(NamedTuple):
+    """One kernel as `emc2_kernels.backends.triton` would launch it."""
+
+    function: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """What one kernel compiled to."""
+
+    case: str
+    generation: int
+    kernel: str
+    registers: int
+    stack: int  # bytes of a thread in slow memory, spilled registers among them
+    shared: int  # bytes of a program
+    programs: int  # that fit on one multiprocessor by registers (64 K) and shared memory
+    per_element: float | None  # instructions of the walk for each (row, key)
+
+
+def launches(case: Case, generation: int) -> list[Launch]:
+    """The launches of a walk, without a GPU: on tensors without data."""
+    from emc2_kernels.backends.triton import launch, run, settings
+    from emc2_kernels.backends.walk import Walk
+
+    seen: list[Launch] = []
+
+    def record(kernel: launch.Kernel, grid: tuple[int, ...], arguments: dict, options: dict) -> None:
+        named = {name: arguments[name] for name in kernel.names}
+        seen.append(Launch(kernel.function, named, {**options, **launch.ALWAYS}))
+
+    before = launch.Kernel.__call__, settings.device
+    launch.Kernel.__call__ = record
+    settings.device = lambda index: (generation // 10, PROCESSORS[generation])
+    try:
+        walk = _walk(case, Walk)
+        if case.step:
+            state = _empty(torch.int64, case.n), _empty(torch.float32, case.n)
+            run.step(walk, *state, _empty(torch.int64, case.m), case.accepts, case.lse)
+        else:
+            run.transition(walk)
+    finally:
+        launch.Kernel.__call__, settings.device = before
+    return seen
+
+
+def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _walk(case: Case, make: Callable) -> Any:
+    count = case.m if case.proposals == "sweep" else 256
+    ids = _empty(torch.int64, case.n), _empty(torch.int64, case.n), _empty(torch.int64, case.m)
+    positions = _empty(torch.int64, case.n, count) if case.proposals == "given" else None
+    return make(
+        _empty(case.dtype, case.n, case.d), _empty(case.dtype, case.m, case.d), 0.07, 0, 0, *ids, positions,
+        count if case.proposals == "drawn" else None, None, count // 2, 16, 0, count,
+    )  # fmt: skip
+
+
+def compile_launch(launched: Launch, generation: int) -> Any:
+    """Triton's compiled kernel for arguments like these, addresses and strides divisible by 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(launched.function.params):
+        name, value = parameter.name, launched.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif name.startswith("stride"):
+            signature[name] = parameter.annotation_type
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = parameter.annotation_type
+            assert parameter.do_not_specialize, (
+                f"{name} must be in launch.NUMBERS: binaries are kept for all its values"
+            )
+    source = ASTSource(launched.function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", generation, 32), options=launched.options)
+
+
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """One of the disassemblers that come with Triton."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def straight_blocks(code: str) -> list[list[str]]:
+    """The opcodes of machine code, cut at labels and branches."""
+    blocks: list[list[str]] = [[]]
+    for line in code.splitlines():
+        if re.match(r"\s*\.L_", line):
+            blocks.append([])
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
+            blocks[-1].append(found[1])
+            if found[1].split(".")[0] in ("BRA", "EXIT", "RET"):
+                blocks.append([])
+    return blocks
+
+
+def instructions_per_logarithm(code: str) -> float | None:
+    """Of the walk's main path: the block with the most logarithms among those that store nothing."""
+
+    def logarithms(block: list[str]) -> int:
+        return block.count("MUFU.LG2")
+
+    walks = [block for block in straight_blocks(code) if logarithms(block) and "STG" not in {op[:3] for op in block}]
+    best = max(walks, key=logarithms, default=None)
+    return None if best is None else len(best) / logarithms(best)
+
+
+def measure(name: str, generation: int) -> list[Compiled]:
+    rows = []
+    for launched in launches(CASES[name], generation):
+        compiled = compile_launch(launched, generation)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage, code = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+        registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+        shared, threads = compiled.metadata.shared, 32 * compiled.metadata.num_warps
+        fits = min(65536 // (registers * threads), (227 << 10) // max(shared, 1), 2048 // threads)
+        kernel = launched.function.__name__
+        per_element = instructions_per_logarithm(code) if kernel == "sweep_kernel" else None
+        rows.append(Compiled(name, generation, kernel, registers, stack, shared, fits, per_element))
+    return rows
+
+
+def measure_all(names: list[str], generations: list[int], processes: int) -> list[Compiled]:
+    jobs = [(name, generation) for name in names for generation in generations]
+    with ProcessPoolExecutor(processes) as pool:
+        return [row for rows in pool.map(measure, *zip(*jobs, strict=True)) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--generations", nargs="+", type=int, choices=GENERATIONS, default=list(GENERATIONS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args()
+    rows = measure_all(options.cases, options.generations, options.processes)
+    if options.json:
+        print(json.dumps([row._asdict() for row in rows]))
+        return
+    print(f"{'case':15}{'sm':>5}  {'kernel':17}", end="")
+    print(f"{'registers':>10}{'stack':>7}{'shared':>9}{'programs':>10}{'per element':>13}")
+    for row in rows:
+        per_element = "" if row.per_element is None else f"{row.per_element:.1f}"
+        print(
+            f"{row.case:15}{row.generation:5}  {row.kernel:17}{row.registers:10}{row.stack:7}{row.shared:9}"
+            f"{row.programs:10}{per_element:>13}"
+        )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()

@@ -1,0 +1,135 @@
+"""A kernel's launch without Triton's per-call work, and the arguments that all kernels take in the same way."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..walk import Walk
+
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+_ALIGNMENT = 16  # bytes, on which Triton compiles wide loads
+# Multiplications and additions fuse by default, which Triton 3.9 warns will change. Assertions on values that nobody
+# has seen on the host are compiled in; Triton's own, on every addition, are not.
+ALWAYS = {"enable_fp_fusion": True, "debug": True, "sanitize_overflow": False}
+
+# What kernels take as numbers, whatever they are: `@triton.jit(do_not_specialize=NUMBERS)`.
+NUMBERS = (
+    "n", "m", "temperature", "seed_low", "seed_high", "step", "first", "count", "burn_in", "kept", "num_samples",
+    "segment_length", "split_length", "lead", "splits", "b", "num_items", "floor", "scale",
+)  # fmt: skip
+
+Arguments = dict[str, Any]
+
+
+class Kernel:
+    """A Triton kernel and what it was compiled to.
+
+    Triton looks at every argument at every launch to find the right binary. Here the key is made of what can differ:
+    the constants, which tensors are given, their dtype and alignment, and whether strides are multiples of 16. Numbers
+    that are neither must be named in ``NUMBERS``, or Triton would compile for the divisibility of the first one seen.
+    """
+
+    def __init__(self, function: triton.JITFunction) -> None:
+        self.function = function
+        self.names = function.arg_names
+        self.pointers = [name for name in self.names if name.endswith("_ptr")]
+        self.strides = [name for name in self.names if name.startswith("stride")]
+        self.constants = [name for name in self.names if name.isupper()]
+        self.compiled: dict[tuple, Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], arguments: Arguments, options: Arguments) -> None:
+        if 0 in grid:
+            return
+        values = [arguments[name] for name in self.names]
+        if _INTERPRETED:
+            self.function[grid](*values)
+            return
+        key = self.key(arguments, options)
+        kernel = self.compiled.get(key)
+        if kernel is None:
+            self.compiled[key] = self.function[grid](*values, **options, **ALWAYS)
+        else:
+            kernel[grid](*values)
+
+    def key(self, arguments: Arguments, options: Arguments) -> tuple:
+        """What the binary depends on, its device included; the first pointer is always given."""
+        tensors = [arguments[name] for name in self.pointers]
+        return (
+            tensors[0].get_device(),
+            *[None if tensor is None else (tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0) for tensor in tensors],
+            *[(stride % _ALIGNMENT == 0, stride == 1) for stride in [arguments[name] for name in self.strides]],
+            *[arguments[name] for name in self.constants],
+            *options.values(),
+        )
+
+
+def power_of_two(number: int) -> int:
+    """The smallest one that is not less."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def signed(word: int) -> int:
+    """The int32 with the bits of a 32-bit word."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def random_arguments(seed: int | Tensor, step: int | Tensor) -> Arguments:
+    """``seed`` and ``step`` as kernels take them: numbers as int32 words, tensors by address, read on the device."""
+    by_address, seed = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
+    step_address, step = (step, 0) if isinstance(step, Tensor) else (None, step)
+    return {
+        "seed_ptr": by_address,
+        "seed_low": signed(seed & 0xFFFFFFFF),
+        "seed_high": signed(seed >> 32 & 0xFFFFFFFF),
+        "step_ptr": step_address,
+        "step": signed(step),
+    }
+
+
+def walk_arguments(walk: Walk) -> Arguments:
+    """What the kernels are told of a walk, whatever its proposals."""
+    per_row = isinstance(walk.temperature, Tensor)
+    return random_arguments(walk.seed, walk.step) | {
+        "queries_ptr": walk.queries,
+        "keys_ptr": walk.keys,
+        "stride_query": walk.queries.stride(0),
+        "stride_key": walk.keys.stride(0),
+        "n": walk.queries.shape[0],
+        "m": walk.keys.shape[0],
+        "D": walk.queries.shape[1],
+        "temperatures_ptr": dense(walk.temperature) if per_row else None,
+        "temperature": 1.0 if per_row else walk.temperature,
+        "chain_ids_ptr": dense(walk.chain_ids),
+        "query_ids_ptr": dense(walk.query_ids),
+        "key_ids_ptr": None if walk.query_ids is None else dense(walk.key_ids),
+        "log_proposal_ptr": dense(walk.log_proposal),
+        "positions_ptr": dense(walk.positions),
+        "stride_position": walk.num_proposals,
+        "first": walk.first_proposal,
+        "count": walk.num_proposals,
+        "burn_in": walk.burn_in,
+        "kept": walk.total_proposals - walk.burn_in,
+        "num_samples": walk.num_samples,
+    }
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def transitions(like: Tensor, *shape: int) -> Tensor:
+    """Room for transitions, three words each."""
+    return torch.empty(*shape, 3, dtype=torch.float32, device=like.device)
+
+
+def on_device(operand: Tensor) -> AbstractContextManager:
+    """Launches go to the current device, which need not be the operand's."""
+    index = operand.device.index
+    if not operand.is_cuda or index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(index)

@@ -1,0 +1,117 @@
+"""The random-number contract of ``emc2_kernels.rng`` and the exponential draw, for Triton kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+ACCEPTANCE = tl.constexpr(0)
+POSITION = tl.constexpr(1)
+VIEW_COIN = tl.constexpr(3)
+
+_ROUNDS = tl.constexpr(7)
+_MULTIPLIER_0 = tl.constexpr(0xD2511F53)
+_MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
+_WEYL_0 = tl.constexpr(0x9E3779B9)
+_WEYL_1 = tl.constexpr(0xBB67AE85)
+
+_ONE_BITS = tl.constexpr(0x3F800000)
+_ONE_LESS_HALF_STEP = tl.constexpr(1.0 - 2.0**-24)
+
+
+@triton.jit
+def _multiply_wide(word, multiplier: tl.constexpr):
+    """High and low word of a product; as one 64-bit product it is one instruction, as mulhi and mul two."""
+    product = word.to(tl.uint64) * multiplier
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def seed_words(seed_ptr, seed_low, seed_high):
+    """Low and high word of the seed: from a 0-d int64 tensor, or from two int32 numbers with its bits."""
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        return (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
+    else:
+        return seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+
+
+@triton.jit
+def step_word(step_ptr, step):
+    if step_ptr is not None:
+        return tl.load(step_ptr).to(tl.uint32)
+    else:
+        return step.to(tl.uint32)
+
+
+@triton.jit
+def chain_words(chain, stream: tl.constexpr):
+    """Second and third counter word of chains; ids have 40 bits."""
+    return (chain & 0xFFFFFFFF).to(tl.uint32), (((chain >> 32) & 0xFF) << 8 | stream).to(tl.uint32)
+
+
+@triton.jit
+def zeros_like(scores):
+    """uint32 zeros in the registers where ``scores`` are.
+
+    The compiler lays the draws out as it likes and would send each threshold through shared memory to the score that it
+    belongs to. Zeros that it cannot see through tie the two together; the assembler removes them.
+    """
+    if INTERPRETED:
+        return tl.zeros(scores.shape, tl.uint32)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,f", [scores], dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def words(block, chain_low, tag, step, key_0, key_1, zeros):
+    """Philox4x32-7 of counter (block, chain_low, tag, step): four uint32 of the arguments' common shape.
+
+    The arguments are left unbroadcast on purpose. A column of blocks and a row of chains meet only in the third round,
+    so the products of rounds 1 and 2 are made once a column and once a row, and those of the rows leave the loop.
+    ``zeros`` enter where the two meet.
+    """
+    c0, c1, c2, c3 = block, chain_low, tag, step
+    for i in tl.static_range(_ROUNDS):
+        high_0, low_0 = _multiply_wide(c0, _MULTIPLIER_0)
+        high_1, low_1 = _multiply_wide(c2, _MULTIPLIER_1)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ key_0, low_1, high_0 ^ c3 ^ key_1, low_0
+        if i == 1:
+            c0 ^= zeros
+            c2 ^= zeros
+        key_0 += _WEYL_0
+        key_1 += _WEYL_1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _log2(x):
+    if INTERPRETED:
+        return tl.log2(x)
+    else:  # tl.log2 is a software logarithm, which would double the cost of a proposal
+        asm: tl.constexpr = (
+            "lg2.approx.ftz.f32 $0, $1;"  # without ftz it handles denormal numbers, in four instructions
+        )
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def log2_uniform(word):
+    """log2 u <= 0, u = (word >> 9) * 2^-23 + 2^-24; the approximation is within 2^-22, or 2^-22 of itself if larger.
+
+    The bits below a float's leading one give 1 + (word >> 9) * 2^-23, and the difference is exact: no conversion of
+    integers, which is four times slower than any other instruction here. Near u = 1 the approximate logarithm may come
+    out above 0, and a threshold below its score would break the composition of steps: hence the minimum.
+    """
+    u = ((word >> 9) | _ONE_BITS).to(tl.float32, bitcast=True) - _ONE_LESS_HALF_STEP
+    return tl.minimum(_log2(u), 0.0)
+
+
+@triton.jit
+def scale_to_range(low, high, count):
+    """High 64 bits of (high, low) * count, for count < 2^32: uniform over 0 .. count - 1."""
+    factor = count.to(tl.uint64)
+    carried = (low.to(tl.uint64) * factor) >> 32
+    return ((high.to(tl.uint64) * factor + carried) >> 32).to(tl.int64)

@@ -1,0 +1,182 @@
+"""One walk on the GPU: room for what the launches leave each other, the launches, and the results."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..walk import Walk
+from . import positions, settings, sweep
+from .coin import coin_kernel
+from .finish import close_kernel
+from .gathered import gathered_kernel
+from .launch import Arguments, Kernel, dense, on_device, power_of_two, random_arguments, transitions, walk_arguments
+
+SWEEP_KERNEL = Kernel(sweep.sweep_kernel)
+GATHERED_KERNEL = Kernel(gathered_kernel)
+CLOSE_KERNEL = Kernel(close_kernel)
+COIN_KERNEL = Kernel(coin_kernel)
+
+SWEEP, DRAWN, GIVEN = positions.SWEEP.value, positions.DRAWN.value, positions.GIVEN.value
+SEGMENTS, STEPS, TILE = sweep.SEGMENTS.value, sweep.STEPS.value, sweep.TILE.value
+
+COIN_BLOCK = 256
+CLOSE_ELEMENTS = 1024  # transitions that a program of the close holds at a time
+BLOCK_R = 16  # samples that the end of a walk handles at a time
+
+
+class Plan(NamedTuple):
+    """A kernel for a walk, and how the proposals are cut into programs."""
+
+    kernel: Kernel
+    kind: int
+    grid: tuple[int, int, int]
+    arguments: Arguments
+    options: Arguments
+    splits: int
+    split_length: int  # proposals
+    lead: int  # by which the first split starts before the first proposal
+
+
+def _block_d(d: int, largest: int) -> int:
+    return min(largest, max(16, power_of_two(d)))
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
+    (n, d), m = walk.queries.shape, walk.keys.shape[0]
+    generation, processors = settings.device(walk.queries.device.index or 0)
+    chosen = settings.sweep(generation, walk.queries.dtype != torch.float32, d)
+    blocks, lead = -(-n // chosen.block_m), walk.first_proposal % 4
+    splits = settings.splits(blocks, -(-(m + lead) // TILE), processors)
+    segment_length = STEPS * max(1, -(-(m + lead) // (splits * TILE)))
+    arguments = {
+        "segment_length": segment_length,
+        "segments_ptr": transitions(walk.queries, n, splits, SEGMENTS),
+        "prefixes_ptr": transitions(walk.queries, n, splits, SEGMENTS + 1),
+        "lse_parts_ptr": walk.queries.new_empty(n, splits, 2, dtype=torch.float32)
+        if wants_lse and splits > 1
+        else None,
+        "BLOCK_M": chosen.block_m,
+        "BLOCK_D": _block_d(d, chosen.block_d),
+        "PRECISION": _precision(),
+        "COUNT": False,
+    }
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}
+    return Plan(SWEEP_KERNEL, SWEEP, (blocks, splits, 1), arguments, options, splits, SEGMENTS * segment_length, lead)
+
+
+def _plan_gathered(walk: Walk) -> Plan:
+    n, d = walk.queries.shape
+    generation, processors = settings.device(walk.queries.device.index or 0)
+    chosen = settings.gathered(generation)
+    blocks = -(-walk.num_proposals // chosen.block_k)
+    splits = settings.splits(n, blocks, settings.GATHERED_PROGRAMS * processors)
+    length = chosen.block_k * max(1, -(-blocks // splits))
+    arguments = {
+        "split_length": length,
+        "BLOCK_K": chosen.block_k,
+        "BLOCK_D": _block_d(d, chosen.block_d),
+        "RECORD": True,
+    }
+    kind = DRAWN if walk.positions is None else GIVEN
+    return Plan(GATHERED_KERNEL, kind, (n, splits, 1), arguments, {"num_warps": chosen.num_warps}, splits, length, 0)
+
+
+def run(walk: Walk, outputs: Arguments) -> None:
+    """Launches a walk; ``outputs`` are the tensors of a step or of a transition, by the kernels' names for them."""
+    n = walk.queries.shape[0]
+    if n == 0:
+        return
+    plan = _plan_sweep(walk, outputs["lse_ptr"] is not None) if walk.is_sweep else _plan_gathered(walk)
+    split = plan.splits > 1
+    arguments = (
+        walk_arguments(walk)
+        | plan.arguments
+        | outputs
+        | {
+            "KIND": plan.kind,
+            "SPLIT": split,
+            "BLOCK_R": BLOCK_R,
+            "records_ptr": transitions(walk.queries, n, walk.num_samples),
+            "split_segments_ptr": transitions(walk.queries, n, plan.splits),
+            "split_prefixes_ptr": transitions(walk.queries, n, plan.splits + 1),
+        }
+    )
+    counts_apart = split or walk.is_sweep  # the state in which a chain enters a segment is known after a first launch
+    first = arguments | {"accepted_ptr": None} if counts_apart else arguments
+    plan.kernel(plan.grid, first, plan.options)
+    if split:
+        _close(walk, plan, arguments)
+    if counts_apart and outputs["accepted_ptr"] is not None:
+        count = arguments | {"COUNT": True, "RECORD": False, "lse_ptr": None}
+        plan.kernel(plan.grid, count, plan.options)
+
+
+def _close(walk: Walk, plan: Plan, arguments: Arguments) -> None:
+    width = power_of_two(plan.splits + 1)
+    rows = max(1, CLOSE_ELEMENTS // max(width, BLOCK_R))
+    own = {
+        "splits": plan.splits,
+        "split_length": plan.split_length,
+        "lead": plan.lead,
+        "lse_parts_ptr": arguments.get("lse_parts_ptr"),
+        "WIDTH": width,
+        "BLOCK_M": rows,
+    }
+    CLOSE_KERNEL((-(-walk.queries.shape[0] // rows), 1, 1), arguments | own, {"num_warps": 4})
+
+
+_STEP = ("state_key_ptr", "state_score_ptr", "labels_ptr", "samples_ptr", "out_key_ptr", "accepted_ptr", "lse_ptr")
+
+
+def transition(walk: Walk) -> tuple[Tensor, Tensor, Tensor]:
+    """Threshold, score and position of the prefixes at the sample points, (n, R) each."""
+    threshold = walk.queries.new_empty(walk.queries.shape[0], walk.num_samples, dtype=torch.float32)
+    score, position = torch.empty_like(threshold), torch.empty_like(threshold, dtype=torch.int64)
+    outputs = {"out_threshold_ptr": threshold, "out_score_ptr": score, "out_position_ptr": position}
+    with on_device(walk.queries):
+        run(walk, dict.fromkeys(_STEP) | outputs)
+    return threshold, score, position
+
+
+def step(
+    walk: Walk, key: Tensor, score: Tensor, key_labels: Tensor | None, return_accepts: bool, return_lse: bool
+) -> list[Tensor]:
+    """[samples, key, score, threshold], then accepted and lse if asked for; see ``emc2_kernels.mh_step``."""
+    n, new = walk.queries.shape[0], walk.queries.new_empty
+    samples, new_key = new(n, walk.num_samples, dtype=torch.int32), new(n, dtype=torch.int64)
+    new_score, threshold = new(n, dtype=torch.float32), new(n, dtype=torch.float32)
+    accepted = walk.queries.new_zeros(n, dtype=torch.int32) if return_accepts else None  # added to
+    lse = new(n, dtype=torch.float32) if return_lse else None
+    outputs = {
+        "state_key_ptr": dense(key),
+        "state_score_ptr": dense(score),
+        "labels_ptr": dense(key_labels),
+        "samples_ptr": samples,
+        "out_key_ptr": new_key,
+        "out_score_ptr": new_score,
+        "out_threshold_ptr": threshold,
+        "out_position_ptr": None,
+        "accepted_ptr": accepted,
+        "lse_ptr": lse,
+    }
+    with on_device(walk.queries):
+        run(walk, outputs)
+    return [tensor for tensor in (samples, new_key, new_score, threshold, accepted, lse) if tensor is not None]
+
+
+def view_coin(items: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """(b,) int64 of 0 and 1; see ``emc2_kernels.rng.view_coin``."""
+    items = items.contiguous()
+    coins = torch.empty_like(items)
+    arguments = random_arguments(seed, step)
+    arguments |= {"items_ptr": items, "coins_ptr": coins, "count": items.numel(), "BLOCK": COIN_BLOCK}
+    with on_device(items):
+        COIN_KERNEL((-(-items.numel() // COIN_BLOCK), 1, 1), arguments, {"num_warps": 4})
+    return coins

@@ -1,0 +1,83 @@
+"""The sizes that the kernels are compiled with: a small table, so that no user's first step begins with a search.
+
+`bench/tune.py` measures the candidates on a GPU and prints rows for these tables. A row says where it was measured.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class Sweep(NamedTuple):
+    block_m: int  # rows of a program
+    block_d: int  # dimensions of one product
+    num_warps: int
+    num_stages: int  # tiles of keys in flight
+    max_registers: int | None  # of a thread; None: as many as the compiler takes
+    measured: str  # where
+
+
+class Gathered(NamedTuple):
+    block_k: int  # proposals of one scan
+    block_d: int
+    num_warps: int
+    measured: str
+
+
+NOT_MEASURED = "not measured: chosen by registers and shared memory of the compiled code"
+
+# Up to d = 128 on Hopper and later one product takes whole rows: queries then stay in shared memory. On Ampere they
+# would stay in registers, and push the walk out of them.
+# By (generation, half precision?, largest d). Generation is the major compute capability; the newest one that is not
+# newer than the GPU holds.
+SWEEPS: dict[tuple[int, bool, int], Sweep] = {
+    (8, True, 1 << 30): Sweep(64, 64, 4, 3, None, NOT_MEASURED),
+    (8, False, 1 << 30): Sweep(32, 32, 4, 2, None, NOT_MEASURED),
+    (9, True, 128): Sweep(64, 128, 4, 2, None, NOT_MEASURED),
+    (9, True, 1 << 30): Sweep(128, 64, 8, 3, None, NOT_MEASURED),
+    (9, False, 1 << 30): Sweep(32, 32, 4, 2, None, NOT_MEASURED),
+    (10, True, 128): Sweep(64, 128, 4, 2, None, NOT_MEASURED),
+    (10, True, 1 << 30): Sweep(64, 64, 4, 3, None, NOT_MEASURED),
+    (10, False, 1 << 30): Sweep(32, 32, 4, 2, None, NOT_MEASURED),
+}
+GATHERED: dict[int, Gathered] = {8: Gathered(32, 256, 2, NOT_MEASURED)}
+
+PROGRAMS_PER_PROCESSOR = 2  # of the sweep, at once
+GATHERED_PROGRAMS = 4  # of the gathered walk, in the place of each of those
+MAX_SPLITS = 511  # composed by one program of the second launch
+ENDING = 2.0  # what the end of a program costs, in tiles
+
+
+@lru_cache(maxsize=256)
+def sweep(generation: int, half: bool, d: int) -> Sweep:
+    """The row of the newest generation up to this one with room for ``d``."""
+    rows = [key for key in SWEEPS if key[0] <= max(generation, 8) and key[1] == half and d <= key[2]]
+    return SWEEPS[max(rows, key=lambda key: (key[0], -key[2]))]
+
+
+@lru_cache(maxsize=16)
+def gathered(generation: int) -> Gathered:
+    return GATHERED[max(known for known in GATHERED if known <= max(generation, 8))]
+
+
+@lru_cache(maxsize=8)
+def device(index: int) -> tuple[int, int]:
+    """(generation, multiprocessors) of a GPU; without one, for the interpreter, those of a small one."""
+    if not torch.cuda.is_available():
+        return 8, 1
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.multi_processor_count
+
+
+@lru_cache(maxsize=1024)
+def splits(blocks: int, tiles: int, processors: int) -> int:
+    """Into how many programs each block of rows is split, so that all together fill whole waves of the GPU."""
+    places = PROGRAMS_PER_PROCESSOR * processors
+
+    def duration(count: int) -> float:
+        return -(-blocks * count // places) * (-(-tiles // count) + ENDING)
+
+    return min(range(1, max(1, min(MAX_SPLITS, tiles)) + 1), key=duration)

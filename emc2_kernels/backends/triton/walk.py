@@ -1,0 +1,94 @@
+"""Transitions inside Triton kernels: tuples (threshold, score, number), as ``emc2_kernels.transition``.
+
+``number`` is that of a proposal within the shard, 0 .. K - 1; -1 in the identity. In memory a transition is three
+words. A schedule is the tuple (first, count, burn_in, kept, num_samples): proposals first .. first + count - 1 of a
+walk whose last ``kept`` proposals are sampled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .philox import INTERPRETED, log2_uniform
+
+MINUS_LN_2 = tl.constexpr(-0.6931471805599453)
+NEVER = tl.constexpr(float("-inf"))  # the threshold of an identity step: nothing lies below it
+
+
+@triton.jit
+def compose_fields(threshold, score, number, then_threshold, then_score, then_number):
+    """First one block, then the other; associative, not commutative.
+
+    For ``tl.associative_scan`` only: ``tl.reduce`` takes its operands in any order on a GPU, though not in the
+    interpreter.
+    """
+    moves = score < then_threshold
+    return (
+        tl.maximum(threshold, then_threshold),
+        tl.where(moves, then_score, score),
+        tl.where(moves, then_number, number),
+    )
+
+
+@triton.jit
+def compose(first, then):
+    return compose_fields(first[0], first[1], first[2], then[0], then[1], then[2])
+
+
+@triton.jit
+def identity(SHAPE: tl.constexpr):
+    return (
+        tl.full(SHAPE, NEVER, tl.float32),
+        tl.full(SHAPE, NEVER, tl.float32),
+        tl.full(SHAPE, -1, tl.int32),
+    )
+
+
+@triton.jit
+def threshold_of(score, word):
+    """score + E, E = -log u of a random word. Where the score is not finite, something that nothing lies below: NaN.
+
+    score * 0 is NaN there, and no maximum takes a NaN: one instruction, where a comparison and a selection are three.
+    """
+    threshold = tl.fma(score, 0.0, tl.fma(log2_uniform(word), MINUS_LN_2, score))
+    if INTERPRETED:  # whose maximum takes a NaN in Triton 3.6
+        threshold = tl.where(threshold == threshold, threshold, NEVER)
+    return threshold
+
+
+@triton.jit
+def load_transition(ptr, index, mask):
+    """Entries ``index`` of an array of transitions; the identity where masked."""
+    at = ptr + 3 * index
+    number = tl.load(at + 2, mask, other=0.0).to(tl.int32, bitcast=True)
+    return tl.load(at, mask, other=NEVER), tl.load(at + 1, mask, other=NEVER), tl.where(mask, number, -1)
+
+
+@triton.jit
+def store_transition(ptr, index, mask, transition):
+    at = ptr + 3 * index
+    tl.store(at, transition[0], mask)
+    tl.store(at + 1, transition[1], mask)
+    tl.store(at + 2, transition[2].to(tl.float32, bitcast=True), mask)
+
+
+@triton.jit
+def incoming_score(score_ptr, rows, row_ok):
+    """A chain's score as it enters; one that is NaN counts as not started."""
+    score = tl.load(score_ptr + rows, row_ok, other=NEVER)
+    return tl.where(score == score, score, NEVER)
+
+
+@triton.jit
+def samples_before(proposal, schedule):
+    """How many samples are taken after one of the proposals 0 .. proposal - 1 (``Schedule`` in csrc/mh_params.h)."""
+    _first, _count, burn_in, kept, num_samples = schedule
+    return tl.maximum(proposal - burn_in, 0) * num_samples // tl.maximum(kept, 1)
+
+
+@triton.jit
+def sample_point(sample, schedule):
+    """The proposal after which a sample is taken: burn_in + ceil((sample + 1) * kept / num_samples) - 1."""
+    _first, _count, burn_in, kept, num_samples = schedule
+    return burn_in + ((sample + 1) * kept + num_samples - 1) // num_samples - 1

@@ -1,0 +1,73 @@
+"""What Triton's kernels compile to for three generations of GPUs, none of which need be here, is bounded.
+
+A bound is what was seen when it was written, and a little: more means that something got worse. Stack is a thread's
+memory for what did not fit into registers. Where one product takes whole rows (d = 128 on sm_90), the loads of the
+next tile are among the counted instructions.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("triton")
+
+# (case, generations): kernel -> (registers, stack in bytes, shared memory in bytes, instructions per (row, key)).
+BOUNDS = {
+    ("sweep d=128", (80, 90, 100)): {
+        "sweep_kernel": (255, {80: 32, 90: 48, 100: 128}, 90_000, 30.0),
+        "close_kernel": (168, 16, 2048, None),
+    },
+    ("sweep d=512", (90,)): {"sweep_kernel": (255, 48, 110_000, 25.0), "close_kernel": (168, 16, 2048, None)},
+    ("sweep float32", (90,)): {"sweep_kernel": (255, 32, 30_000, 26.0), "close_kernel": (168, 16, 2048, None)},
+    ("split, lse", (90,)): {"sweep_kernel": (255, 48, 90_000, 47.0), "close_kernel": (168, 16, 2048, None)},
+    ("drawn", (80, 90, 100)): {"gathered_kernel": (128, 0, 1024, None)},
+    ("given", (90,)): {"gathered_kernel": (128, 0, 1024, None)},
+}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Rows of bench/compiled.py, from processes in which nothing is interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    rows = []
+    for generations in {generations for _, generations in BOUNDS}:
+        cases = [case for case, those in BOUNDS if those == generations]
+        command = [sys.executable, ROOT / "bench" / "compiled.py", "--json", "--cases", *cases]
+        command += ["--generations", *map(str, generations)]
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows += json.loads(done.stdout)
+    return rows
+
+
+@pytest.mark.parametrize(("case", "generations"), BOUNDS, ids=[case for case, _ in BOUNDS])
+def test_registers_memory_and_instructions(case, generations, compiled):
+    rows = [row for row in compiled if row["case"] == case]
+    assert {row["generation"] for row in rows} == set(generations)
+    for row in rows:
+        print(row)
+        registers, stack, shared, per_element = BOUNDS[case, generations][row["kernel"]]
+        assert 0 < row["registers"] <= registers
+        assert row["stack"] <= (stack if isinstance(stack, int) else stack[row["generation"]])
+        assert row["shared"] <= shared
+        if per_element is not None:
+            assert 10 < row["per_element"] <= per_element
+    assert {row["kernel"] for row in rows} <= set(BOUNDS[case, generations])
+
+
+def test_the_counter_counts():
+    """A walk of two logarithms in ten instructions, beside a longer block that stores."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    import compiled as tool
+
+    line = "        /*{:04x}*/                   {} R1, R2 ;  /* 0x0 */"
+    walk = ["FFMA"] * 8 + ["@!P0 MUFU.LG2"] * 2
+    other = ["MUFU.LG2"] * 3 + ["STG.E"] + ["IMAD"] * 20
+    code = [".L_1:"] + [line.format(16 * i, op) for i, op in enumerate(walk)]
+    code += [".L_2:"] + [line.format(16 * i, op) for i, op in enumerate(other)]
+    assert tool.instructions_per_logarithm("\n".join(code)) == 5.0

@@ -1,0 +1,78 @@
+"""Which backend "auto" takes for which walk: the table's order, and what each backend prefers."""
+
+import sys
+
+import pytest
+import torch
+
+from emc2_kernels import backends
+from emc2_kernels.backends import TABLE, resolve
+from emc2_kernels.backends.walk import Walk
+
+MODULE = "emc2_kernels.backends."
+
+
+def walk(n, m, d, draws=None, positions=None, dtype=torch.bfloat16, device="meta"):
+    queries, keys = (torch.empty(rows, d, dtype=dtype, device=device) for rows in (n, m))
+    return Walk(
+        queries, keys, 0.1, 0, 0, None, None, None, positions, draws, None, 0, 1, 0, m if draws is None else draws
+    )
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """The table as on a machine with a GPU, where all kernels can be had; "meta" tensors stand for the GPU's."""
+    package = sys.modules["emc2_kernels.backends"]  # emc2_kernels.backends itself is the function of that name
+    gpu_table = {
+        name: backend._replace(
+            devices=("meta",) if backend.devices == ("cuda",) else backend.devices, why_unavailable=lambda: None
+        )
+        for name, backend in TABLE.items()
+    }
+    monkeypatch.setattr(package, "TABLE", gpu_table)
+    monkeypatch.setattr(package, "_BUILDS", {})
+    package._able.cache_clear()
+    yield gpu_table
+    package._able.cache_clear()
+
+
+def chosen(a_walk):
+    return resolve("auto", a_walk.queries, a_walk).__name__.removeprefix(MODULE)
+
+
+def test_small_sweeps_and_gathered_walks_go_to_cuda_large_sweeps_to_triton(on_gpu):
+    assert chosen(walk(64, 32, 128)) == "cuda"
+    assert chosen(walk(64, 64, 128)) == "cuda"
+    assert chosen(walk(32768, 32768, 512)) == "triton"
+    assert chosen(walk(64, 1_000_000, 128)) == "triton"
+    assert chosen(walk(1024, 1024, 4096)) == "triton"
+    assert chosen(walk(32768, 10_000_000, 128, draws=256)) == "cuda"
+    assert chosen(walk(64, 10_000, 128, draws=65_536)) == "triton"  # a warp a chain would leave the GPU idle
+
+
+def test_float64_goes_to_the_reference(on_gpu):
+    assert chosen(walk(64, 64, 8, dtype=torch.float64)) == "reference"
+
+
+def test_item_ids_go_to_the_first(on_gpu):
+    assert resolve("auto", torch.empty(3, dtype=torch.int64, device="meta")).__name__ == MODULE + "cuda"
+
+
+def test_without_the_cuda_kernels_triton_does_their_work(on_gpu, monkeypatch, recwarn):
+    monkeypatch.setitem(on_gpu, "cuda", on_gpu["cuda"]._replace(why_unavailable=lambda: "no nvcc"))
+    assert chosen(walk(64, 32, 128)) == "triton"
+    assert not recwarn.list, "another fast backend is there: nothing to report"
+
+
+def test_here_cpu_tensors_never_go_to_the_interpreter():
+    small = walk(4, 4, 8, dtype=torch.float32, device="cpu")
+    assert chosen(small) == "cpu"
+    assert "triton" in backends()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_backend_says_why_it_cannot_run():
+    small = walk(4, 4, 8, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="backend 'cuda' takes cuda tensors"):
+        resolve("cuda", small.queries, small)
+    assert "CUDA" in backends()["cuda"]
