@@ -14,7 +14,8 @@ from ..bank import EmbeddingBank
 from ..chains import ChainStore
 from ..mh import mh_step
 from ..transition import MHResult, MHState
-from .pairs import Anchors, batch_stats, compute_dtype, stack, unit
+from . import fused
+from .pairs import Anchors, batch_stats, check, compute_dtype, stack, unit
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,7 +48,8 @@ class EMC2Loss(nn.Module):
         num_samples: R in 1 .. M - P; None: min(16, M - P).
         carry: where a sample is still the key that the chain brought along, which is outside the batch: "cached" takes
             its latest embedding from the bank, detached, so the key's side of the gradient is lost; "recompute" encodes
-            it again, the reference; "drop" leaves it out, which is badly biased and there for comparison only.
+            it again, the reference, and waits for a GPU to know what it has to encode, as nothing else here does;
+            "drop" leaves it out, which is badly biased and there for comparison only.
         encode: called with carry="recompute" only: encode(items (k,), views (k,)) -> (k, dim) embeddings, as the loss
             takes them.
         seed: of the chains' random numbers.
@@ -140,7 +142,11 @@ class EMC2Loss(nn.Module):
         checks.boolean("return_stats", return_stats)
         if index is None:
             raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        anchors = stack(z0, z1, index, dim=self.bank.dim, num_items=self.chains.num_items, normalize=self.normalize)
+        check(z0, z1, index, dim=self.bank.dim, num_items=self.chains.num_items)
+        self._check_device(z0)
+        if fused.takes(self, z0, z1):
+            return self._fused(z0, z1, index, return_stats)
+        anchors = stack(z0, z1, index, normalize=self.normalize)
         keys = self._proposed_keys(anchors)
         state, result = self._walk(anchors, keys, compute_dtype(z0), return_stats)
         negatives = self._mean_negatives(keys, state, result)
@@ -153,6 +159,33 @@ class EMC2Loss(nn.Module):
         if self.training:
             self._remember(anchors, result.state)
         return loss if stats is None else (loss, stats)
+
+    def _check_device(self, z0: Tensor) -> None:
+        for buffer in (self.step, self.chains.key, self.bank.embeddings):
+            if buffer.device != z0.device:
+                expected = f"on {buffer.device}, where the loss keeps its chains"
+                raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
+
+    def _fused(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> Tensor | tuple[Tensor, dict]:
+        """The same in a handful of kernels, on a GPU."""
+        made = fused.surrogate(self, z0, z1, index, return_stats)
+        if not return_stats:
+            return made.value
+        items, labels = made.batch.items, made.batch.key_labels
+        anchors = Anchors(made.batch.anchors, items, made.batch.chain_ids % 2)
+        keys = ProposedKeys(made.batch.keys, items[: labels.shape[0]], labels % 2)
+        return made.value, self._stats(anchors, keys, made.result, made.negative_similarity)
+
+    def schedule(self, num_keys: int) -> tuple[int, int]:
+        """Burn-in and number of samples of a sweep over so many keys."""
+        burn_in = int(self.burn_in * num_keys)
+        most = num_keys - burn_in
+        if self.num_samples is None:
+            return burn_in, min(16, most)
+        if self.num_samples > most:
+            expected = f"at most {most} with this batch ({num_keys} proposals, burn-in {burn_in})"
+            raise ValueError(f"num_samples must be {expected}, got {self.num_samples}")
+        return burn_in, self.num_samples
 
     def _proposed_keys(self, anchors: Anchors) -> ProposedKeys:
         if self.views == "both":
@@ -168,8 +201,7 @@ class EMC2Loss(nn.Module):
     ) -> tuple[MHState, MHResult]:
         """The incoming states, rescored with the current anchors, and what the step made of them."""
         queries, embeddings = anchors.embeddings.detach(), keys.embeddings.detach()
-        count = embeddings.shape[0]
-        burn_in = int(self.burn_in * count)
+        burn_in, num_samples = self.schedule(embeddings.shape[0])
         state = self.chains.read(anchors.items, anchors.views, queries, self.bank, self.temperature)
         result = mh_step(
             queries.to(dtype),
@@ -183,7 +215,7 @@ class EMC2Loss(nn.Module):
             key_ids=keys.items,
             key_labels=keys.items * 2 + keys.views,
             burn_in=burn_in,
-            num_samples=min(16, count - burn_in) if self.num_samples is None else self.num_samples,
+            num_samples=num_samples,
             return_accepts=return_accepts,
             backend=self.backend,
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from .pairs import Anchors, batch_stats, stack
+from .pairs import Anchors, batch_stats, check, stack
 
 
 def nt_xent(anchors: Anchors, temperature: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,8 @@ class NTXentLoss(nn.Module):
             ValueError, TypeError: name the argument, what was expected and what came.
         """
         checks.boolean("return_stats", return_stats)
-        anchors = stack(z0, z1, index, dim=None, num_items=None, normalize=self.normalize)
+        check(z0, z1, index, dim=None, num_items=None)
+        anchors = stack(z0, z1, index, normalize=self.normalize)
         loss, negative_similarity = nt_xent(anchors, self.temperature)
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())

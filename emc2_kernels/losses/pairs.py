@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 
-_NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
+NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
 
 
 class Anchors(NamedTuple):
@@ -27,10 +27,8 @@ class Anchors(NamedTuple):
         return self.embeddings.roll(self.embeddings.shape[0] // 2, 0)
 
 
-def stack(
-    z0: Tensor, z1: Tensor, index: Tensor | None, *, dim: int | None, num_items: int | None, normalize: bool
-) -> Anchors:
-    """Checks a loss's arguments and makes the anchors.
+def check(z0: Tensor, z1: Tensor, index: Tensor | None, *, dim: int | None, num_items: int | None) -> None:
+    """Checks a loss's arguments.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came. Values are looked at on the CPU only.
@@ -43,6 +41,11 @@ def stack(
         )
     if index is not None:
         _check_index(index, z0, num_items)
+
+
+def stack(z0: Tensor, z1: Tensor, index: Tensor | None, *, normalize: bool) -> Anchors:
+    """The anchors of checked arguments."""
+    if index is not None:
         index = index.to(z0.device, non_blocking=True)
     embeddings = torch.cat((unit(z0, normalize), unit(z1, normalize)))
     views = torch.arange(2, device=z0.device).repeat_interleave(z0.shape[0])
@@ -52,7 +55,7 @@ def stack(
 def unit(z: Tensor, normalize: bool = True) -> Tensor:
     """z in float32 (float64 stays), its rows divided by their lengths if asked to."""
     wide = z if z.dtype == torch.float64 else z.float()
-    return torch.nn.functional.normalize(wide, dim=1, eps=_NORM_FLOOR) if normalize else wide
+    return torch.nn.functional.normalize(wide, dim=1, eps=NORM_FLOOR) if normalize else wide
 
 
 def compute_dtype(z: Tensor) -> torch.dtype:
