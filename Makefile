@@ -1,5 +1,6 @@
 # make demo      train EMC2 and SimCLR on real digits and print both side by side
 # make test      run all tests but the slow ones
+# make gpu-check on a GPU: its tests, the sanitizers and the benchmark; installs nothing and needs no network
 #
 # An environment that has torch already is used as it is; elsewhere .venv is made, with the torch that constraints.txt pins.
 
@@ -13,7 +14,7 @@ RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 endif
 
-.PHONY: demo test test-slow bench lint core-test clean install-into-this-environment
+.PHONY: demo test test-slow bench gpu-check compiled lint core-test clean install-into-this-environment
 
 demo: $(INSTALLED)
 	$(RUN) examples/demo.py
@@ -26,6 +27,13 @@ test-slow: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) bench/throughput.py --memory
+
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
+
+# Registers, memory and instructions of the Triton kernels, compiled for GPUs that need not be here.
+compiled: $(INSTALLED)
+	$(RUN) bench/compiled.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -1,0 +1,213 @@
+"""The benchmark on a GPU: every figure beside the machine's limit or a peer, and beside its goal.
+
+    python bench/gpu.py                     all rows, under three minutes on an H100; writes bench/results/<gpu>.json
+    python bench/gpu.py --quick             fewer rounds, for a look
+    python bench/gpu.py --only small-32     the rows whose names begin so
+    python bench/gpu.py --rehearse          every line on a CPU at toy sizes; the figures mean nothing
+
+The rows are in gpu_rows.py, their peers in gpu_peers.py, the method in timing.py. A row that fails is recorded with its
+error and does not stop the others; the file is written after each row, so that a run cut off keeps what it had.
+"""
+
+import argparse
+import gc
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import machine
+import torch
+from gpu_rows import OF_ALL_BACKENDS, ROWS, Context, Row
+
+import emc2_kernels as emc2
+
+GPU_BACKENDS = ("triton", "cuda")
+RESULTS = Path(__file__).resolve().parent / "results"
+SCHEMA = 1  # of the results file; raise it when a field changes its meaning
+NO_GPU, DEAD_CONTEXT = 1, 70  # exit statuses
+UNFINISHED = "started and never finished"
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, for a look")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="rows whose names begin so")
+    parser.add_argument("--backends", help=f"commas between ({','.join(GPU_BACKENDS)}; cpu in a rehearsal)")
+    parser.add_argument("--json", metavar="PATH", help="results file (bench/results/<gpu>.json)")
+    parser.add_argument("--budget", type=float, default=170, help="seconds; no row is begun after them (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the results file has already")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU")
+    options = parser.parse_args(arguments)
+    for name in options.only:
+        if not any(row.startswith(name) for row in ROWS):
+            parser.error(f"--only {name}: the rows are {', '.join(ROWS)}")
+    return options
+
+
+def gpu_details() -> dict[str, object]:
+    """What a figure depends on beside machine.describe: the card, its driver, the compiler."""
+    properties = torch.cuda.get_device_properties(0)
+    driver = machine.run_quietly("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    compiler = machine.run_quietly("nvcc", "--version") or ""
+    return {
+        "driver": driver or machine.UNKNOWN,
+        "nvcc": next((line.strip() for line in compiler.splitlines() if "release" in line), None),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "l2_mb": round(getattr(properties, "L2_cache_size", 0) / 1e6, 1),
+    }
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The machine, versions and commit."""
+    return machine.describe(device) | (gpu_details() if device.type == "cuda" else {})
+
+
+def plan(options: argparse.Namespace, available: Sequence[str]) -> list[tuple[str, str]]:
+    """(row, backend) in order; a row of all backends comes once."""
+    wanted = [name for name in ROWS if not options.only or any(name.startswith(start) for start in options.only)]
+    return [
+        (name, backend)
+        for name in wanted
+        for backend in (["all"] if name in OF_ALL_BACKENDS else available)
+        if available
+    ]
+
+
+def run_row(name: str, backend: str, context: Context) -> dict[str, object]:
+    """One row's record: what it measured, or the error that stopped it."""
+    started = time.perf_counter()
+    record: dict[str, object] = {"name": name, "backend": backend}
+    try:
+        row: Row = ROWS[name](context, backend)
+        record |= asdict(row)
+        if context.rehearsal:  # toy sizes on another machine meet and miss nothing
+            record["goals"] = [goal | {"met": None} for goal in record["goals"]]
+    except Exception as error:  # whatever a kernel, a compiler or the driver raises: the other rows go on
+        record["error"] = f"{type(error).__name__}: {error}"[:2000]
+    record["seconds"] = round(time.perf_counter() - started, 1)
+    gc.collect()
+    return record
+
+
+def context_is_alive(device: torch.device) -> bool:
+    """False after a kernel has failed in a way that ends the process's use of the GPU."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def count_goals(rows: Sequence[dict]) -> dict[str, int]:
+    """How many goals were met and missed, and how many rows failed. It takes one backend to meet a goal."""
+    best: dict[tuple[str, str], bool] = {}
+    for row in rows:
+        for goal in row.get("goals", []):
+            if goal["met"] is not None:
+                key = (row["name"], goal["quantity"])
+                best[key] = best.get(key, False) or goal["met"]
+    met = sum(best.values())
+    return {"met": met, "missed": len(best) - met, "failed_rows": sum("error" in row for row in rows)}
+
+
+def write(results: dict, target: Path) -> None:
+    """Whole or not at all: a process that is killed meanwhile leaves the file as it was."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    results["goals"] = count_goals(results["rows"])
+    draft = target.with_suffix(".part")
+    draft.write_text(json.dumps(results, indent=2) + "\n")
+    draft.replace(target)
+
+
+def table(rows: Sequence[dict]) -> str:
+    """One goal a line: value, quartiles, goal, whether it was met; then the crossover of the backends."""
+    lines = [f"{'row':<17}{'backend':<10}{'quantity':<40}{'value':>10}{'quartiles':>22}{'goal':>10}"]
+    for row in rows:
+        head = f"{row['name']:<17}{row['backend']:<10}"
+        if "error" in row:
+            lines.append(f"{head}FAILED  {row['error'].splitlines()[0][:100]}")
+        for goal in row.get("goals", []):
+            spread = f"{goal['lower_quartile']:.4g} .. {goal['upper_quartile']:.4g}"
+            verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
+            figures = f"{goal['value']:>10.4g}{spread:>22}{goal['goal'] or '':>10}"
+            lines.append(f"{head}{goal['quantity']:<40}{figures}  {verdict}".rstrip())
+        notes = row.get("notes", {})
+        if "us" in notes:
+            lines.append(head + "".join(f"{column:>10}" for column in notes["columns"]))
+            lines += [" " * len(head) + "".join(f"{cell:>10}" for cell in cells) for cells in notes["us"]]
+    return "\n".join(lines)
+
+
+def rows_so_far(target: Path) -> list[dict]:
+    """Of an earlier run. One that was running when its process died is among them and not tried again."""
+    return json.loads(target.read_text())["rows"] if target.exists() else []
+
+
+def run_all(options: argparse.Namespace, context: Context, results: dict, target: Path) -> int:
+    """Runs the rows that the file lacks, and writes it after each. Returns the exit status."""
+    deadline = time.perf_counter() + options.budget
+    have = {(row["name"], row["backend"]) for row in results["rows"]}
+    for name, backend in plan(options, context.backends):
+        if (name, backend) in have:
+            continue
+        if time.perf_counter() > deadline:
+            record = {"name": name, "backend": backend, "error": f"not begun within {options.budget:g} s"}
+            results["rows"].append(record)
+            continue
+        results["rows"].append({"name": name, "backend": backend, "error": UNFINISHED})
+        write(results, target)
+        results["rows"][-1] = run_row(name, backend, context)
+        seconds, outcome = results["rows"][-1]["seconds"], results["rows"][-1].get("error", "done")
+        print(f"{name} [{backend}] {seconds} s: {outcome.splitlines()[0][:200]}", flush=True)
+        write(results, target)
+        if not context_is_alive(context.device):
+            return DEAD_CONTEXT
+    write(results, target)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark, writes its file, prints the table last."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parse_arguments(arguments)
+    if not options.rehearse and not torch.cuda.is_available():
+        print("bench/gpu.py needs a CUDA GPU and found none; --rehearse runs it on the CPU at toy sizes")
+        return NO_GPU
+    started = time.perf_counter()
+    device = torch.device("cpu" if options.rehearse else "cuda")
+    described, status = describe(device), emc2.backends()
+    named = options.backends.split(",") if options.backends else ["cpu"] if options.rehearse else GPU_BACKENDS
+    available = [name for name in named if status.get(name) == "available"]
+    target = Path(options.json) if options.json else RESULTS / f"{machine.slug(described)}.json"
+    if options.rehearse and not options.json:
+        target = RESULTS.parent.parent / "build" / "rehearsal.json"  # never among the results
+    results = {
+        "schema": SCHEMA,
+        "command": shlex.join(["python", "bench/gpu.py", *(Path(word).name for word in arguments)]),
+        "machine": described,
+        "backends": status,
+        "settings": {"quick": options.quick, "rehearsal": options.rehearse},
+        "rows": rows_so_far(target) if options.resume else [],
+    }
+    context = Context(device, available, options.quick, options.rehearse)
+    exit_status = run_all(options, context, results, target)
+    print(
+        f"{described['device']}; torch {described['torch']}, triton {described['triton']}; commit {described['commit']}"
+    )
+    print(table(results["rows"]))
+    print(f"{count_goals(results['rows'])}; {time.perf_counter() - started:.0f} s; written to {target.name}")
+    return exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
