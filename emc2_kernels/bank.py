@@ -51,7 +51,7 @@ class EmbeddingBank(SlotStore):
 
     def _checked(self, labels: Tensor) -> Tensor:
         checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
-        checks.within("labels", labels, -1, self.num_slots)
+        checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
         return labels.clamp_min(0)
 
     def lookup(self, labels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Errors that name the argument, what was expected, and what came.
 
 Shapes, dtypes and devices are always checked. Values are checked for Python numbers and for CPU tensors outside
-compilation: on a GPU a look at a value would wait for the device.
+compilation: on a GPU a look at a value would wait for the device, so there the device looks.
 """
 
 from __future__ import annotations
@@ -113,9 +113,19 @@ def vector(name: str, value: Any, length: int | None, dtype: torch.dtype, device
         raise ValueError(f"{name} must be on {device}, got {describe(value)}")
 
 
-def within(name: str, value: Tensor, lowest: int, end: int) -> None:
-    """Every element in lowest .. end - 1, where the values can be seen."""
-    if value.numel() == 0 or not values_visible(value):
+def within(name: str, value: Tensor, lowest: int, end: int, *, on_gpu: bool = False) -> None:
+    """Every element in lowest .. end - 1, where the values can be seen.
+
+    Args:
+        on_gpu: where they are a GPU's, let it look: a wrong value is then an error at the next synchronisation. For
+            values that no kernel of ours checks.
+    """
+    if value.numel() == 0:
+        return
+    if not values_visible(value):
+        if on_gpu and value.is_cuda and not torch.compiler.is_compiling():
+            every = ((value >= lowest) & (value < end)).all()
+            torch._assert_async(every, f"{name} must hold values in [{lowest}, {end})")
         return
     low, high = (int(bound) for bound in torch.aminmax(value))
     if low < lowest or high >= end:

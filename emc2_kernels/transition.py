@@ -100,7 +100,7 @@ def apply(transition: Transition, state: MHState, key_labels: Tensor | None = No
     label = position
     if key_labels is not None:
         checks.vector("key_labels", key_labels, None, torch.int64, position.device)
-        checks.within("transition.position, a position in key_labels,", position, -1, key_labels.shape[0])
+        checks.within("transition.position, a position in key_labels,", position, -1, key_labels.shape[0], on_gpu=True)
         if key_labels.numel() > 0:  # without keys nothing moves
             label = key_labels[position.clamp_min(0)]
     after = MHState(

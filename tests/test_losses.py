@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import RUNNABLE, assert_identical, assert_unchanged, normal, relative_rms, snapshot
+from helpers import COMPILED, RUNNABLE, assert_identical, assert_unchanged, normal, relative_rms, snapshot
 from slow_losses import (
     DIM,
     ITEMS,
@@ -218,7 +218,7 @@ def test_samples_of_a_row(monkeypatch, options, size, expected):
     assert shapes == [(2 * size, expected)]
 
 
-@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("options", [{}, {"proposal": "uniform", "num_proposals": 23}], ids=["sweep", "uniform"])
 def test_samples_are_taken_after_the_documented_proposals(options, backend):
     def samples(number, burn_in):

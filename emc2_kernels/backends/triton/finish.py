@@ -14,7 +14,7 @@ import triton.language as tl
 from .launch import NUMBERS
 from .philox import seed_words, step_word
 from .positions import SWEEP, position_of
-from .walk import NEVER, compose, compose_fields, incoming_score, load_transition, sample_point, store_transition
+from .walk import NEVER, compose, compose_fields, incoming_score, load_transition, rooms, sample_point, store_transition
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -149,7 +149,7 @@ def close_kernel(
     seed_ptr, seed_low: tl.int32, seed_high: tl.int32, step_ptr, step: tl.int32,
     first: tl.int64, count: tl.int64, burn_in: tl.int64, kept: tl.int64, num_samples: tl.int64,
     split_length: tl.int64, lead: tl.int64, splits: tl.int64,
-    split_segments_ptr, split_prefixes_ptr, records_ptr,
+    scratch_ptr,
     state_key_ptr, state_score_ptr, labels_ptr, samples_ptr, out_key_ptr,
     out_threshold_ptr, out_score_ptr, out_position_ptr, lse_ptr, lse_parts_ptr,
     KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -159,6 +159,9 @@ def close_kernel(
     row_ok = rows < n
     key_0, key_1 = seed_words(seed_ptr, seed_low, seed_high)
     draws = step_word(step_ptr, step), key_0, key_1
+    split_segments_ptr, split_prefixes_ptr, records_ptr, _segments, _prefixes = rooms(
+        scratch_ptr, n, splits, num_samples, 0
+    )
     schedule = first, count, burn_in, kept, num_samples
     layout = 0, split_length, lead
     whole = finish(

@@ -20,6 +20,7 @@ from .walk import (
     identity,
     incoming_score,
     load_transition,
+    rooms,
     samples_before,
     store_transition,
     threshold_of,
@@ -69,12 +70,12 @@ def _record(records_ptr, row, number, mask, prefix, schedule):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def gathered_kernel(
-    queries_ptr, keys_ptr, stride_query: tl.int64, stride_key: tl.int64, m: tl.int64,
+    queries_ptr, keys_ptr, stride_query: tl.int64, stride_key: tl.int64, n: tl.int64, m: tl.int64,
     positions_ptr, stride_position: tl.int64,
     temperatures_ptr, temperature: tl.float32, chain_ids_ptr, query_ids_ptr, key_ids_ptr, log_proposal_ptr,
     seed_ptr, seed_low: tl.int32, seed_high: tl.int32, step_ptr, step: tl.int32,
     first: tl.int64, count: tl.int64, burn_in: tl.int64, kept: tl.int64, num_samples: tl.int64, split_length: tl.int64,
-    split_segments_ptr, split_prefixes_ptr, records_ptr,
+    scratch_ptr,
     state_key_ptr, state_score_ptr, labels_ptr, samples_ptr, out_key_ptr, accepted_ptr,
     out_threshold_ptr, out_score_ptr, out_position_ptr,
     KIND: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
@@ -86,6 +87,10 @@ def gathered_kernel(
     first launch leaves transitions (RECORD) and a second one counts.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    splits = tl.num_programs(1).to(tl.int64)
+    split_segments_ptr, split_prefixes_ptr, records_ptr, _segments, _prefixes = rooms(
+        scratch_ptr, n, splits, num_samples, 0
+    )
     rows = row + tl.arange(0, 1)
     there = rows >= 0
     key_0, key_1 = seed_words(seed_ptr, seed_low, seed_high)
@@ -97,7 +102,7 @@ def gathered_kernel(
     if COUNT:
         entry = incoming_score(state_score_ptr, rows, there)
         if SPLIT:
-            before = load_transition(split_prefixes_ptr, rows * (tl.num_programs(1) + 1) + split, there)
+            before = load_transition(split_prefixes_ptr, rows * (splits + 1) + split, there)
             entry = tl.where(entry < before[0], before[1], entry)
     accepted = tl.zeros((1,), tl.int32)
     walk = identity((1,))
@@ -126,7 +131,7 @@ def gathered_kernel(
             tl.sum(tl.where(last, prefix[2], 0), 0, keep_dims=True),
         )
     if RECORD:
-        store_transition(split_segments_ptr, rows * tl.num_programs(1) + split, there, walk)
+        store_transition(split_segments_ptr, rows * splits + split, there, walk)
     if COUNT:
         tl.atomic_add(accepted_ptr + rows, accepted)
     if not SPLIT:

@@ -38,6 +38,12 @@ class Plan(NamedTuple):
     splits: int
     split_length: int  # proposals
     lead: int  # by which the first split starts before the first proposal
+    segments: int  # of a split, each walked from the identity; 0: the split is one itself
+
+    @property
+    def transitions(self) -> int:
+        """That the launches leave in memory of each row, but for its samples (``rooms`` in walk.py)."""
+        return 2 * self.splits + 1 + (self.splits * (2 * self.segments + 1) if self.segments else 0)
 
 
 def _block_d(d: int, largest: int) -> int:
@@ -57,8 +63,6 @@ def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
     segment_length = STEPS * max(1, -(-(m + lead) // (splits * TILE)))
     arguments = {
         "segment_length": segment_length,
-        "segments_ptr": transitions(walk.queries, n, splits, SEGMENTS),
-        "prefixes_ptr": transitions(walk.queries, n, splits, SEGMENTS + 1),
         "lse_parts_ptr": walk.queries.new_empty(n, splits, 2, dtype=torch.float32)
         if wants_lse and splits > 1
         else None,
@@ -68,7 +72,9 @@ def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
         "COUNT": False,
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}
-    return Plan(SWEEP_KERNEL, SWEEP, (blocks, splits, 1), arguments, options, splits, SEGMENTS * segment_length, lead)
+    return Plan(
+        SWEEP_KERNEL, SWEEP, (blocks, splits, 1), arguments, options, splits, SEGMENTS * segment_length, lead, SEGMENTS
+    )
 
 
 def _plan_gathered(walk: Walk) -> Plan:
@@ -85,7 +91,7 @@ def _plan_gathered(walk: Walk) -> Plan:
         "RECORD": True,
     }
     kind = DRAWN if walk.positions is None else GIVEN
-    return Plan(GATHERED_KERNEL, kind, (n, splits, 1), arguments, {"num_warps": chosen.num_warps}, splits, length, 0)
+    return Plan(GATHERED_KERNEL, kind, (n, splits, 1), arguments, {"num_warps": chosen.num_warps}, splits, length, 0, 0)
 
 
 def run(walk: Walk, outputs: Arguments) -> None:
@@ -103,9 +109,7 @@ def run(walk: Walk, outputs: Arguments) -> None:
             "KIND": plan.kind,
             "SPLIT": split,
             "BLOCK_R": BLOCK_R,
-            "records_ptr": transitions(walk.queries, n, walk.num_samples),
-            "split_segments_ptr": transitions(walk.queries, n, plan.splits),
-            "split_prefixes_ptr": transitions(walk.queries, n, plan.splits + 1),
+            "scratch_ptr": transitions(walk.queries, n * (plan.transitions + walk.num_samples)),
         }
     )
     counts_apart = split or walk.is_sweep  # the state in which a chain enters a segment is known after a first launch

@@ -23,6 +23,7 @@ from .walk import (
     identity,
     incoming_score,
     load_transition,
+    rooms,
     sample_point,
     samples_before,
     store_transition,
@@ -225,7 +226,7 @@ def sweep_kernel(
     # schedule, and how the keys are cut
     first: tl.int64, burn_in: tl.int64, kept: tl.int64, num_samples: tl.int64, segment_length: tl.int64,
     # transitions on the way
-    segments_ptr, prefixes_ptr, split_segments_ptr, split_prefixes_ptr, records_ptr,
+    scratch_ptr,
     # of a step, or of a transition; None for the other
     state_key_ptr, state_score_ptr, labels_ptr, samples_ptr, out_key_ptr, accepted_ptr,
     out_threshold_ptr, out_score_ptr, out_position_ptr,
@@ -240,6 +241,9 @@ def sweep_kernel(
     the state in which the chains enter each segment.
     """
     split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
+    split_segments_ptr, split_prefixes_ptr, records_ptr, segments_ptr, prefixes_ptr = rooms(
+        scratch_ptr, n, splits, num_samples, SEGMENTS
+    )
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < n
     key_0, key_1 = seed_words(seed_ptr, seed_low, seed_high)

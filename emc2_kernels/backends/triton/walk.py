@@ -74,6 +74,24 @@ def store_transition(ptr, index, mask, transition):
 
 
 @triton.jit
+def rooms(scratch_ptr, n, splits, num_samples, SEGMENTS: tl.constexpr):
+    """Where a walk keeps transitions between its steps: (splits, their prefixes, records, segments, their prefixes).
+
+    Of n rows each: ``splits`` transitions, splits + 1 prefixes, ``num_samples`` records, and for each split SEGMENTS
+    transitions and SEGMENTS + 1 prefixes. One allocation, because each costs the host as much as the rest of a launch.
+    """
+    records = n * (2 * splits + 1)
+    segments = records + n * num_samples
+    return (
+        scratch_ptr,
+        scratch_ptr + 3 * (n * splits),
+        scratch_ptr + 3 * records,
+        scratch_ptr + 3 * segments,
+        scratch_ptr + 3 * (segments + n * splits * SEGMENTS),
+    )
+
+
+@triton.jit
 def incoming_score(score_ptr, rows, row_ok):
     """A chain's score as it enters; one that is NaN counts as not started."""
     score = tl.load(score_ptr + rows, row_ok, other=NEVER)
