@@ -34,6 +34,8 @@ class Case(NamedTuple):
     step: bool = True  # else a transition
     accepts: bool = False
     lse: bool = False
+    ids: bool = True  # chain, query and key ids, and labels
+    all_tensors: bool = False  # per-row temperatures, proposal weights, seed and step too
 
 
 CASES = {
@@ -41,6 +43,10 @@ CASES = {
     "sweep d=512": Case(torch.bfloat16, 32768, 32768, 512, "sweep"),
     "sweep float32": Case(torch.float32, 4096, 4096, 128, "sweep"),
     "split, lse": Case(torch.bfloat16, 64, 1_000_000, 128, "sweep", lse=True),
+    "sweep, nothing given": Case(torch.float16, 4096, 4096, 128, "sweep", ids=False),
+    "sweep, all given": Case(torch.float16, 1024, 4096, 128, "sweep", accepts=True, lse=True, all_tensors=True),
+    "transition": Case(torch.bfloat16, 1024, 4096, 100, "sweep", step=False, ids=False),
+    "drawn, nothing given": Case(torch.float32, 64, 1000, 40, "drawn", ids=False),
     "drawn": Case(torch.bfloat16, 32768, 10_000_000, 128, "drawn", accepts=True),
     "given": Case(torch.bfloat16, 32768, 100_000, 128, "given", step=False),
 }
@@ -85,7 +91,7 @@ def launches(case: Case, generation: int) -> list[Launch]:
         walk = _walk(case, Walk)
         if case.step:
             state = _empty(torch.int64, case.n), _empty(torch.float32, case.n)
-            run.step(walk, *state, _empty(torch.int64, case.m), case.accepts, case.lse)
+            run.step(walk, *state, _empty(torch.int64, case.m) if case.ids else None, case.accepts, case.lse)
         else:
             run.transition(walk)
     finally:
@@ -99,11 +105,14 @@ def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 def _walk(case: Case, make: Callable) -> Any:
     count = case.m if case.proposals == "sweep" else 256
-    ids = _empty(torch.int64, case.n), _empty(torch.int64, case.n), _empty(torch.int64, case.m)
+    ids = (_empty(torch.int64, case.n), _empty(torch.int64, case.n), _empty(torch.int64, case.m))
+    temperature, number = (_empty(torch.float32, case.n), _empty(torch.int64)) if case.all_tensors else (0.07, 0)
+    weights = _empty(torch.float32, case.m) if case.all_tensors else None
     positions = _empty(torch.int64, case.n, count) if case.proposals == "given" else None
     return make(
-        _empty(case.dtype, case.n, case.d), _empty(case.dtype, case.m, case.d), 0.07, 0, 0, *ids, positions,
-        count if case.proposals == "drawn" else None, None, count // 2, 16, 0, count,
+        _empty(case.dtype, case.n, case.d), _empty(case.dtype, case.m, case.d), temperature, number, number,
+        *(ids if case.ids else (None,) * 3), positions, count if case.proposals == "drawn" else None, weights,
+        count // 2, 16, 0, count,
     )  # fmt: skip
 
 
@@ -204,12 +213,12 @@ def main() -> None:
     if options.json:
         print(json.dumps([row._asdict() for row in rows]))
         return
-    print(f"{'case':15}{'sm':>5}  {'kernel':17}", end="")
+    print(f"{'case':22}{'sm':>5}  {'kernel':17}", end="")
     print(f"{'registers':>10}{'stack':>7}{'shared':>9}{'programs':>10}{'per element':>13}")
     for row in rows:
         per_element = "" if row.per_element is None else f"{row.per_element:.1f}"
         print(
-            f"{row.case:15}{row.generation:5}  {row.kernel:17}{row.registers:10}{row.stack:7}{row.shared:9}"
+            f"{row.case:22}{row.generation:5}  {row.kernel:17}{row.registers:10}{row.stack:7}{row.shared:9}"
             f"{row.programs:10}{per_element:>13}"
         )
 

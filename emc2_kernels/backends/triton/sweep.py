@@ -255,8 +255,6 @@ def sweep_kernel(
     query_id = row
     if query_ids_ptr is not None:
         query_id = tl.load(query_ids_ptr + row, row_ok, other=0)
-    if query_ids_ptr is None:
-        key_ids_ptr = None
     rows = row, row_ok, inverse_temperature, chain_low, tag
     schedule = first, m, burn_in, kept, num_samples
 

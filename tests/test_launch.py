@@ -1,0 +1,106 @@
+"""Launching through the real Triton, compiler included, with a driver that has no GPU and writes down what it is told.
+
+In a process of its own, in which nothing is interpreted. What the interpreter cannot show: that a launch past Triton's
+own bookkeeping says the same as the launch through it, and when a binary is shared.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+STEPS = """
+import json
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+launched = []
+
+
+class Utils:
+    def load_binary(self, name, binary, shared, device):
+        return object(), name, 200, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+    def unload_module(self, *anything):
+        pass
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = source.fn.__name__
+
+    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, exit, *arguments):
+        shown = [
+            [list(value.shape), str(value.dtype)] if isinstance(value, torch.Tensor) else value for value in arguments
+        ]
+        launched.append([self.name, [x, y, z], stream, shown])
+
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 77
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+triton.runtime.driver.set_active(Driver())
+
+from emc2_kernels.backends.triton import run, settings
+from emc2_kernels.backends.walk import Walk
+
+settings.device = lambda index: (9, 132)
+
+
+def step(n, m, offset=0, seed=0, burn_in=0):
+    queries, keys = torch.zeros(n, 32), torch.zeros(m + 1, 32).flatten()[offset : offset + m * 32].view(m, 32)
+    walk = Walk(queries, keys, 0.5, seed, 3, None, None, None, None, None, None, burn_in, 2, 0, m)
+    key, score = torch.zeros(n, dtype=torch.int64), torch.zeros(n)
+    run.step(walk, key, score, None, False, False)
+    return len(run.SWEEP_KERNEL.compiled)
+
+
+binaries = [step(48, 64), step(48, 64), step(37, 33, seed=2**64 - 1, burn_in=1), step(1, 16), step(48, 64, offset=1)]
+names = run.SWEEP_KERNEL.names
+print(json.dumps({"binaries": binaries, "names": names, "launched": launched}))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_launch_past_triton_says_what_one_through_it_does(seen):
+    through, past = seen["launched"][:2]
+    assert past == through
+    name, grid, stream, arguments = past
+    assert name == "sweep_kernel" and grid == [2, 1, 1] and stream == 77
+    assert len(arguments) == len(seen["names"])
+    said = dict(zip(seen["names"], arguments, strict=True))
+    assert said["n"] == 48 and said["m"] == 64 and said["stride_key"] == 32 and said["D"] == 32
+    assert said["samples_ptr"] == [[48, 2], "torch.int32"] and said["labels_ptr"] is None
+
+
+def test_a_binary_serves_all_sizes_and_numbers_but_not_other_alignments(seen):
+    assert seen["binaries"] == [1, 1, 1, 1, 2]
+    other = dict(zip(seen["names"], seen["launched"][2][3], strict=True))
+    assert (other["n"], other["m"], other["burn_in"], other["kept"]) == (37, 33, 1, 32)
+    assert (other["seed_low"], other["seed_high"], other["step"]) == (-1, -1, 3)
