@@ -28,8 +28,8 @@ test-slow: $(INSTALLED)
 bench: $(INSTALLED)
 	$(RUN) bench/throughput.py --memory
 
-gpu-check:
-	$(PYTHON) bench/gpu_check.py
+gpu-check: $(filter .venv/.installed,$(INSTALLED))
+	$(RUN) bench/gpu_check.py
 
 # Registers, memory and instructions of the Triton kernels, compiled for GPUs that need not be here.
 compiled: $(INSTALLED)

@@ -84,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="copy results and logs there")
     parser.add_argument("--json", type=Path, metavar="PATH", help="results file (bench/results/<gpu>.json)")
     parser.add_argument("--skip", action="append", default=[], choices=LIMITS, help="leave a stage out")
-    parser.add_argument("--workers", type=int, default=min(6, max(1, machine.usable_cores() // 2)),
+    parser.add_argument("--workers", type=int, default=min(12, max(1, machine.usable_cores() * 3 // 4)),
                         help="test files that run at a time (%(default)s)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a quick benchmark")
     return parser.parse_args(arguments)

@@ -113,8 +113,16 @@ def write_off(progress: Path, outcome: str, why: str) -> None:
                 file.write(json.dumps({"test": name, "outcome": outcome, "seconds": 0.0, "why": why}) + "\n")
 
 
-def run_file(command: Sequence[str], name: str, work: Path, deadline: float) -> tuple[dict[str, dict], bool]:
+# Files that compile tens of binaries, at some seconds each, are done by so many processes.
+SHARES = {"test_gpu_sweep": 4, "test_gpu_invariance": 3, "test_gpu_options": 2, "test_gpu_gathered": 2}
+
+
+def run_file(
+    command: Sequence[str], name: str, work: Path, deadline: float, share: str = "0/1"
+) -> tuple[dict[str, dict], bool]:
     """All tests of one file, in as many processes as it takes. Their records, and whether all of them were reached.
+
+    Of a file's tests, a share "i/k" is every k-th from the i-th on.
 
     A test that kills its process, hangs, or leaves a dead GPU context costs itself only: the next process goes on with
     the tests that have not run (tests/gpu/conftest.py reads what has).
@@ -130,7 +138,11 @@ def run_file(command: Sequence[str], name: str, work: Path, deadline: float) -> 
             break
         if progress.exists():
             os.utime(progress)  # the patience begins anew
-        settings = {"EMC2_GPU_PROGRESS": str(progress), "OMP_NUM_THREADS": "2"}  # other files run beside this one
+        settings = {
+            "EMC2_GPU_PROGRESS": str(progress),
+            "EMC2_GPU_SHARE": share,
+            "OMP_NUM_THREADS": "2",
+        }  # not alone here
         code = run_logged(command, log, left, stalled=stalled, **settings)
         if code in (0, 1, 5):  # all passed, some failed, none was left
             return read_progress(progress), True
@@ -146,13 +158,17 @@ def run_file(command: Sequence[str], name: str, work: Path, deadline: float) -> 
 def run_tests(work: Path, limit: float, workers: int) -> dict:
     """Every file of GPU tests, several at a time: most of their time is compilation, on the CPU."""
     files = sorted((CHECKOUT / "tests" / "gpu").glob("test_*.py"))
+    shares = [(file, i, SHARES.get(file.stem, 1)) for file in files for i in range(SHARES.get(file.stem, 1))]
+    shares.sort(key=lambda share: -share[2])  # the longest first
+    names = [file.stem if count == 1 else f"{file.stem}-{i}" for file, i, count in shares]
     deadline = time.monotonic() + limit
 
-    def one(file: Path) -> tuple[dict[str, dict], bool]:
-        return run_file([*PYTEST, "-m", "gpu", "-rs", str(file)], file.stem, work, deadline)
+    def one(name: str, share: tuple[Path, int, int]) -> tuple[dict[str, dict], bool]:
+        file, i, count = share
+        return run_file([*PYTEST, "-m", "gpu", "-rs", str(file)], name, work, deadline, f"{i}/{count}")
 
     with ThreadPoolExecutor(workers) as pool:
-        results = dict(zip([file.stem for file in files], pool.map(one, files), strict=True))
+        results = dict(zip(names, pool.map(one, names, shares), strict=True))
     with (work / "tests.log").open("w") as log:
         for file in sorted(work.glob("*.tests.txt")):
             log.write(f"=== {file.name}\n{file.read_text(errors='replace')}\n")

@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 # bench/gpu_check.py reads here what has run, and which test was running when a process died. Tests in it are not run
 # again, so that one that kills the GPU context does not take the others with it.
 PROGRESS = os.environ.get("EMC2_GPU_PROGRESS")
+SHARE = os.environ.get("EMC2_GPU_SHARE", "0/1")  # i/k: every k-th test from the i-th on, where several processes share
 
 
 def _done():
@@ -31,10 +32,12 @@ def pytest_collection_modifyitems(config, items):
         for item in mine:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
     done = _done()
-    again = [item for item in mine if item.nodeid in done]
-    if again:
-        config.hook.pytest_deselected(items=again)
-        items[:] = [item for item in items if item.nodeid not in done]
+    first, count = map(int, SHARE.split("/"))
+    others = [item for place, item in enumerate(mine) if place % count != first or item.nodeid in done]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        left_out = {item.nodeid for item in others}
+        items[:] = [item for item in items if item.nodeid not in left_out]
 
 
 def _note(**record):

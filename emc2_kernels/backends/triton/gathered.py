@@ -28,17 +28,33 @@ from .walk import (
 
 
 @triton.jit
-def _products(queries_ptr, keys_ptr, row, position, mask, strides, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK_K,) float32 inner products of a query with the keys at ``position``."""
+def _chunk(queries_ptr, keys_ptr, row, position, mask, strides, begin, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
+    """(BLOCK_K,) float32 inner products over columns ``begin`` and on."""
     stride_query, stride_key = strides
-    products = tl.zeros(position.shape, tl.float32)
-    for chunk in range(0, D, BLOCK_D):
-        dim = chunk + tl.arange(0, BLOCK_D)
-        query = tl.load(queries_ptr + row * stride_query + dim, dim < D, other=0.0).to(tl.float32)
-        key_at = keys_ptr + position[:, None] * stride_key + dim[None, :]
-        key = tl.load(key_at, mask[:, None] & (dim < D)[None, :], other=0.0).to(tl.float32)
-        products += tl.sum(key * query[None, :], 1)
-    return products
+    dim = begin + tl.arange(0, BLOCK_D)
+    query_at = queries_ptr + row * stride_query + dim
+    key_at = keys_ptr + position[:, None] * stride_key + dim[None, :]
+    if EVEN_D:
+        query, key = tl.load(query_at), tl.load(key_at, mask[:, None], other=0.0)
+    else:
+        query = tl.load(query_at, dim < d, other=0.0)
+        key = tl.load(key_at, mask[:, None] & (dim < d)[None, :], other=0.0)
+    return tl.sum(key.to(tl.float32) * query.to(tl.float32)[None, :], 1)
+
+
+@triton.jit
+def _products(
+    queries_ptr, keys_ptr, row, position, mask, strides, d, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_K,) float32 inner products of a query with the keys at ``position``."""
+    if WHOLE_D:
+        return _chunk(queries_ptr, keys_ptr, row, position, mask, strides, 0, d, BLOCK_D, EVEN_D)
+    else:
+        products = tl.zeros(position.shape, tl.float32)
+        for begin in range(0, d, BLOCK_D):
+            products += _chunk(queries_ptr, keys_ptr, row, position, mask, strides, begin, d, BLOCK_D, EVEN_D)
+        return products
 
 
 @triton.jit
@@ -71,6 +87,7 @@ def _record(records_ptr, row, number, mask, prefix, schedule):
 @triton.jit(do_not_specialize=NUMBERS)
 def gathered_kernel(
     queries_ptr, keys_ptr, stride_query: tl.int64, stride_key: tl.int64, n: tl.int64, m: tl.int64,
+    d_over_align: tl.int32,
     positions_ptr, stride_position: tl.int64,
     temperatures_ptr, temperature: tl.float32, chain_ids_ptr, query_ids_ptr, key_ids_ptr, log_proposal_ptr,
     seed_ptr, seed_low: tl.int32, seed_high: tl.int32, step_ptr, step: tl.int32,
@@ -78,7 +95,8 @@ def gathered_kernel(
     scratch_ptr,
     state_key_ptr, state_score_ptr, labels_ptr, samples_ptr, out_key_ptr, accepted_ptr,
     out_threshold_ptr, out_score_ptr, out_position_ptr,
-    KIND: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
+    ALIGN_D: tl.constexpr, SPLIT: tl.constexpr,
     RECORD: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (i, z): proposals z * split_length and on of row i.
@@ -92,6 +110,7 @@ def gathered_kernel(
         scratch_ptr, n, splits, num_samples, 0
     )
     rows = row + tl.arange(0, 1)
+    d = d_over_align * ALIGN_D
     there = rows >= 0
     key_0, key_1 = seed_words(seed_ptr, seed_low, seed_high)
     draws = step_word(step_ptr, step), key_0, key_1
@@ -111,7 +130,9 @@ def gathered_kernel(
         number = (begin + tl.arange(0, BLOCK_K)).to(tl.int32)
         mask = number < end
         position = proposed_position(number, row, mask, schedule, where, KIND)
-        score = _products(queries_ptr, keys_ptr, row, position, mask, (stride_query, stride_key), D, BLOCK_D)
+        score = _products(
+            queries_ptr, keys_ptr, row, position, mask, (stride_query, stride_key), d, BLOCK_D, WHOLE_D, EVEN_D
+        )
         score = score / temperature_of(temperatures_ptr, temperature, row, row >= 0)
         if log_proposal_ptr is not None:
             score -= tl.load(log_proposal_ptr + position, mask, other=0.0)

@@ -21,6 +21,7 @@ ALWAYS = {"enable_fp_fusion": True, "debug": True, "sanitize_overflow": False}
 NUMBERS = (
     "n", "m", "temperature", "seed_low", "seed_high", "step", "first", "count", "burn_in", "kept", "num_samples",
     "segment_length", "split_length", "lead", "splits", "b", "num_items", "floor", "scale",
+    "d_over_align",
 )  # fmt: skip
 
 Arguments = dict[str, Any]
@@ -101,7 +102,6 @@ def walk_arguments(walk: Walk) -> Arguments:
         "stride_key": walk.keys.stride(0),
         "n": walk.queries.shape[0],
         "m": walk.keys.shape[0],
-        "D": walk.queries.shape[1],
         "temperatures_ptr": dense(walk.temperature) if per_row else None,
         "temperature": 1.0 if per_row else walk.temperature,
         "chain_ids_ptr": dense(walk.chain_ids),

@@ -46,8 +46,19 @@ class Plan(NamedTuple):
         return 2 * self.splits + 1 + (self.splits * (2 * self.segments + 1) if self.segments else 0)
 
 
-def _block_d(d: int, largest: int) -> int:
-    return min(largest, max(16, power_of_two(d)))
+def _dimensions(d: int, largest: int) -> Arguments:
+    """How rows of d elements are cut; a binary serves every d with the same answers.
+
+    d comes as a multiple of ALIGN_D, so that the compiler knows how wide its loads may be.
+    """
+    block, align = min(largest, max(32, power_of_two(d))), min(16, d & -d) or 16
+    return {
+        "d_over_align": d // align,
+        "BLOCK_D": block,
+        "WHOLE_D": d <= block,
+        "EVEN_D": d > 0 and d % block == 0,
+        "ALIGN_D": align,
+    }
 
 
 def _precision() -> str:
@@ -67,7 +78,7 @@ def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
         if wants_lse and splits > 1
         else None,
         "BLOCK_M": chosen.block_m,
-        "BLOCK_D": _block_d(d, chosen.block_d),
+        **_dimensions(d, chosen.block_d),
         "PRECISION": _precision(),
         "COUNT": False,
     }
@@ -87,7 +98,7 @@ def _plan_gathered(walk: Walk) -> Plan:
     arguments = {
         "split_length": length,
         "BLOCK_K": chosen.block_k,
-        "BLOCK_D": _block_d(d, chosen.block_d),
+        **_dimensions(d, chosen.block_d),
         "RECORD": True,
     }
     kind = DRAWN if walk.positions is None else GIVEN

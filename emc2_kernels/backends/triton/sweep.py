@@ -72,14 +72,14 @@ def _sixteen_steps(products):
 
 
 @triton.jit
-def _load_rows(ptr, row, row_ok, stride, begin, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D) of a matrix with D columns, from column ``begin`` on; zeros where there is nothing."""
+def _load_rows(ptr, row, row_ok, stride, begin, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
+    """(rows, BLOCK_D) of a matrix with d columns, from column ``begin`` on; zeros where there is nothing."""
     dim = begin + tl.arange(0, BLOCK_D)
     at = ptr + row[:, None] * stride + dim[None, :]
-    if (D % BLOCK_D == 0) and (D > 0):
+    if EVEN_D:
         block = tl.load(at, row_ok[:, None], other=0.0)
     else:
-        block = tl.load(at, row_ok[:, None] & (dim < D)[None, :], other=0.0)
+        block = tl.load(at, row_ok[:, None] & (dim < d)[None, :], other=0.0)
     if INTERPRETED:  # which would multiply the bits of bfloat16
         block = block.to(tl.float32)
     return block
@@ -87,21 +87,21 @@ def _load_rows(ptr, row, row_ok, stride, begin, D: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def _products(
-    queries, queries_ptr, keys_ptr, row, row_ok, key, key_ok, strides, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    queries, queries_ptr, keys_ptr, row, row_ok, key, key_ok, strides, d, BLOCK_D: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, 128) float32 inner products. ``queries`` are the rows themselves, where a block holds all of D.
+    """(BLOCK_M, 128) float32 inner products. ``queries`` are the rows themselves, where a block holds them whole.
 
     Longer rows come in chunks, queries too: all of 512 dimensions would not fit into shared memory.
     """
     products = tl.zeros((row.shape[0], TILE), tl.float32)
-    if D <= BLOCK_D:
-        keys = _load_rows(keys_ptr, key, key_ok, strides[1], 0, D, BLOCK_D)
+    if WHOLE_D:
+        keys = _load_rows(keys_ptr, key, key_ok, strides[1], 0, d, BLOCK_D, EVEN_D)
         products = tl.dot(queries, tl.trans(keys), products, input_precision=PRECISION)
     else:
-        for begin in range(0, D, BLOCK_D):
-            chunk = _load_rows(queries_ptr, row, row_ok, strides[0], begin, D, BLOCK_D)
-            keys = _load_rows(keys_ptr, key, key_ok, strides[1], begin, D, BLOCK_D)
+        for begin in range(0, d, BLOCK_D):
+            chunk = _load_rows(queries_ptr, row, row_ok, strides[0], begin, d, BLOCK_D, EVEN_D)
+            keys = _load_rows(keys_ptr, key, key_ok, strides[1], begin, d, BLOCK_D, EVEN_D)
             products = tl.dot(chunk, tl.trans(keys), products, input_precision=PRECISION)
     return products
 
@@ -219,6 +219,7 @@ def _entry(state_score_ptr, split_prefixes_ptr, prefixes_ptr, row, row_ok, split
 def sweep_kernel(
     # operands
     queries_ptr, keys_ptr, stride_query: tl.int64, stride_key: tl.int64, n: tl.int64, m: tl.int64,
+    d_over_align: tl.int32,
     # of rows and keys
     temperatures_ptr, temperature: tl.float32, chain_ids_ptr, query_ids_ptr, key_ids_ptr, log_proposal_ptr,
     # random numbers
@@ -232,7 +233,8 @@ def sweep_kernel(
     out_threshold_ptr, out_score_ptr, out_position_ptr,
     # log-sum-exp: the row's, or its splits' maximum and sum
     lse_ptr, lse_parts_ptr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, ALIGN_D: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     COUNT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (i, z): rows i * BLOCK_M and on, over segments 8 z .. 8 z + 7 of ``segment_length`` keys.
@@ -246,6 +248,7 @@ def sweep_kernel(
     )
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < n
+    d = d_over_align * ALIGN_D
     key_0, key_1 = seed_words(seed_ptr, seed_low, seed_high)
     draws = step_word(step_ptr, step), key_0, key_1
     chain_low, tag = chain_words(chain_of(chain_ids_ptr, row, row_ok), ACCEPTANCE)
@@ -278,15 +281,15 @@ def sweep_kernel(
     sums = tl.full((BLOCK_M, SEGMENTS), NEVER, tl.float32), tl.zeros((BLOCK_M, SEGMENTS), tl.float32)
 
     queries = row
-    if D <= BLOCK_D:
-        queries = _load_rows(queries_ptr, row, row_ok, stride_query, 0, D, BLOCK_D)
+    if WHOLE_D:
+        queries = _load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
     column = tl.arange(0, TILE)
     key_of_column = (split * SEGMENTS + column % SEGMENTS) * segment_length - lead + column // SEGMENTS
     for tile in range(0, (segment_length // STEPS).to(tl.int32)):
         key = key_of_column + tile * STEPS
         products = _products(
-            queries, queries_ptr, keys_ptr, row, row_ok, key, (key >= 0) & (key < m), (stride_query, stride_key), D,
-            BLOCK_D, PRECISION,
+            queries, queries_ptr, keys_ptr, row, row_ok, key, (key >= 0) & (key < m), (stride_query, stride_key), d,
+            BLOCK_D, WHOLE_D, EVEN_D, PRECISION,
         )  # fmt: skip
         if not COUNT:  # noqa: SIM102  known to the compiler, as the next is not
             if soonest < (tile + 1) * STEPS:
@@ -318,7 +321,7 @@ def sweep_kernel(
             key_again = key_of_column + again * STEPS
             products_again = _products(
                 queries, queries_ptr, keys_ptr, row, row_ok, key_again, (key_again >= 0) & (key_again < m),
-                (stride_query, stride_key), D, BLOCK_D, PRECISION,
+                (stride_query, stride_key), d, BLOCK_D, WHOLE_D, EVEN_D, PRECISION,
             )  # fmt: skip
             _walk_tile(
                 before, sums, products_again, (again * STEPS).to(tl.int32), columns, rows, draws, ids, log_proposal_ptr,
