@@ -365,7 +365,7 @@ def coins(items, step, seed=0, backend="auto"):
     return torch.ops.emc2_kernels.view_coin(items, seed, None, step, None, backend)
 
 
-@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_the_view_coin_is_fair_and_depends_on_item_step_and_seed(backend):
     n = 40_000
     items = torch.arange(n) * 977 + 2**33

@@ -108,6 +108,16 @@ def test_rows_any_distance_apart(stride, small_tiles):
     assert_same(call("triton", queries, keys, state), state, queries, keys)
 
 
+def test_a_chain_that_has_not_started_has_no_key(small_tiles):
+    """Whatever key it came with, where it is proposed none to start at."""
+    queries, keys = unit(3, 8, seed=1), unit(20, 8, seed=2)
+    state = emc2.MHState(torch.tensor([4, 5, 6]), torch.tensor([-torch.inf, torch.nan, 1.0]))
+    ids = {"query_ids": torch.zeros(3, dtype=torch.int64), "key_ids": torch.zeros(20, dtype=torch.int64)}
+    result = call("triton", queries, keys, state, **ids)
+    assert result.state.key.tolist() == [-1, -1, 6]
+    assert result.state.score.tolist() == [-torch.inf, -torch.inf, 1.0]
+
+
 @pytest.mark.parametrize("proposal", ["sweep", "uniform"])
 def test_split_is_the_walk_unsplit(proposal, small_tiles, monkeypatch):
     """To the bit, in every output: composing only selects."""
