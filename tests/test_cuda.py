@@ -16,7 +16,7 @@ import pytest
 import torch
 from oracle import unit
 from oracle import walk as oracle_walk
-from test_parity import assert_walks, call
+from test_parity import assert_walks, call, everything
 
 import emc2_kernels as emc2
 from emc2_kernels import mh, ops
@@ -132,31 +132,6 @@ def test_numbers_of_proposals(emulated, count, proposal):
         options["proposal"] = positions[:, 2 : count + 2]
     state = emc2.init_state(9)
     assert_same(call(emulated, queries, keys, state, **options), state, queries, keys, min_rows=0.8, **options)
-
-
-def everything(proposal, n=37, m=45):
-    """Options with all that a walk can have, and an incoming state with a NaN in it."""
-    generator = torch.Generator().manual_seed(0)
-    options = {
-        "temperature": torch.rand(n, generator=generator) * 0.5 + 0.1,
-        "seed": 2**64 - 3,
-        "step": 2**32 - 1,
-        "chain_ids": torch.randperm(n, generator=generator) + 2**40 - n,
-        "query_ids": torch.randint(0, 6, (n,), generator=generator) + (1 << 33),
-        "key_ids": torch.randint(0, 8, (m,), generator=generator) + (1 << 33),
-        "key_labels": torch.randperm(m, generator=generator) * 10**12,
-        "log_proposal": torch.randn(m, generator=generator),
-        "burn_in": 5,
-        "num_samples": 7,
-    }
-    options["key_ids"][::9] -= 1 << 32  # low words of excluded ids under other high words
-    if proposal == "uniform":
-        options |= {"proposal": "uniform", "num_proposals": 83}
-    elif proposal == "positions":
-        options["proposal"] = torch.randint(0, m, (n, 71), generator=generator)
-    state = emc2.MHState(torch.arange(n), torch.randn(n, generator=generator))
-    state.score[3] = float("nan")
-    return options, state
 
 
 @pytest.mark.parametrize("proposal", ["sweep", "uniform", "positions"])

@@ -59,16 +59,14 @@ def test_cpu_sweep(n, m, d, sweep_path):
         state = result.state
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("proposal", ["sweep", "uniform", "positions"])
-def test_everything_at_once(backend, proposal, sweep_path):
-    n, m, d = 37, 45, 19
+def everything(proposal, n=37, m=45):
+    """Options with all that a walk can have, and an incoming state with a NaN in it."""
     generator = torch.Generator().manual_seed(0)
     options = {
         "temperature": torch.rand(n, generator=generator) * 0.5 + 0.1,
         "seed": 2**64 - 3,
         "step": 2**32 - 1,
-        "chain_ids": torch.randperm(n, generator=generator) + 2**39,
+        "chain_ids": torch.randperm(n, generator=generator) + 2**40 - n,
         "query_ids": torch.randint(0, 6, (n,), generator=generator) + (1 << 33),
         "key_ids": torch.randint(0, 8, (m,), generator=generator) + (1 << 33),
         "key_labels": torch.randperm(m, generator=generator) * 10**12,
@@ -81,9 +79,16 @@ def test_everything_at_once(backend, proposal, sweep_path):
         options |= {"proposal": "uniform", "num_proposals": 83}
     elif proposal == "positions":
         options["proposal"] = torch.randint(0, m, (n, 71), generator=generator)
-    queries, keys = unit(n, d, seed=3), unit(m, d, seed=4)
     state = emc2.MHState(torch.arange(n), torch.randn(n, generator=generator))
     state.score[3] = float("nan")
+    return options, state
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("proposal", ["sweep", "uniform", "positions"])
+def test_everything_at_once(backend, proposal, sweep_path):
+    options, state = everything(proposal)
+    queries, keys = unit(37, 19, seed=3), unit(45, 19, seed=4)
     assert_same(call(backend, queries, keys, state, **options), state, queries, keys, **options)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_identical
 from oracle import unit
-from test_parity import assert_same, call
+from test_parity import assert_same, call, everything
 
 import emc2_kernels as emc2
 from emc2_kernels import rng
@@ -66,28 +66,8 @@ def test_sweep(n, m, d, splits, small_tiles, monkeypatch):
 @pytest.mark.parametrize("proposal", ["sweep", "uniform", "positions"])
 def test_everything_at_once(proposal, splits, small_tiles, monkeypatch):
     split_into(monkeypatch, splits)
-    n, m, d = 9, 45, 19
-    generator = torch.Generator().manual_seed(0)
-    options = {
-        "temperature": torch.rand(n, generator=generator) * 0.5 + 0.1,
-        "seed": 2**64 - 3,
-        "step": 2**32 - 1,
-        "chain_ids": torch.randperm(n, generator=generator) + 2**39,
-        "query_ids": torch.randint(0, 6, (n,), generator=generator) + (1 << 33),
-        "key_ids": torch.randint(0, 8, (m,), generator=generator) + (1 << 33),
-        "key_labels": torch.randperm(m, generator=generator) * 10**12,
-        "log_proposal": torch.randn(m, generator=generator),
-        "burn_in": 5,
-        "num_samples": 7,
-    }
-    options["key_ids"][::9] -= 1 << 32  # low words of excluded ids under other high words
-    if proposal == "uniform":
-        options |= {"proposal": "uniform", "num_proposals": 83}
-    elif proposal == "positions":
-        options["proposal"] = torch.randint(0, m, (n, 71), generator=generator)
-    queries, keys = unit(n, d, seed=3), unit(m, d, seed=4)
-    state = emc2.MHState(torch.arange(n), torch.randn(n, generator=generator))
-    state.score[3] = float("nan")
+    options, state = everything(proposal, n=9)
+    queries, keys = unit(9, 19, seed=3), unit(45, 19, seed=4)
     assert_same(call("triton", queries, keys, state, **options), state, queries, keys, **options)
 
 
