@@ -24,13 +24,13 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100, B200: they decide on
 
 
 class Case(NamedTuple):
-    """A walk whose launches are compiled."""
+    """A walk whose launches are compiled, or those that a loss makes around its own."""
 
     dtype: torch.dtype
     n: int
     m: int
     d: int
-    proposals: str  # "sweep", "drawn" or "given"
+    proposals: str  # "sweep", "drawn" or "given"; "loss": n pairs in a loss, without their walk
     step: bool = True  # else a transition
     accepts: bool = False
     lse: bool = False
@@ -49,6 +49,8 @@ CASES = {
     "drawn, nothing given": Case(torch.float32, 64, 1000, 40, "drawn", ids=False),
     "drawn": Case(torch.bfloat16, 32768, 10_000_000, 128, "drawn", accepts=True),
     "given": Case(torch.bfloat16, 32768, 100_000, 128, "given", step=False),
+    "loss d=128": Case(torch.bfloat16, 32, 32, 128, "loss"),
+    "loss d=768": Case(torch.bfloat16, 32, 32, 768, "loss"),
 }
 
 
@@ -71,6 +73,7 @@ class Compiled(NamedTuple):
     shared: int  # bytes of a program
     programs: int  # that fit on one multiprocessor by registers (64 K) and shared memory
     per_element: float | None  # instructions of the walk for each (row, key)
+    assertions: list[str]  # on values that only the device sees
 
 
 def launches(case: Case, generation: int) -> list[Launch]:
@@ -88,8 +91,10 @@ def launches(case: Case, generation: int) -> list[Launch]:
     launch.Kernel.__call__ = record
     settings.device = lambda index: (generation // 10, PROCESSORS[generation])
     try:
-        walk = _walk(case, Walk)
-        if case.step:
+        walk = None if case.proposals == "loss" else _walk(case, Walk)
+        if walk is None:
+            _visit(case)
+        elif case.step:
             state = _empty(torch.int64, case.n), _empty(torch.float32, case.n)
             run.step(walk, *state, _empty(torch.int64, case.m) if case.ids else None, case.accepts, case.lse)
         else:
@@ -113,6 +118,27 @@ def _walk(case: Case, make: Callable) -> Any:
         _empty(case.dtype, case.n, case.d), _empty(case.dtype, case.m, case.d), temperature, number, number,
         *(ids if case.ids else (None,) * 3), positions, count if case.proposals == "drawn" else None, weights,
         count // 2, 16, 0, count,
+    )  # fmt: skip
+
+
+def _visit(case: Case) -> None:
+    """A loss's launches around its walk, in training, for n pairs and 16 samples an anchor."""
+    from emc2_kernels.backends.triton import visit
+
+    b, d, slots = case.n, case.d, 2000
+    number = _empty(torch.int64)
+    stores = visit.Stores(
+        _empty(torch.int64, slots), _empty(torch.float32, slots), _empty(case.dtype, slots, d),
+        _empty(torch.int64, slots), number, number,
+    )  # fmt: skip
+    z, options = _empty(case.dtype, b, d), {"temperature": 0.2, "floor": 1e-6}
+    batch = visit.prepare(z, z, _empty(torch.int64, b), stores, **options, seed=0, both_views=False, dtype=case.dtype)
+    samples = _empty(torch.int32, 2 * b, 16)
+    made = visit.negatives(batch, samples, stores.bank, temperature=0.2, return_similarity=False)
+    visit.remember(batch, batch.state_key, batch.state_score, stores)
+    visit.gradient(
+        _empty(torch.float32), batch.anchors, batch.lengths, samples, made.means, made.shares, batch.coin_labels,
+        **options, dtype=case.dtype,
     )  # fmt: skip
 
 
@@ -192,7 +218,8 @@ def measure(name: str, generation: int) -> list[Compiled]:
         fits = min(65536 // (registers * threads), (227 << 10) // max(shared, 1), 2048 // threads)
         kernel = launched.function.__name__
         per_element = instructions_per_logarithm(code) if kernel == "sweep_kernel" else None
-        rows.append(Compiled(name, generation, kernel, registers, stack, shared, fits, per_element))
+        assertions = re.findall(r'tt\.assert .*?"(.*?)"', compiled.asm["ttgir"])
+        rows.append(Compiled(name, generation, kernel, registers, stack, shared, fits, per_element, assertions))
     return rows
 
 

@@ -109,7 +109,9 @@ class Tuner:
         make = CANDIDATES[self.name]
         generation = self.settings.device(self.device.index or 0)[0]
         half = self.shape.dtype != torch.float32
-        shipped = self.table(generation, half, self.shape.d) if self.name == "sweep" else self.table(generation)
+        shipped = (
+            self.table(generation, half, self.shape.d, self.shape.n) if self.name == "sweep" else self.table(generation)
+        )
         rough: dict[Any, float] = {}
         for candidate in (shipped, *make(self.settings, self.shape)):
             if time.monotonic() > deadline:

@@ -34,6 +34,12 @@ BOUNDS = {
     },
     ("drawn", (80, 90, 100)): {"gathered_kernel": (128, 0, 1024, None)},
     ("given", (90,)): {"gathered_kernel": (128, 0, 1024, None)},
+    **{
+        (case, (90,)): {
+            f"{name}_kernel": (64, 0, 9000, None) for name in ("prepare", "negatives", "remember", "gradient")
+        }
+        for case in ("loss d=128", "loss d=768")
+    },
 }
 
 
@@ -65,6 +71,25 @@ def test_registers_memory_and_instructions(case, generations, compiled):
         if per_element is not None:
             assert 10 < row["per_element"] <= per_element
     assert {row["kernel"] for row in rows} <= set(BOUNDS[case, generations])
+
+
+# What nobody has looked at on the host, by the first word of the message that the device stops with.
+ASSERTED = {
+    ("sweep d=128", "sweep_kernel"): {"chain_ids"},
+    ("sweep, all given", "sweep_kernel"): {"chain_ids", "temperature"},
+    ("sweep, nothing given", "sweep_kernel"): set(),
+    ("drawn", "gathered_kernel"): {"chain_ids"},
+    ("given", "gathered_kernel"): {"chain_ids", "proposal"},
+    ("loss d=128", "prepare_kernel"): {"index", "chains.key"},
+}
+
+
+@pytest.mark.parametrize(("case", "kernel"), ASSERTED)
+def test_assertions_are_compiled_in(case, kernel, compiled):
+    rows = [row for row in compiled if (row["case"], row["kernel"]) == (case, kernel)]
+    assert rows
+    for row in rows:
+        assert {message.split()[0] for message in row["assertions"]} == ASSERTED[case, kernel]
 
 
 def test_the_counter_counts():

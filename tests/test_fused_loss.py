@@ -3,12 +3,6 @@
 On CPU tensors in Triton's interpreter; tests/gpu runs the same kernels on a GPU.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import assert_identical, assert_unchanged, named_error, normal, relative_rms, snapshot
@@ -292,18 +286,3 @@ def test_compiled_without_a_break_it_is_the_plain_path():
         torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
         assert relative_rms(actual[1], expected[1]) <= GRADIENT_ERROR[torch.float32]
         assert_identical(compiled._orig_mod.chains.key, expected[4]["chains.key"])
-
-
-def test_kernels_compile_for_a_gpu_without_spills():
-    script = Path(__file__).with_name("aot_visit.py")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, script, "90", "128,768"], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    print(run.stdout)
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(kernels) == 8
-    for kernel in kernels:
-        assert kernel["stack"] == kernel["local"] == 0, kernel
-        assert kernel["reg"] <= 64, kernel
-        if kernel["kernel"] == "prepare_kernel":  # values that nobody has seen on the host stop it by their names
-            assert [text.split()[0] for text in kernel["assertions"]] == ["index", "chains.key"]

@@ -178,14 +178,16 @@ def test_splits_fill_the_gpu_without_idle_waves(blocks, tiles):
         assert work / (waves * places * (-(-tiles // count) + settings.ENDING)) > (0.7 if blocks < places else 0.85)
 
 
-def test_a_gpu_of_any_age_and_any_size_of_row_has_settings():
+def test_a_gpu_of_any_age_and_any_size_of_walk_has_settings():
+    sizes = (1, 64, 65, 10**6)
     for generation in (8, 9, 10, 12):
         for half in (True, False):
-            for d in (0, 1, 128, 129, 512, 4096):
-                chosen = settings.sweep(generation, half, d)
-                assert chosen in settings.SWEEPS.values()
-                assert chosen.block_m * chosen.num_warps > 0 and chosen.measured
-    assert settings.sweep(12, True, 64) == settings.sweep(10, True, 64)
+            used = {settings.sweep(generation, half, d, n) for d in (0, 1, 128, 129, 512, 4096) for n in sizes}
+            rows = [key for key in settings.SWEEPS if key[0] == min(generation, 10) and key[1] == half]
+            assert used == {settings.SWEEPS[key] for key in rows}, "a row that no size reaches"
+    assert settings.sweep(9, True, 128, 64) == settings.SWEEPS[9, True, 128, settings.ANY]
+    assert settings.sweep(9, True, 512, 64).block_m == 64  # no product is half empty
+    assert settings.sweep(9, True, 512, 65) == settings.SWEEPS[9, True, settings.ANY, settings.ANY]
 
 
 def test_a_binary_is_kept_for_all_it_does_not_depend_on():

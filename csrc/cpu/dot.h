@@ -3,16 +3,10 @@
 
 #include <algorithm>
 
+#include "../operands.h"
 #include "lanes.h"
 
 namespace emc2 {
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 

@@ -149,14 +149,7 @@ void walk_rows(const Recorder& recorder, const Operands& operands, const Positio
 }  // namespace
 
 void walk_gathered(const Recorder& recorder, const Operands& operands, const Positions& positions) {
-  switch (operands.dtype) {
-    case Dtype::kFloat32:
-      return walk_rows<float>(recorder, operands, positions);
-    case Dtype::kBfloat16:
-      return walk_rows<Bfloat16>(recorder, operands, positions);
-    case Dtype::kFloat16:
-      return walk_rows<Float16>(recorder, operands, positions);
-  }
+  with_element(operands.dtype, [&](auto element) { walk_rows<decltype(element)>(recorder, operands, positions); });
 }
 
 }  // namespace emc2

@@ -211,14 +211,7 @@ void Sweep::walk_small_of(const Operands& operands) {
 }
 
 void Sweep::walk_small(const Operands& operands) {
-  switch (operands.dtype) {
-    case Dtype::kFloat32:
-      return walk_small_of<float>(operands);
-    case Dtype::kBfloat16:
-      return walk_small_of<Bfloat16>(operands);
-    case Dtype::kFloat16:
-      return walk_small_of<Float16>(operands);
-  }
+  with_element(operands.dtype, [&](auto element) { walk_small_of<decltype(element)>(operands); });
 }
 
 }  // namespace emc2

@@ -191,15 +191,7 @@ const char* launch_gathered(const DeviceWalk& walk, DeviceQueue queue) {
   if (const char* error = why_unsupported(walk.operands)) return error;
   if (walk.walk.keys == 0 && walk.walk.schedule.count > 0)
     return "proposal must hold no positions where there are no keys";
-  switch (walk.operands.dtype) {
-    case Dtype::kFloat32:
-      return launch_for<float>(walk, queue);
-    case Dtype::kBfloat16:
-      return launch_for<Bfloat16>(walk, queue);
-    case Dtype::kFloat16:
-      return launch_for<Float16>(walk, queue);
-  }
-  return "unknown dtype of queries and keys";
+  return with_element(walk.operands.dtype, [&](auto element) { return launch_for<decltype(element)>(walk, queue); });
 }
 
 }  // namespace emc2

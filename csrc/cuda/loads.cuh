@@ -7,13 +7,6 @@
 
 namespace emc2 {
 
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 template <class Element>
 constexpr int kPackElements = 16 / static_cast<int>(sizeof(Element));
 

@@ -69,13 +69,17 @@ def resolve(name: str, operand: Tensor, walk: Walk | None = None) -> ModuleType:
         if walk is None or len(able) == 1:
             return _module(able[0])
         return _module(next(candidate for candidate in able if TABLE[candidate].prefers(walk)))
+    return _named(name, operand.device.type, operand.dtype)
+
+
+@cache
+def _named(name: str, device: str, dtype: torch.dtype) -> ModuleType:
+    """What has been found to run is not asked again at each call; what cannot run raises each time."""
     backend = TABLE[name]
-    if not _suits(backend, operand.device.type, operand.dtype, by_name=True):
+    if not _suits(backend, device, dtype, by_name=True):
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
         takes = f"{' or '.join(backend.devices)} tensors of {dtypes}"
-        raise ValueError(
-            f"backend {name!r} takes {takes}, got {operand.dtype} on {operand.device}: use 'reference' or 'auto'"
-        )
+        raise ValueError(f"backend {name!r} takes {takes}, got {dtype} on {device}: use 'reference' or 'auto'")
     reason = backend.why_unavailable()
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
@@ -86,35 +90,38 @@ def resolve(name: str, operand: Tensor, walk: Walk | None = None) -> ModuleType:
 def _able(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends that can run such operands here, fastest first. The reference always can.
 
-    One that should run and cannot is reported, once, and not skipped silently: unless another kernel does its work.
+    Nothing is skipped silently: a failed build is reported, and that only the reference is left. A compiler that is
+    not there is no failure where another fast backend does the work.
     """
     suited = [name for name, backend in TABLE.items() if _suits(backend, device, dtype)]
-    reasons = {name: _why_not_built(name) for name in suited}
-    able = tuple(name for name in suited if reasons[name] is None)
+    missing = {name: reason for name in suited if (reason := TABLE[name].why_unavailable()) is not None}
+    failed = {name: reason for name in suited if name not in missing and (reason := _failure(name)) is not None}
+    able = tuple(name for name in suited if name not in missing and name not in failed)
     if able[0] == "reference" and len(suited) > 1:
-        _warn("; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None))
+        _warn(missing | failed, "the much slower 'reference'")
+    elif failed:
+        _warn(failed, repr(able[0]))
     return able
 
 
+def _warn(reasons: dict[str, str], instead: str) -> None:
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    _warn_once(f"emc2_kernels: a fast backend cannot run here, so {instead} does its work. {why}")
+
+
 @cache
-def _warn(why: str) -> None:
-    """Once in a process."""
-    warnings.warn(
-        f"emc2_kernels: no fast backend can run here, so the much slower 'reference' does its work: {why}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _warn_once(message: str) -> None:
+    """In a process, whatever the operands were."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _why_not_built(name: str) -> str | None:
-    """The reason why a backend cannot run, after an attempt at it where that means compiling."""
-    reason = TABLE[name].why_unavailable()
-    if reason is None and name in _BUILDS:
-        try:
-            _BUILDS[name]()
-        except RuntimeError as error:
-            reason = str(error)
-    return reason
+def _failure(name: str) -> str | None:
+    """Why a backend cannot be built, after an attempt, where it needs building."""
+    try:
+        _BUILDS.get(name, lambda: None)()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 _BUILDS: dict[str, Callable[[], object]] = {"cpu": native.library, "cuda": gpu.cuda_kernels}

@@ -122,9 +122,9 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
-def transitions(like: Tensor, *shape: int) -> Tensor:
-    """Room for transitions, three words each."""
-    return torch.empty(*shape, 3, dtype=torch.float32, device=like.device)
+def transitions(like: Tensor, count: int) -> Tensor:
+    """Room for so many transitions, three words each."""
+    return torch.empty(3 * count, dtype=torch.float32, device=like.device)
 
 
 def on_device(operand: Tensor) -> AbstractContextManager:

@@ -13,6 +13,7 @@ from .coin import coin_kernel
 from .finish import close_kernel
 from .gathered import gathered_kernel
 from .launch import Arguments, Kernel, dense, on_device, power_of_two, random_arguments, transitions, walk_arguments
+from .walk import room_for
 
 SWEEP_KERNEL = Kernel(sweep.sweep_kernel)
 GATHERED_KERNEL = Kernel(gathered_kernel)
@@ -40,11 +41,6 @@ class Plan(NamedTuple):
     lead: int  # by which the first split starts before the first proposal
     segments: int  # of a split, each walked from the identity; 0: the split is one itself
 
-    @property
-    def transitions(self) -> int:
-        """That the launches leave in memory of each row, but for its samples (``rooms`` in walk.py)."""
-        return 2 * self.splits + 1 + (self.splits * (2 * self.segments + 1) if self.segments else 0)
-
 
 def _dimensions(d: int, largest: int) -> Arguments:
     """How rows of d elements are cut; a binary serves every d with the same answers.
@@ -68,7 +64,7 @@ def _precision() -> str:
 def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
     (n, d), m = walk.queries.shape, walk.keys.shape[0]
     generation, processors = settings.device(walk.queries.device.index or 0)
-    chosen = settings.sweep(generation, walk.queries.dtype != torch.float32, d)
+    chosen = settings.sweep(generation, walk.queries.dtype != torch.float32, d, n)
     blocks, lead = -(-n // chosen.block_m), walk.first_proposal % 4
     splits = settings.splits(blocks, -(-(m + lead) // TILE), processors)
     segment_length = STEPS * max(1, -(-(m + lead) // (splits * TILE)))
@@ -120,7 +116,7 @@ def run(walk: Walk, outputs: Arguments) -> None:
             "KIND": plan.kind,
             "SPLIT": split,
             "BLOCK_R": BLOCK_R,
-            "scratch_ptr": transitions(walk.queries, n * (plan.transitions + walk.num_samples)),
+            "scratch_ptr": transitions(walk.queries, room_for(n, plan.splits, walk.num_samples, plan.segments)),
         }
     )
     counts_apart = split or walk.is_sweep  # the state in which a chain enters a segment is known after a first launch

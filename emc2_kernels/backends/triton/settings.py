@@ -29,19 +29,23 @@ class Gathered(NamedTuple):
 
 NOT_MEASURED = "not measured: chosen by registers and shared memory of the compiled code"
 
+ANY = 1 << 62
+
+# By (generation, half precision?, largest d, largest n). Generation is the major compute capability; of the newest that
+# is not newer than the GPU, the tightest row that holds. How m is cut follows from `splits`.
+#
 # Up to d = 128 on Hopper and later one product takes whole rows: queries then stay in shared memory. On Ampere they
 # would stay in registers, and push the walk out of them.
-# By (generation, half precision?, largest d). Generation is the major compute capability; the newest one that is not
-# newer than the GPU holds.
-SWEEPS: dict[tuple[int, bool, int], Sweep] = {
-    (8, True, 1 << 30): Sweep(64, 64, 4, 3, None, NOT_MEASURED),
-    (8, False, 1 << 30): Sweep(32, 32, 4, 2, None, NOT_MEASURED),
-    (9, True, 128): Sweep(64, 128, 4, 2, None, NOT_MEASURED),
-    (9, True, 1 << 30): Sweep(128, 64, 8, 3, None, NOT_MEASURED),
-    (9, False, 1 << 30): Sweep(32, 32, 4, 2, None, NOT_MEASURED),
-    (10, True, 128): Sweep(64, 128, 4, 2, None, NOT_MEASURED),
-    (10, True, 1 << 30): Sweep(64, 64, 4, 3, None, NOT_MEASURED),
-    (10, False, 1 << 30): Sweep(32, 32, 4, 2, None, NOT_MEASURED),
+SWEEPS: dict[tuple[int, bool, int, int], Sweep] = {
+    (8, True, ANY, ANY): Sweep(64, 64, 4, 3, None, NOT_MEASURED),
+    (8, False, ANY, ANY): Sweep(32, 32, 4, 2, None, NOT_MEASURED),
+    (9, True, 128, ANY): Sweep(64, 128, 4, 2, None, NOT_MEASURED),
+    (9, True, ANY, 64): Sweep(64, 64, 4, 3, None, NOT_MEASURED),
+    (9, True, ANY, ANY): Sweep(128, 64, 8, 3, None, NOT_MEASURED),
+    (9, False, ANY, ANY): Sweep(32, 32, 4, 2, None, NOT_MEASURED),
+    (10, True, 128, ANY): Sweep(64, 128, 4, 2, None, NOT_MEASURED),
+    (10, True, ANY, ANY): Sweep(64, 64, 4, 3, None, NOT_MEASURED),
+    (10, False, ANY, ANY): Sweep(32, 32, 4, 2, None, NOT_MEASURED),
 }
 GATHERED: dict[int, Gathered] = {8: Gathered(32, 256, 2, NOT_MEASURED)}
 
@@ -52,10 +56,11 @@ ENDING = 2.0  # what the end of a program costs, in tiles
 
 
 @lru_cache(maxsize=256)
-def sweep(generation: int, half: bool, d: int) -> Sweep:
-    """The row of the newest generation up to this one with room for ``d``."""
-    rows = [key for key in SWEEPS if key[0] <= max(generation, 8) and key[1] == half and d <= key[2]]
-    return SWEEPS[max(rows, key=lambda key: (key[0], -key[2]))]
+def sweep(generation: int, half: bool, d: int, n: int) -> Sweep:
+    """The row for sweeps of n rows of d elements."""
+    newest = max(row[0] for row in SWEEPS if row[0] <= max(generation, 8))
+    rows = [row for row in SWEEPS if row[:2] == (newest, half) and d <= row[2] and n <= row[3]]
+    return SWEEPS[min(rows)]
 
 
 @lru_cache(maxsize=16)

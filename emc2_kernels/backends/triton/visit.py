@@ -1,4 +1,4 @@
-"""A loss's visit to its chains: the launches around the walk, in their order.."""
+"""A loss's visit to its chains: the launches around the walk, in their order."""
 
 from .gradient import gradient
 from .negatives import Negatives, negatives

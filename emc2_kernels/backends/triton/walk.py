@@ -91,6 +91,11 @@ def rooms(scratch_ptr, n, splits, num_samples, SEGMENTS: tl.constexpr):
     )
 
 
+def room_for(n: int, splits: int, num_samples: int, segments: int) -> int:
+    """How many transitions ``rooms`` has place for."""
+    return n * (2 * splits + 1 + num_samples + splits * (2 * segments + 1))
+
+
 @triton.jit
 def incoming_score(score_ptr, rows, row_ok):
     """A chain's score as it enters; one that is NaN counts as not started."""
