@@ -8,6 +8,7 @@ from . import losses
 from .backends import backends
 from .bank import EmbeddingBank
 from .chains import ChainStore
+from .lse import contrastive_lse
 from .mh import mh_step, mh_transition
 from .transition import MHResult, MHState, Transition, apply, compose, init_state
 
@@ -22,6 +23,7 @@ __all__ = [
     "apply",
     "backends",
     "compose",
+    "contrastive_lse",
     "init_state",
     "losses",
     "mh_step",

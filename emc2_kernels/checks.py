@@ -158,6 +158,25 @@ def temperature(value: Any, rows: int, device: torch.device) -> None:
         raise ValueError(f"temperature must be > 0 and finite, got {value}")
 
 
+def number_or_rows(value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """A checked temperature as the operators take it: a number, or one value for each row of ``like``, differentiable;
+    float32, float64 where ``like`` is."""
+    if not isinstance(value, Tensor):
+        return float(value), None
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return 1.0, value.to(dtype).expand(like.shape[0])
+
+
+def ids(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> None:
+    """Exclusion ids of rows and keys, int64; those of the keys may come alone."""
+    if query_ids is not None:
+        if key_ids is None:
+            raise ValueError("query_ids need key_ids to be compared with, got key_ids=None")
+        vector("query_ids", query_ids, queries.shape[0], torch.int64, queries.device)
+    if key_ids is not None:
+        vector("key_ids", key_ids, keys.shape[0], torch.int64, queries.device)
+
+
 def one_temperature(value: Any) -> float:
     """Of a loss: a number, or a 0-d tensor that is read once."""
     if isinstance(value, Tensor) and value.dim() > 0:

@@ -139,8 +139,8 @@ def mh_transition(
     return Transition(*ops.mh_transition(*walk, backend))
 
 
-def _detached(value: Tensor) -> Tensor:
-    return value.detach() if value.requires_grad else value
+def _detached(value: Tensor | None) -> Tensor | None:
+    return value.detach() if value is not None and value.requires_grad else value
 
 
 def _walk_arguments(
@@ -160,10 +160,12 @@ def _walk_arguments(
         log_proposal = _detached(log_proposal)
     positions, num_draws, count = _proposals(queries, keys, proposal, num_proposals)
     schedule = _schedule(count, burn_in, num_samples, first_proposal, total_proposals)
+    number, temperatures = checks.number_or_rows(temperature, queries)
     return (
         _detached(queries),
         _detached(keys),
-        *_number_or_tensor(temperature, n),
+        number,
+        _detached(temperatures),
         *ops.integer_or_tensor(seed),
         *ops.integer_or_tensor(step),
         chain_ids,
@@ -181,12 +183,7 @@ def _check_ids(
 ) -> Tensor | None:
     """Returns the chain ids with their default; None stands for the row numbers."""
     n, device = queries.shape[0], queries.device
-    if query_ids is not None:
-        if key_ids is None:
-            raise ValueError("query_ids need key_ids to be compared with, got key_ids=None")
-        checks.vector("query_ids", query_ids, n, torch.int64, device)
-    if key_ids is not None:
-        checks.vector("key_ids", key_ids, keys.shape[0], torch.int64, device)
+    checks.ids(queries, keys, query_ids, key_ids)
     if chain_ids is not None:
         checks.vector("chain_ids", chain_ids, n, torch.int64, device)
         checks.within("chain_ids", chain_ids, 0, checks.MAX_CHAIN_ID)
@@ -239,9 +236,3 @@ def _schedule(count: int, burn_in: int, num_samples: int, first: int, total: int
             expected = f"at most {total - burn_in} ({total} proposals - burn_in)"
             raise ValueError(f"num_samples must be {expected}, got {num_samples}")
     return burn_in, num_samples, first, total
-
-
-def _number_or_tensor(value: float | Tensor, rows: int) -> tuple[float, Tensor | None]:
-    if not isinstance(value, Tensor):
-        return float(value), None
-    return 1.0, _detached(value).to(torch.float32).expand(rows)

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: plain tensors in and out, registered with ``torch.library``.
+"""The walk's operators as torch sees them: plain tensors in and out, registered with ``torch.library``.
 
 The backend is chosen inside the operator, so that nothing is built while a graph is traced. ``seed`` and ``step`` come
 as integers or, with the integer ignored, as 0-d tensors; so does ``temperature``, as a number or one value per row.
@@ -75,7 +75,7 @@ def _view_coin(items, seed, seed_tensor, step, step_tensor, backend):
     )
 
 
-def _nothing_to_dispatch(operand: Tensor) -> bool:
+def nothing_to_dispatch(operand: Tensor) -> bool:
     """Whether torch would only pass the call on: no graph being traced, no mode, transform, subclass or profiler."""
     return not (
         torch.compiler.is_compiling()
@@ -87,19 +87,20 @@ def _nothing_to_dispatch(operand: Tensor) -> bool:
     )
 
 
-def _registered(name: str, implementation: Callable) -> Callable:
+def registered(name: str, implementation: Callable) -> Callable:
+    """The operator, which is not differentiable, as a function that goes round the dispatcher where it can."""
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.emc2_kernels, name).default
 
     def call(*arguments):
-        return (implementation if _nothing_to_dispatch(arguments[0]) else operator)(*arguments)
+        return (implementation if nothing_to_dispatch(arguments[0]) else operator)(*arguments)
 
     return call
 
 
-mh_step = _registered("mh_step", _mh_step)
-mh_transition = _registered("mh_transition", _mh_transition)
-view_coin = _registered("view_coin", _view_coin)
+mh_step = registered("mh_step", _mh_step)
+mh_transition = registered("mh_transition", _mh_transition)
+view_coin = registered("view_coin", _view_coin)
 
 
 def _score_dtype(queries: Tensor) -> torch.dtype:

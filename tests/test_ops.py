@@ -480,8 +480,8 @@ class TestTheDispatcherIsPassedByOnlyWhereItHasNothingToDo:
 
     def test_eager_calls_pass_it_by(self, monkeypatch):
         asked = []
-        real = ops._nothing_to_dispatch
-        monkeypatch.setattr(ops, "_nothing_to_dispatch", lambda operand: asked.append(real(operand)) or asked[-1])
+        real = ops.nothing_to_dispatch
+        monkeypatch.setattr(ops, "nothing_to_dispatch", lambda operand: asked.append(real(operand)) or asked[-1])
         self.step()
         assert asked == [True]
 

@@ -19,14 +19,19 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(NamedTuple):
-    """Its module has ``step``, ``transition`` and ``view_coin`` with the reference's signatures."""
+    """Its modules have the functions of the reference's, with their signatures."""
 
-    module: str
+    module: str  # the walk: step, transition, view_coin
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...] | None  # None: any
     why_unavailable: Callable[[], str | None]  # on this machine; None: it can run
     prefers: Callable[[Walk], bool] = lambda walk: True  # whether "auto" should give it this walk
     also: Callable[[], tuple[str, ...]] = tuple  # devices that it takes when asked for by name
+    lse: str | None = None  # module: contrastive_lse, contrastive_lse_backward; None: it has none
+    gumbel: str | None = None  # module: gumbel_sample
+
+    def module_of(self, op: str) -> str | None:
+        return {"walk": self.module, "lse": self.lse, "gumbel": self.gumbel}[op]
 
 
 # Fastest first: "auto" takes the first that can run the operands.
@@ -34,7 +39,7 @@ TABLE = {
     "cuda": Backend("cuda", ("cuda",), HALF_AND_SINGLE, gpu.why_no_cuda_kernels, gpu.prefers_cuda_kernels),
     "triton": Backend("triton", ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices),
     "cpu": Backend("cpu", ("cpu",), HALF_AND_SINGLE, native.why_unavailable),
-    "reference": Backend("reference", None, None, lambda: None),
+    "reference": Backend("reference", None, None, lambda: None, lse="reference_lse", gumbel="reference_gumbel"),
 }
 NAMES = ("auto", *TABLE)
 
@@ -45,55 +50,63 @@ def backends() -> dict[str, str]:
 
 
 @cache
-def _module(name: str) -> ModuleType:
-    return import_module(f".{TABLE[name].module}", __name__)
+def _module(name: str, op: str) -> ModuleType:
+    return import_module(f".{TABLE[name].module_of(op)}", __name__)
 
 
-def _suits(backend: Backend, device: str, dtype: torch.dtype, by_name: bool = False) -> bool:
+def _suits(backend: Backend, op: str, device: str, dtype: torch.dtype, by_name: bool = False) -> bool:
     """Whether the backend takes such operands. Integer operands (item ids) suit every backend."""
+    if backend.module_of(op) is None:
+        return False
     device_ok = backend.devices is None or device in backend.devices or (by_name and device in backend.also())
     return device_ok and (backend.dtypes is None or dtype in backend.dtypes or dtype == torch.int64)
 
 
-def resolve(name: str, operand: Tensor, walk: Walk | None = None) -> ModuleType:
+def resolve(name: str, operand: Tensor, walk: Walk | None = None, op: str = "walk") -> ModuleType:
     """The module that runs ``name`` on operands like this one.
 
     "auto" is the fastest that can and, of those, the first that prefers this walk.
+
+    Args:
+        op: "walk", "lse" or "gumbel".
 
     Raises:
         ValueError: the named backend takes neither this device nor this dtype.
         RuntimeError: it cannot run on this machine; the message says why.
     """
     if name == "auto":
-        able = _able(operand.device.type, operand.dtype)
+        able = _able(operand.device.type, operand.dtype, op)
         if walk is None or len(able) == 1:
-            return _module(able[0])
-        return _module(next(candidate for candidate in able if TABLE[candidate].prefers(walk)))
-    return _named(name, operand.device.type, operand.dtype)
+            return _module(able[0], op)
+        return _module(next(candidate for candidate in able if TABLE[candidate].prefers(walk)), op)
+    return _named(name, operand.device.type, operand.dtype, op)
 
 
 @cache
-def _named(name: str, device: str, dtype: torch.dtype) -> ModuleType:
+def _named(name: str, device: str, dtype: torch.dtype, op: str) -> ModuleType:
     """What has been found to run is not asked again at each call; what cannot run raises each time."""
     backend = TABLE[name]
-    if not _suits(backend, device, dtype, by_name=True):
+    if backend.module_of(op) is None:
+        those = ", ".join(repr(other) for other in TABLE if TABLE[other].module_of(op) is not None)
+        raise ValueError(f"backend must be 'auto' or one of {those} for this operation, got {name!r}")
+    if not _suits(backend, op, device, dtype, by_name=True):
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
         takes = f"{' or '.join(backend.devices)} tensors of {dtypes}"
         raise ValueError(f"backend {name!r} takes {takes}, got {dtype} on {device}: use 'reference' or 'auto'")
     reason = backend.why_unavailable()
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
-    return _module(name)
+    return _module(name, op)
 
 
 @cache
-def _able(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+def _able(device: str, dtype: torch.dtype, op: str) -> tuple[str, ...]:
     """The backends that can run such operands here, fastest first. The reference always can.
 
     Nothing is skipped silently: a failed build is reported, and that only the reference is left. A compiler that is
     not there is no failure where another fast backend does the work.
     """
-    suited = [name for name, backend in TABLE.items() if _suits(backend, device, dtype)]
+    suited = [name for name, backend in TABLE.items() if _suits(backend, op, device, dtype)]
     missing = {name: reason for name in suited if (reason := TABLE[name].why_unavailable()) is not None}
     failed = {name: reason for name in suited if name not in missing and (reason := _failure(name)) is not None}
     able = tuple(name for name in suited if name not in missing and name not in failed)
