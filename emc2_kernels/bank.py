@@ -10,9 +10,13 @@ from .slots import SlotStore, last_duplicates
 
 
 class EmbeddingBank(SlotStore):
-    """Label = item * views + view -> latest embedding, detached, and the step that wrote it, in persistent buffers."""
+    """Label = item * views + view -> latest embedding, detached, and the step that wrote it, in persistent buffers.
 
-    embeddings: Tensor  # (num_items * views, dim)
+    What was never written is infinite: where the whole bank is a walk's or a sampler's keys, its score is not finite
+    and it is never moved to, without anyone asking (on a GPU, the question would wait for the answer).
+    """
+
+    embeddings: Tensor  # (num_items * views, dim)  inf: never written
     written_at: Tensor  # (num_items * views,) int64  -1: never
     last_step: Tensor  # () int64  of the latest update
 
@@ -28,7 +32,7 @@ class EmbeddingBank(SlotStore):
         super().__init__(num_items, views)
         self.dim = checks.at_least("dim", dim, 1)
         checks.embedding_dtype("dtype", dtype)
-        self.register_buffer("embeddings", torch.zeros(self.num_slots, dim, dtype=dtype, device=device))
+        self.register_buffer("embeddings", torch.full((self.num_slots, dim), torch.inf, dtype=dtype, device=device))
         self.register_buffer("written_at", torch.full((self.num_slots,), -1, dtype=torch.int64, device=device))
         self.register_buffer("last_step", torch.zeros((), dtype=torch.int64, device=device))
 
@@ -57,7 +61,8 @@ class EmbeddingBank(SlotStore):
     def lookup(self, labels: Tensor) -> Tensor:
         """(k, dim) embeddings of labels (k,) int64; zeros for -1 and for what was never written."""
         rows = self._checked(labels)
-        return torch.where((labels >= 0)[:, None], self.embeddings[rows], 0)
+        held = (labels >= 0) & (self.written_at[rows] >= 0)
+        return torch.where(held[:, None], self.embeddings[rows], 0)
 
     def age(self, labels: Tensor) -> Tensor:
         """(k,) int64 steps between each embedding and the latest update; -1 for label -1 and what was never written."""

@@ -174,7 +174,7 @@ class SlowEMC2:
             label, score = self.chains.get((item, view), (-1, -math.inf))
             assert loss.chains.key[slot].item() == label
             assert loss.chains.score[slot].item() == pytest.approx(score, rel=1e-4, abs=1e-4)
-            embedding, written_at = self.bank.get(slot, (torch.zeros(DIM, dtype=self.bank_dtype), -1))
+            embedding, written_at = self.bank.get(slot, (torch.full((DIM,), torch.inf, dtype=self.bank_dtype), -1))
             assert loss.bank.embeddings.dtype == self.bank_dtype
             assert loss.bank.written_at[slot].item() == written_at
             torch.testing.assert_close(loss.bank.embeddings[slot], embedding)
