@@ -166,6 +166,12 @@ EMC2_CONSTRUCTOR_ERRORS = {
     "views is a number": ({"views": 1}, ValueError, "views"),
     "views is a typo": ({"views": "two"}, ValueError, "views"),
     "num_proposals beside the batch": ({"num_proposals": 64}, ValueError, "num_proposals"),
+    "num_proposals is 0": ({"proposals": "bank", "num_proposals": 0}, ValueError, "num_proposals"),
+    "num_proposals is a float": ({"proposals": "bank", "num_proposals": 6.5}, TypeError, "num_proposals"),
+    "both views from the bank": ({"proposals": "bank", "views": "both"}, ValueError, "views"),
+    "both views of two modalities": ({"bimodal": True, "views": "both"}, ValueError, "views"),
+    "bimodal is a number": ({"bimodal": 1}, TypeError, "bimodal"),
+    "drop with the bank": ({"proposals": "bank", "carry": "drop"}, ValueError, "carry"),
     "burn_in is 1": ({"burn_in": 1.0}, ValueError, "burn_in"),
     "burn_in is a count": ({"burn_in": 16}, ValueError, "burn_in"),
     "burn_in is negative": ({"burn_in": -0.1}, ValueError, "burn_in"),
@@ -272,7 +278,17 @@ class TestDegenerateBatch:
     def test_ntxent_is_finite(self, change, temperature):
         assert_finite_and_differentiable(NTXentLoss(temperature=temperature), change)
 
-    @pytest.mark.parametrize("options", [{}, {"views": "both", "burn_in": 0}, {"carry": "drop", "burn_in": 0.9}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"views": "both", "burn_in": 0},
+            {"carry": "drop", "burn_in": 0.9},
+            {"bimodal": True, "estimator": "recycled", "carry": "two_sided"},
+            {"proposals": "bank", "num_proposals": 5, "estimator": "recycled"},
+        ],
+        ids=str,
+    )
     def test_emc2_is_finite_and_its_state_legal(self, change, temperature, options):
         dim = change.get("z0", Z0).shape[1]
         loss = EMC2Loss(ITEMS, dim, temperature=temperature, **options)
@@ -281,7 +297,7 @@ class TestDegenerateBatch:
         assert loss.step == 3
         assert not chains.score.isnan().any()
         assert torch.equal(chains.key == -1, chains.score == -INF)
-        assert loss.bank.embeddings.isfinite().all()
+        assert loss.bank.embeddings[loss.bank.written_at >= 0].isfinite().all()
 
 
 @pytest.mark.parametrize("options", [{"burn_in": 0}, {"seed": 2**64 - 1}, {"temperature": 1}, {"temperature": 1e30}])

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_identical, assert_unchanged, named_error, normal, relative_rms, snapshot
 
 from emc2_kernels import backends
-from emc2_kernels.losses import EMC2Loss, emc2, fused
+from emc2_kernels.losses import EMC2Loss, fused
 
 pytestmark = pytest.mark.skipif(
     backends().get("triton") != "available", reason=f"Triton cannot run here: {backends().get('triton')}"
@@ -62,7 +62,7 @@ def walks(monkeypatch):
 
         monkeypatch.setattr(module, name, recorded)
 
-    watch(emc2, "mh_step", "plain")
+    watch(visits, "mh_step", "plain")
     watch(fused, "_walk", "fused")
     return seen
 

@@ -204,7 +204,7 @@ def test_batches_of_other_sizes_follow_each_other():
     ],
 )
 def test_samples_of_a_row(monkeypatch, options, size, expected):
-    from emc2_kernels.losses import emc2
+    from emc2_kernels.losses import visits
 
     shapes = []
 
@@ -213,7 +213,7 @@ def test_samples_of_a_row(monkeypatch, options, size, expected):
         shapes.append(tuple(result.samples.shape))
         return result
 
-    monkeypatch.setattr(emc2, "mh_step", recorded)
+    monkeypatch.setattr(visits, "mh_step", recorded)
     EMC2Loss(ITEMS, DIM, **options)(normal(0, size, DIM), normal(1, size, DIM), torch.arange(size))
     assert shapes == [(2 * size, expected)]
 

@@ -38,6 +38,9 @@ class Walk(NamedTuple):
         return self.positions is None and self.num_draws is None
 
     def sample_points(self) -> list[int]:
-        """The proposal after which each sample is taken: burn_in + ceil((r + 1) * (M - burn_in) / R) - 1, r < R."""
-        kept, samples = self.total_proposals - self.burn_in, self.num_samples
-        return [self.burn_in + -(-(r + 1) * kept // samples) - 1 for r in range(samples)]
+        return sample_points(self.total_proposals, self.burn_in, self.num_samples)
+
+
+def sample_points(total: int, burn_in: int, num_samples: int) -> list[int]:
+    """The proposal after which each sample is taken: burn_in + ceil((r + 1) * (M - burn_in) / R) - 1, r < R."""
+    return [burn_in + -(-(r + 1) * (total - burn_in) // num_samples) - 1 for r in range(num_samples)]

@@ -2,63 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks, ops
+from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
-from ..mh import mh_step
-from ..transition import MHResult, MHState
-from . import fused
-from .pairs import Anchors, batch_stats, check, compute_dtype, stack, unit
+from ..transition import MHState
+from . import fused, negatives
+from .correction import correction
+from .negatives import Encode
+from .pairs import Anchors, batch_stats, check, compute_dtype, stack
+from .sitting import SittingQueries
+from .visits import Visit, num_proposed, visit
 
-Encode = Callable[[Tensor, Tensor], Tensor]
-
-
-class ProposedKeys(NamedTuple):
-    """The keys of a sweep, the same for all anchors."""
-
-    embeddings: Tensor  # (m, d) differentiable
-    items: Tensor  # (m,) int64
-    views: Tensor  # (m,) int64
+CARRIES = ("cached", "corrected", "two_sided", "recompute", "drop")
+COLLAPSING = ("cached", "two_sided")  # carry, with proposals="bank"
+NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
 
 
 class EMC2Loss(nn.Module):
     """The gradient of the global contrastive loss, whose negatives come from a softmax over the whole data set.
 
     Each of the ``num_items * 2`` views has a Metropolis-Hastings chain over the other items' views, carried from visit
-    to visit; the keys of each mini-batch are its proposals. The value returned is a surrogate whose *gradient* is the
-    estimate: mean over the 2b anchors of -<q, k+>/temperature + mean over samples of <q, k>/temperature. It is not the
-    loss and does not fall like one; watch the ``ntxent`` statistic. Batches must be drawn uniformly from the data set
-    (a shuffled loader does).
+    to visit. The value returned is a surrogate whose *gradient* is the estimate: mean over the 2b anchors of
+    -<q, k+>/temperature + mean over samples of <q, k>/temperature. It is not the loss and does not fall like one; watch
+    the ``ntxent`` statistic.
 
     Args:
         num_items: items of the data set; ``index`` names them. dim: of the embeddings.
         temperature: > 0; the paper's beta is 1 / temperature.
-        proposals: "batch".
-        views: "one": one view of each item is proposed, chosen by a coin per item and step. "both" is the paper's
-            choice: the scores of two views of an item are correlated, which biases the chains whatever the size of the
-                data set.
+        proposals: "batch": the keys of the mini-batch, which must then be drawn uniformly from the data set (a shuffled
+            loader does). "bank": ``num_proposals`` uniform draws from the latest embeddings of the whole data set, so
+            that mixing does not depend on the batch size, nor on how batches are made.
+        views: with proposals="batch": "one" view of each item is proposed, chosen by a coin per item and step. "both"
+            is the paper's choice: the scores of two views of an item are correlated, which biases the chains whatever
+            the size of the data set.
+        num_proposals: with proposals="bank": draws per anchor and visit; None: 64.
         burn_in: share of the M proposals before the first sample, 0 <= burn_in < 1; P = floor(burn_in * M).
         num_samples: R in 1 .. M - P; None: min(16, M - P).
-        carry: where a sample is still the key that the chain brought along, which is outside the batch: "cached" takes
-            its latest embedding from the bank, detached, so the key's side of the gradient is lost; "recompute" encodes
-            it again, the reference, and waits for a GPU to know what it has to encode, as nothing else here does;
-            "drop" leaves it out, which is badly biased and there for comparison only.
+        carry: what stands for a sample that is outside the batch: the key that a chain brought along or, with
+            proposals="bank", nearly every sample. "auto": "cached", and "corrected" with proposals="bank".
+            "cached": its latest embedding from the bank, detached, so the key's side of the gradient is lost.
+            "corrected": that, its drift and the lost side estimated from the keys of the batch (losses/correction.py).
+            "two_sided": that, and each of the batch's keys is pushed by the kept queries of all the chains that sit on
+            it, scaled by N / b: unbiased at fixed parameters, but old on both sides.
+            "recompute": encoded again, each distinct one once; the reference. Waits for a GPU to know what it has to
+            encode, as nothing else here does.
+            "drop": left out, which is badly biased and there for comparison only.
+        estimator: "states": the chain's state after each sample's proposal. "recycled": the proposal with the
+            probability a that it is accepted, and the state before it with 1 - a, which is the same on average with
+            less noise (Frenkel's waste recycling, PNAS 2004).
         encode: called with carry="recompute" only: encode(items (k,), views (k,)) -> (k, dim) embeddings, as the loss
             takes them.
         seed: of the chains' random numbers.
+        bimodal: z0 and z1 come from two towers, images and text, say: rows of each are contrasted with those of the
+            other only, and each item has a chain each way.
         normalize: L2-normalise the embeddings first, in float32.
         bank_dtype: dtype of the kept embeddings.
         backend: of ``mh_step``.
-        num_proposals, estimator, gather, bimodal: accept the one value that is built so far.
+        gather: "none".
 
-    State: ``chains``, ``bank`` and ``step`` are buffers, in ``state_dict``. They change in training mode only.
+    State: ``chains``, ``bank``, ``step``, and ``sitting`` with carry="two_sided", are in ``state_dict``. They change in
+    training mode only.
+
+    Warns:
+        UserWarning: proposals="bank" with carry="cached" or "two_sided": training from scratch collapses there, all
+            embeddings to one point (docs/choosing.md).
 
     Example:
         >>> loss = EMC2Loss(len(dataset), 128, temperature=0.2)
@@ -78,7 +91,7 @@ class EMC2Loss(nn.Module):
         num_proposals: int | None = None,
         burn_in: float = 0.5,
         num_samples: int | None = None,
-        carry: str = "cached",
+        carry: str = "auto",
         estimator: str = "states",
         encode: Encode | None = None,
         gather: str = "none",
@@ -90,28 +103,27 @@ class EMC2Loss(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = checks.one_temperature(temperature)
-        checks.one_of("proposals", proposals, ("batch",))
+        checks.one_of("proposals", proposals, ("batch", "bank"))
         checks.one_of("views", views, ("one", "both"))
-        checks.one_of("carry", carry, ("cached", "recompute", "drop"))
-        checks.one_of("estimator", estimator, ("states",))
+        checks.one_of("carry", carry, ("auto", *CARRIES))
+        if carry == "auto":
+            carry = "corrected" if proposals == "bank" else "cached"
+        checks.one_of("estimator", estimator, ("states", "recycled"))
         checks.one_of("gather", gather, ("none",))
         checks.one_of("backend", backend, NAMES)
         checks.boolean("normalize", normalize)
+        checks.boolean("bimodal", bimodal)
         checks.embedding_dtype("bank_dtype", bank_dtype)
-        if num_proposals is not None:
-            raise ValueError(
-                f'num_proposals must be None with proposals="batch" (the keys are proposed), got {num_proposals!r}'
-            )
-        if bimodal is not False:
-            raise ValueError(f"bimodal must be False, got {bimodal!r}")
         if isinstance(burn_in, bool) or not isinstance(burn_in, (int, float)) or not 0 <= burn_in < 1:
             raise ValueError(f"burn_in must be a share of the proposals in [0, 1), got {burn_in!r}")
         if num_samples is not None:
             checks.at_least("num_samples", num_samples, 1)
-        if encode is None and carry == "recompute":
-            raise ValueError('encode must be given with carry="recompute", got None')
-        if encode is not None and not callable(encode):
-            raise TypeError(f"encode must be a function, got {checks.describe(encode)}")
+        _check_carry(carry, encode, proposals)
+        _check_proposals(proposals, num_proposals, views, bimodal)
+        self.proposals = proposals
+        self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
+        self.estimator = estimator
+        self.bimodal = bimodal
         self.views = views
         self.burn_in = float(burn_in)
         self.num_samples = num_samples
@@ -122,7 +134,18 @@ class EMC2Loss(nn.Module):
         self.backend = backend
         self.chains = ChainStore(num_items, views=2)
         self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype)
+        if proposals == "bank":
+            self._number_slots()
+        if carry == "two_sided":
+            self.sitting = SittingQueries(num_items, dim)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def _number_slots(self) -> None:
+        """Items and labels of the bank's slots, by modality where there are two; they follow the module's device."""
+        labels = torch.arange(self.chains.num_slots)
+        labels = labels.view(-1, 2).T.flip(0).contiguous() if self.bimodal else labels[None]
+        self.register_buffer("slot_labels", labels, persistent=False)
+        self.register_buffer("slot_items", labels // 2, persistent=False)
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
@@ -147,17 +170,24 @@ class EMC2Loss(nn.Module):
         if fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        keys = self._proposed_keys(anchors)
-        state, result = self._walk(anchors, keys, compute_dtype(z0), return_stats)
-        negatives = self._mean_negatives(keys, state, result)
+        visited = visit(self, anchors, compute_dtype(z0), return_stats)
+        mean_negative = self._mean_negative(visited)
         positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
-        negative_similarity = (anchors.embeddings * negatives).sum(1)
-        loss = (negative_similarity - positive_similarity).mean() / self.temperature
+        negative_similarity = (anchors.embeddings * mean_negative).sum(1)
+        terms = negative_similarity - positive_similarity
+        if self.carry == "two_sided":
+            terms = terms + self._key_side(anchors)
+        elif self.carry == "corrected":
+            outside = visited.samples.label_weights.sum(1)
+            terms = terms + correction(anchors, outside, self.bank, self.temperature, self.bimodal, self.backend)
+        loss = terms.mean() / self.temperature
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
-        stats = self._stats(anchors, keys, result, negative_similarity.detach()) if return_stats else None
+        stats = None
+        if return_stats:
+            stats = self._stats(anchors, visited.acceptance, visited.carry_share, negative_similarity.detach())
         if self.training:
-            self._remember(anchors, result.state)
+            self._remember(anchors, visited.state)
         return loss if stats is None else (loss, stats)
 
     def _check_device(self, z0: Tensor) -> None:
@@ -171,109 +201,93 @@ class EMC2Loss(nn.Module):
         made = fused.surrogate(self, z0, z1, index, return_stats)
         if not return_stats:
             return made.value
-        items, labels = made.batch.items, made.batch.key_labels
+        items, result = made.batch.items, made.result
         anchors = Anchors(made.batch.anchors, items, made.batch.chain_ids % 2)
-        keys = ProposedKeys(made.batch.keys, items[: labels.shape[0]], labels % 2)
-        return made.value, self._stats(anchors, keys, made.result, made.negative_similarity)
+        acceptance = result.num_accepted.sum() / num_proposed(items, items[: made.batch.keys.shape[0]]).clamp_min(1)
+        carry_share = (result.samples < 0).float().mean()
+        return made.value, self._stats(anchors, acceptance, carry_share, made.negative_similarity)
 
-    def schedule(self, num_keys: int) -> tuple[int, int]:
-        """Burn-in and number of samples of a sweep over so many keys."""
-        burn_in = int(self.burn_in * num_keys)
-        most = num_keys - burn_in
+    def schedule(self, num_proposals: int) -> tuple[int, int]:
+        """Burn-in and number of samples of a walk over so many proposals."""
+        burn_in = int(self.burn_in * num_proposals)
+        most = num_proposals - burn_in
         if self.num_samples is None:
             return burn_in, min(16, most)
         if self.num_samples > most:
-            expected = f"at most {most} with this batch ({num_keys} proposals, burn-in {burn_in})"
+            expected = f"at most {most} with this batch ({num_proposals} proposals, burn-in {burn_in})"
             raise ValueError(f"num_samples must be {expected}, got {self.num_samples}")
         return burn_in, self.num_samples
 
-    def _proposed_keys(self, anchors: Anchors) -> ProposedKeys:
-        if self.views == "both":
-            return ProposedKeys(*anchors)
-        b = anchors.embeddings.shape[0] // 2
-        items = anchors.items[:b]
-        coin = ops.view_coin(items, *ops.integer_or_tensor(self.seed), *ops.integer_or_tensor(self.step), self.backend)
-        chosen = torch.where(coin[:, None] == 1, anchors.embeddings[b:], anchors.embeddings[:b])
-        return ProposedKeys(chosen, items, coin)
-
-    def _walk(
-        self, anchors: Anchors, keys: ProposedKeys, dtype: torch.dtype, return_accepts: bool
-    ) -> tuple[MHState, MHResult]:
-        """The incoming states, rescored with the current anchors, and what the step made of them."""
-        queries, embeddings = anchors.embeddings.detach(), keys.embeddings.detach()
-        burn_in, num_samples = self.schedule(embeddings.shape[0])
-        state = self.chains.read(anchors.items, anchors.views, queries, self.bank, self.temperature)
-        result = mh_step(
-            queries.to(dtype),
-            embeddings.to(dtype),
-            state,
-            temperature=self.temperature,
-            seed=self.seed,
-            step=self.step,
-            chain_ids=anchors.items * 2 + anchors.views,
-            query_ids=anchors.items,
-            key_ids=keys.items,
-            key_labels=keys.items * 2 + keys.views,
-            burn_in=burn_in,
-            num_samples=num_samples,
-            return_accepts=return_accepts,
-            backend=self.backend,
-        )
-        return state, result
-
-    def _mean_negatives(self, keys: ProposedKeys, state: MHState, result: MHResult) -> Tensor:
+    def _mean_negative(self, visited: Visit) -> Tensor:
         """(2b, d): each anchor's samples, averaged; an anchor without any (a chain that has not started) gets zeros."""
-        in_batch = result.samples >= 0
-        counted = in_batch if self.carry == "drop" else in_batch | (state.key >= 0)[:, None]
-        weights = counted.to(keys.embeddings.dtype) / counted.sum(1, keepdim=True).clamp_min(1)
-        # -1 is no legal index of a bag: it points at key 0 with weight 0.
-        in_batch_mean = nn.functional.embedding_bag(
-            result.samples.clamp_min(0), keys.embeddings, mode="sum", per_sample_weights=weights * in_batch
-        )
+        keys, samples = visited.keys, visited.samples
+        inside = negatives.of_batch(keys.detach() if self.carry == "two_sided" else keys, samples)
         if self.carry == "drop":
-            return in_batch_mean
-        carried_weight = (weights * ~in_batch).sum(1)
+            return inside
         if self.carry == "recompute":
-            return self._add_recomputed(in_batch_mean, carried_weight, state.key)
-        return in_batch_mean + carried_weight[:, None] * self.bank.lookup(state.key).to(in_batch_mean.dtype)
+            outside = negatives.of_encoder(self.encode, samples, self.bank.dim, self.normalize, keys.dtype)
+            return inside if outside is None else inside + outside
+        return inside + negatives.of_bank(self.bank, samples, keys.dtype)
 
-    def _add_recomputed(self, mean: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """Encodes the carried keys that count again, each once, with gradient."""
-        rows = weight.nonzero().squeeze(1)
-        if rows.numel() == 0:
-            return mean
-        distinct, inverse = labels[rows].unique(return_inverse=True)
-        encoded = self.encode(distinct // 2, distinct % 2)
-        checks.tensor("encode's result", encoded)
-        checks.operand_dtype("encode's result", encoded)
-        if encoded.shape != (distinct.shape[0], mean.shape[1]) or encoded.device != mean.device:
-            expected = f"shape ({distinct.shape[0]}, {mean.shape[1]}) on {mean.device}"
-            raise ValueError(f"encode's result must have {expected}, got {checks.describe(encoded)}")
-        checks.finite("encode's result", encoded.detach())
-        carried = unit(encoded, self.normalize).to(mean.dtype)[inverse]
-        return mean.index_add(0, rows, weight[rows, None] * carried)
+    def _key_side(self, anchors: Anchors) -> Tensor:
+        """(2b,): each row as the key of all the chains that sat on it before this step.
+
+        Whether a batch has a key does not depend on where chains were before it; so the mean over batches of these
+        terms, b / N of the keys at a time and scaled by N / b, is the whole data set's. After the step, the batch's
+        chains would sit on the batch's keys more often than the others' do.
+        """
+        sitting = self.sitting.on(anchors.items * 2 + anchors.views).to(anchors.embeddings.dtype)
+        return (anchors.embeddings * sitting).sum(1)
 
     def _remember(self, anchors: Anchors, state: MHState) -> None:
         with torch.no_grad():
+            slots = anchors.items * 2 + anchors.views
+            if self.carry == "two_sided":
+                self.sitting.leave(slots, self.chains, self.bank)
             self.chains.write(anchors.items, anchors.views, MHState(state.key, state.score.float()))
             self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
+            if self.carry == "two_sided":
+                self.sitting.sit_down(slots, self.chains, self.bank)
             self.step += 1
 
     def _stats(
-        self, anchors: Anchors, keys: ProposedKeys, result: MHResult, negative_similarity: Tensor
+        self, anchors: Anchors, acceptance: Tensor, carry_share: Tensor, negative_similarity: Tensor
     ) -> dict[str, Tensor]:
-        ordered = keys.items.sort().values
-        own_keys = torch.searchsorted(ordered, anchors.items, right=True) - torch.searchsorted(ordered, anchors.items)
-        proposed = keys.items.shape[0] - own_keys
-        return batch_stats(anchors, self.temperature) | {
-            "acceptance": result.num_accepted.sum() / proposed.sum().clamp_min(1),
-            "carry_share": (result.samples < 0).float().mean(),
+        return batch_stats(anchors, self.temperature, bimodal=self.bimodal) | {
+            "acceptance": acceptance,
+            "carry_share": carry_share,
             "negative_similarity": negative_similarity.mean(),
         }
 
     def extra_repr(self) -> str:
         samples = "min(16, M - P)" if self.num_samples is None else self.num_samples
         return (
-            f"temperature={self.temperature}, views={self.views!r}, burn_in={self.burn_in}, num_samples={samples}, "
-            f"carry={self.carry!r}, seed={self.seed}"
+            f"temperature={self.temperature}, proposals={self.proposals!r}, views={self.views!r}, "
+            f"burn_in={self.burn_in}, num_samples={samples}, carry={self.carry!r}, estimator={self.estimator!r}, "
+            f"bimodal={self.bimodal}, seed={self.seed}"
         )
+
+
+def _check_carry(carry: str, encode: Encode | None, proposals: str) -> None:
+    if encode is None and carry == "recompute":
+        raise ValueError('encode must be given with carry="recompute", got None')
+    if encode is not None and not callable(encode):
+        raise TypeError(f"encode must be a function, got {checks.describe(encode)}")
+    if proposals == "bank" and carry == "drop":
+        raise ValueError('carry must not be "drop" with proposals="bank", whose samples are all outside, got "drop"')
+    if proposals == "bank" and carry in COLLAPSING:
+        warnings.warn(
+            f'EMC2Loss: proposals="bank" with carry="{carry}" collapses when it trains from scratch, all embeddings to '
+            'one point: use carry="corrected", or "recompute" with an encoder, and watch the statistic mean_cosine',
+            stacklevel=3,
+        )
+
+
+def _check_proposals(proposals: str, num_proposals: int | None, views: str, bimodal: bool) -> None:
+    if proposals == "batch" and num_proposals is not None:
+        raise ValueError(f'num_proposals must be None with proposals="batch", whose keys are it, got {num_proposals!r}')
+    if num_proposals is not None:
+        checks.at_least("num_proposals", num_proposals, 1)
+    if views == "both" and (proposals == "bank" or bimodal):
+        case = 'proposals="bank", which draws from both' if proposals == "bank" else "bimodal=True"
+        raise ValueError(f'views must be "one" with {case}, got {views!r}')

@@ -59,6 +59,9 @@ def takes(loss: EMC2Loss, z0: Tensor, z1: Tensor) -> bool:
     return (
         runs
         and loss.carry in ("cached", "drop")
+        and loss.proposals == "batch"
+        and loss.estimator == "states"
+        and not loss.bimodal
         and z0.dtype in HALF_AND_SINGLE
         and all(type(z) in (Tensor, torch.nn.Parameter) for z in (z0, z1))
         and not torch.compiler.is_compiling()

@@ -87,7 +87,7 @@ def _check_index(index: Tensor, z0: Tensor, num_items: int | None) -> None:
     checks.within("index", index, 0, checks.MAX_CHAIN_ID if num_items is None else num_items)
 
 
-def batch_stats(anchors: Anchors, temperature: float) -> dict[str, Tensor]:
+def batch_stats(anchors: Anchors, temperature: float, *, bimodal: bool = False) -> dict[str, Tensor]:
     """What every loss reports of its batch, detached 0-d tensors, whatever it minimises itself.
 
     ``ntxent``: the in-batch NT-Xent value. ``positive_similarity``: mean similarity of the pairs. ``mean_cosine``: mean

@@ -1,0 +1,43 @@
+"""Which chains sit on a key: what EMC2's carry="two_sided" pushes the batch's keys with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bank import EmbeddingBank
+from ..chains import ChainStore
+from ..slots import SlotStore, last_duplicates
+
+
+class SittingQueries(SlotStore):
+    """For each label, the sum of the kept embeddings of the chains whose state it is, kept up to date by differences.
+
+    The key side of the global gradient is, for key j, the sum over chains i of p_i(j) q_i; the chains that sit on j are
+    a draw of it. Float32, because every visit takes out what an earlier one has put in.
+    """
+
+    sums: Tensor  # (num_items * views, dim) float32
+
+    def __init__(self, num_items: int, dim: int, *, views: int = 2) -> None:
+        super().__init__(num_items, views)
+        self.register_buffer("sums", torch.zeros(self.num_slots, dim))
+
+    def on(self, labels: Tensor) -> Tensor:
+        """(k, dim) sums of labels (k,) int64."""
+        return self.sums[labels]
+
+    def leave(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank) -> None:
+        """Takes out the chains of slots (k,), before their states and embeddings change."""
+        self._add(slots, chains, bank, -1)
+
+    def sit_down(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank) -> None:
+        """Puts them in where they are now."""
+        self._add(slots, chains, bank, 1)
+
+    def _add(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank, sign: int) -> None:
+        once = last_duplicates(slots) == torch.arange(slots.shape[0], device=slots.device)
+        keys = chains.key[slots]
+        counted = once & (keys >= 0) & (bank.written_at[slots] >= 0)
+        queries = torch.where(counted[:, None], bank.embeddings[slots].float(), 0)
+        self.sums.index_add_(0, keys.clamp_min(0), queries, alpha=sign)

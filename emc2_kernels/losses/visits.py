@@ -1,0 +1,219 @@
+"""One visit of EMC2's chains: what is proposed to a batch's anchors, the step, and the samples that it leaves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops, rng
+from ..backends.walk import sample_points
+from ..mh import mh_step
+from ..transition import MHState
+from .pairs import Anchors
+
+if TYPE_CHECKING:
+    from .emc2 import EMC2Loss
+
+
+class Samples(NamedTuple):
+    """The anchors' negatives as weighted means: the weights of an anchor sum to 1, or to 0 if it has no sample yet.
+
+    A sample is one of the batch's keys, which have a gradient, or else a label of the bank.
+    """
+
+    rows: Tensor  # (2b, S) int64 positions in the batch's keys
+    row_weights: Tensor  # (2b, S) float32; 0 where ``rows`` means nothing
+    labels: Tensor  # (2b, S') int64
+    label_weights: Tensor  # (2b, S'); 0 where ``labels`` means nothing
+
+
+class Visit(NamedTuple):
+    keys: Tensor  # (m, d) the batch's keys, differentiable
+    samples: Samples
+    state: MHState  # (2b,) the anchors' chains afterwards
+    acceptance: Tensor | None  # () of proposals
+    carry_share: Tensor  # () of the samples' weight: where the visit began
+
+
+class Proposals(NamedTuple):
+    """What is proposed to those anchors that are proposed the same keys: all of them, or those of one modality."""
+
+    anchors: slice
+    keys: Tensor  # (m, d)
+    items: Tensor  # (m,) int64; an anchor's own item is never proposed to it
+    labels: Tensor  # (m,) int64
+    draws: int | None  # uniform, with replacement; None: the keys one after another
+    first_row: int  # of the batch's keys, position of key 0; unused with draws
+
+
+class _Walked(NamedTuple):
+    positions: Tensor  # (n, S) int64 in the proposals' keys; -1: where the visit began
+    weights: Tensor  # (n, S)
+    state: MHState
+    num_accepted: Tensor | None  # (n,)
+
+
+def visit(loss: EMC2Loss, anchors: Anchors, dtype: torch.dtype, return_accepts: bool) -> Visit:
+    """Walks the chains of 2b anchors; changes nothing of the loss.
+
+    Args:
+        dtype: what scores are multiplied in; the bank's own where it is proposed from.
+    """
+    start = loss.chains.read(anchors.items, anchors.views, anchors.embeddings.detach(), loss.bank, loss.temperature)
+    keys, parts = _from_bank(loss, anchors) if loss.proposals == "bank" else _from_batch(loss, anchors, dtype)
+    walked = [_walk(loss, anchors, part, start, return_accepts) for part in parts]
+    samples = [
+        (_of_bank if part.draws else _of_batch)(loss, anchors, part, *walk[:2], start.key[part.anchors])
+        for part, walk in zip(parts, walked, strict=True)
+    ]
+    carried = torch.cat([torch.where(walk.positions < 0, walk.weights, 0).sum(1) for walk in walked])
+    return Visit(
+        keys,
+        Samples(*(torch.cat(fields) for fields in zip(*samples, strict=True))),
+        MHState(*(torch.cat(fields) for fields in zip(*(walk.state for walk in walked), strict=True))),
+        _acceptance(anchors, parts, walked) if return_accepts else None,
+        carried.mean() / walked[0].weights.sum(1).mean(),
+    )
+
+
+def _from_batch(loss: EMC2Loss, anchors: Anchors, dtype: torch.dtype) -> tuple[Tensor, list[Proposals]]:
+    embeddings, items, views = anchors
+    b = items.shape[0] // 2
+    views_in_halves = slice(0, b), slice(b, 2 * b)
+    if loss.bimodal:
+        keys = embeddings
+        proposed = [(views_in_halves[view], views_in_halves[1 - view]) for view in (0, 1)]
+    elif loss.views == "both":
+        keys, proposed = embeddings, [(slice(0, 2 * b), slice(0, 2 * b))]
+    else:
+        items = items[:b]
+        views = ops.view_coin(items, *ops.integer_or_tensor(loss.seed), *ops.integer_or_tensor(loss.step), loss.backend)
+        keys = torch.where(views[:, None] == 1, embeddings[b:], embeddings[:b])
+        proposed = [(slice(0, 2 * b), slice(0, b))]
+    compute, labels = keys.detach().to(dtype), items * 2 + views
+    return keys, [
+        Proposals(rows, compute[those], items[those], labels[those], None, those.start) for rows, those in proposed
+    ]
+
+
+def _from_bank(loss: EMC2Loss, anchors: Anchors) -> tuple[Tensor, list[Proposals]]:
+    """All that the bank holds; with two modalities, of the other one."""
+    n, table = anchors.items.shape[0], loss.bank.embeddings
+    if not loss.bimodal:
+        proposed = [(slice(0, n), table)]
+    else:
+        proposed = [(slice(0, n // 2), table[1::2]), (slice(n // 2, n), table[::2])]
+    return anchors.embeddings, [
+        Proposals(rows, keys, items, labels, loss.num_proposals, 0)
+        for (rows, keys), items, labels in zip(proposed, loss.slot_items, loss.slot_labels, strict=True)
+    ]
+
+
+def _walk(loss: EMC2Loss, anchors: Anchors, part: Proposals, start: MHState, return_accepts: bool) -> _Walked:
+    embeddings, items, views = (field[part.anchors] for field in anchors)
+    count = part.keys.shape[0] if part.draws is None else part.draws
+    burn_in, num_samples = loss.schedule(count)
+    recycled = loss.estimator == "recycled"
+    # Recycling looks at the state before each sample's proposal too: the walk is asked for every state from there on.
+    first = max(burn_in - 1, 0) if recycled else burn_in
+    chain_ids = items * 2 + views
+    queries = embeddings.detach().to(part.keys.dtype)
+    state = MHState(start.key[part.anchors], start.score[part.anchors])
+    proposal, drawn = "sweep" if part.draws is None else "uniform", None
+    if recycled and part.draws is not None:  # which keys they are has to be known here
+        proposal = drawn = rng.proposal_positions(
+            chain_ids, range(count), part.keys.shape[0], seed=loss.seed, step=loss.step
+        )
+    result = mh_step(
+        queries,
+        part.keys,
+        state,
+        temperature=loss.temperature,
+        seed=loss.seed,
+        step=loss.step,
+        chain_ids=chain_ids,
+        query_ids=items,
+        key_ids=part.items,
+        key_labels=part.labels,
+        proposal=proposal,
+        num_proposals=count if isinstance(proposal, str) and proposal == "uniform" else None,
+        burn_in=first,
+        num_samples=count - first if recycled else num_samples,
+        return_accepts=return_accepts,
+        backend=loss.backend,
+    )
+    positions = result.samples.long()
+    if not recycled:
+        return _Walked(positions, torch.ones_like(positions, dtype=torch.float32), result.state, result.num_accepted)
+    points = torch.tensor(sample_points(count, burn_in, num_samples), device=positions.device)
+    proposed = (points.expand(len(items), -1)) if drawn is None else drawn[:, points]
+    before = torch.cat((torch.full_like(positions[:, :1], -1), positions), 1)[:, points - first]
+    move = _move_probability(queries, items, part, state, proposed, before, loss.temperature)
+    return _Walked(torch.cat((proposed, before), 1), torch.cat((move, 1 - move), 1), result.state, result.num_accepted)
+
+
+def _move_probability(
+    queries: Tensor,
+    items: Tensor,
+    part: Proposals,
+    start: MHState,
+    proposed: Tensor,
+    before: Tensor,
+    temperature: float,
+) -> Tensor:
+    """(n, R): min(1, exp(s_j - s_c)) of the proposed keys j and the states c before them."""
+
+    def scores(positions: Tensor) -> Tensor:
+        return torch.einsum("nd,nrd->nr", queries.float(), part.keys[positions].float()) / temperature
+
+    with torch.autocast(queries.device.type, enabled=False):
+        proposed_score = scores(proposed)
+        score = torch.where(before < 0, start.score.nan_to_num(nan=-torch.inf)[:, None], scores(before.clamp_min(0)))
+    proposable = proposed_score.isfinite() & (part.items[proposed] != items[:, None])
+    return torch.where(proposable, (proposed_score - score).clamp_max(0).exp(), 0)
+
+
+def _of_batch(
+    loss: EMC2Loss, anchors: Anchors, part: Proposals, positions: Tensor, weights: Tensor, start: Tensor
+) -> Samples:
+    """Samples in the batch by their row; what is left is the key that the chain began with."""
+    inside = positions >= 0
+    row_weights, left = weights * inside, (weights * ~inside).sum(1, keepdim=True) * (start >= 0)[:, None]
+    if loss.carry == "drop":
+        left = torch.zeros_like(left)
+    total = row_weights.sum(1, keepdim=True) + left
+    scale = 1 / torch.where(total > 0, total, 1)
+    return Samples(positions.clamp_min(0) + part.first_row, row_weights * scale, start[:, None], left * scale)
+
+
+def _of_bank(
+    loss: EMC2Loss, anchors: Anchors, part: Proposals, positions: Tensor, weights: Tensor, start: Tensor
+) -> Samples:
+    """Samples by label, but by row where the label happens to be in the batch."""
+    labels = torch.where(positions >= 0, part.labels[positions.clamp_min(0)], start[:, None])
+    weights = weights * (labels >= 0)
+    total = weights.sum(1, keepdim=True)
+    weights = weights / torch.where(total > 0, total, 1)
+    ordered, order = (anchors.items * 2 + anchors.views).sort()
+    place = torch.searchsorted(ordered, labels).clamp_max(ordered.shape[0] - 1)
+    inside = ordered[place] == labels
+    return Samples(order[place], weights * inside, labels, weights * ~inside)
+
+
+def _acceptance(anchors: Anchors, parts: list[Proposals], walked: list[_Walked]) -> Tensor:
+    """Of the proposals that were not an anchor's own item; of all draws where they come from the bank."""
+    accepted = torch.cat([walk.num_accepted for walk in walked]).sum()
+    proposed = torch.zeros_like(accepted)
+    for part in parts:
+        items = anchors.items[part.anchors]
+        proposed = proposed + (num_proposed(items, part.items) if part.draws is None else part.draws * items.shape[0])
+    return accepted / proposed.clamp_min(1)
+
+
+def num_proposed(items: Tensor, key_items: Tensor) -> Tensor:
+    """() how many of the keys are proposed to anchors of these items: those that are not their own."""
+    ordered = key_items.sort().values
+    own = torch.searchsorted(ordered, items, right=True) - torch.searchsorted(ordered, items)
+    return items.shape[0] * key_items.shape[0] - own.sum()
