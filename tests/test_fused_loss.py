@@ -8,7 +8,7 @@ import torch
 from helpers import assert_identical, assert_unchanged, named_error, normal, relative_rms, snapshot
 
 from emc2_kernels import backends
-from emc2_kernels.losses import EMC2Loss, fused
+from emc2_kernels.losses import EMC2Loss, fused, visits
 
 pytestmark = pytest.mark.skipif(
     backends().get("triton") != "available", reason=f"Triton cannot run here: {backends().get('triton')}"
