@@ -64,6 +64,22 @@ def test_without_the_cuda_kernels_triton_does_their_work(on_gpu, monkeypatch, re
     assert not recwarn.list, "another fast backend is there: nothing to report"
 
 
+def test_a_failed_build_is_reported_although_triton_does_the_work(on_gpu, monkeypatch):
+    def fails():
+        raise RuntimeError("nvcc: catastrophic error")
+
+    package = sys.modules["emc2_kernels.backends"]
+    monkeypatch.setattr(package, "_BUILDS", {"cuda": fails})
+    package._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="'triton' does its work. cuda: nvcc: catastrophic error"):
+        assert chosen(walk(64, 32, 128)) == "triton"
+
+
+def test_operations_that_a_backend_lacks_are_named():
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of .*'triton'.* got 'cuda'"):
+        resolve("cuda", torch.empty(2, 3), op="lse")
+
+
 def test_here_cpu_tensors_never_go_to_the_interpreter():
     small = walk(4, 4, 8, dtype=torch.float32, device="cpu")
     assert chosen(small) == "cpu"

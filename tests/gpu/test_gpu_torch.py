@@ -209,6 +209,9 @@ OUT_OF_RANGE = {
     "a position below zero": "step(proposal=torch.tensor([[-1, 0]] * 64, device=device))",
     "a chain id of 41 bits": "step(chain_ids=torch.full((64,), 2**40, device=device))",
     "a chain id below zero": "step(chain_ids=torch.full((64,), -1, device=device))",
+    "an item that no chain is kept for": "loss.chains.read(torch.full((4,), 100, device=device), 0)",
+    "a view that is not there": "loss.chains.read(torch.full((4,), 1, device=device), torch.full((4,), 2, device=device))",
+    "a label that the bank has not": "loss.bank.lookup(torch.full((4,), 200, device=device))",
     "an item that is not there": "loss(queries[:32], queries[32:], torch.full((32,), 100, device=device)).backward()",
 }
 PRELUDE = """
