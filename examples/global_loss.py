@@ -2,10 +2,10 @@
 
 python examples/global_loss.py --batch-sizes 4 16
 
-The setting of gradient_bias.py with a small encoder that is trained: 400 real digits, two fixed views each, plain SGD. The
-exact global loss is computed at the end, and for methods that encode samples again also at the moment when they have
-encoded as much as the others at the end. Each method gets the same learning rates, and its best one counts. An encoder
-that maps everything to one point has a loss of log 798 = 6.68.
+The setting of gradient_bias.py with a small encoder that is trained: 400 real digits, two fixed views each, plain SGD.
+The exact global loss is computed at the end, and for methods that encode samples again also at the moment when they
+have encoded as much as the others at the end. Each method gets the same learning rates, and its best one counts. An
+encoder that maps everything to one point has a loss of log 798 = 6.68.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ OUT_OF_RANGE = {
     "a chain id of 41 bits": "step(chain_ids=torch.full((64,), 2**40, device=device))",
     "a chain id below zero": "step(chain_ids=torch.full((64,), -1, device=device))",
     "an item that no chain is kept for": "loss.chains.read(torch.full((4,), 100, device=device), 0)",
-    "a view that is not there": "loss.chains.read(torch.full((4,), 1, device=device), torch.full((4,), 2, device=device))",
+    "a view that is not there": "loss.chains.read(four, 2 * four)",
     "a label that the bank has not": "loss.bank.lookup(torch.full((4,), 200, device=device))",
     "an item that is not there": "loss(queries[:32], queries[32:], torch.full((32,), 100, device=device)).backward()",
 }
@@ -219,6 +219,7 @@ import sys
 import torch
 import emc2_kernels as emc2
 device = torch.device("cuda")
+four = torch.ones(4, dtype=torch.int64, device=device)
 queries, keys = torch.randn(64, 16, device=device), torch.randn(32, 16, device=device)
 state = emc2.init_state(64, device)
 loss = emc2.losses.EMC2Loss(100, 16, backend={backend!r}).to(device)
