@@ -38,7 +38,7 @@ class Backend(NamedTuple):
 TABLE = {
     "cuda": Backend("cuda", ("cuda",), HALF_AND_SINGLE, gpu.why_no_cuda_kernels, gpu.prefers_cuda_kernels),
     "triton": Backend("triton", ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices),
-    "cpu": Backend("cpu", ("cpu",), HALF_AND_SINGLE, native.why_unavailable),
+    "cpu": Backend("cpu", ("cpu",), HALF_AND_SINGLE, native.why_unavailable, gumbel="cpu_gumbel"),
     "reference": Backend("reference", None, None, lambda: None, lse="reference_lse", gumbel="reference_gumbel"),
 }
 NAMES = ("auto", *TABLE)
