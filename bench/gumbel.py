@@ -1,8 +1,9 @@
 """Exact draws from the softmax on the CPU: `gumbel_sample` beside the naive ways, and the matrix product alone.
 
-    python bench/gumbel.py --rounds 15
+    python bench/gumbel.py
 
-Medians over interleaved rounds; the ratios are medians of the ratio within a round.
+Medians over interleaved rounds; the ratios are medians of the ratio within a round. On a machine that others use too,
+`--process-time` with OMP_NUM_THREADS=1 counts the processor's time.
 """
 
 from __future__ import annotations
@@ -14,65 +15,67 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from peers import MatrixProduct  # noqa: E402
+from timing import Call, cpu_timer, figures, interleave, ratios  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import emc2_kernels as emc2  # noqa: E402
 
 SIZES = [(2048, 2048, 128), (64, 100_000, 128)]
 TEMPERATURE = 0.07
+NAMES = ("torch.mm", "gumbel_sample", "softmax_sample", "exponential race")
 
 
 def exponential_race(queries: Tensor, keys: Tensor, num_samples: int) -> Tensor:
-    """argmax of exp(s) / E in plain torch: scores kept, noise for each sample of the size of the scores."""
+    """argmax of softmax / E in plain torch: scores kept, and noise of their size for each sample."""
     weights = torch.softmax(queries @ keys.T / TEMPERATURE, 1)
     noise = torch.empty_like(weights)
     return torch.stack([(weights / noise.exponential_()).argmax(1) for _ in range(num_samples)], 1)
 
 
-def contenders(n: int, m: int, d: int, num_samples: int) -> dict[str, Callable[[], Tensor]]:
-    import emc2_kernels as emc2
-
+def contenders(n: int, m: int, d: int, num_samples: int) -> dict[str, Call]:
     queries, keys = (torch.nn.functional.normalize(torch.randn(rows, d), dim=1) for rows in (n, m))
-    product = torch.empty(n, m)
     options = {"temperature": TEMPERATURE, "num_samples": num_samples}
     generator = torch.Generator().manual_seed(0)
-    return {
-        "torch.mm": lambda: torch.mm(queries, keys.T, out=product),
-        "gumbel_sample": lambda: emc2.gumbel_sample(queries, keys, seed=0, step=0, **options),
-        "softmax_sample": lambda: emc2.softmax_sample(queries, keys, generator=generator, **options),
-        "exponential race": lambda: exponential_race(queries, keys, num_samples),
-    }
+    calls: tuple[Callable, ...] = (
+        MatrixProduct(queries, keys),
+        lambda: emc2.gumbel_sample(queries, keys, seed=0, step=0, **options),
+        lambda: emc2.softmax_sample(queries, keys, generator=generator, **options),
+        lambda: exponential_race(queries, keys, num_samples),
+    )
+    return dict(zip(NAMES, calls, strict=True))
 
 
-def measure(calls: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(rounds + 1):  # the first warms up
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def process_timer(call: Call, repeats: int) -> float:
+    """Seconds of the processor per call, of all threads together."""
+    start = time.process_time()
+    for _ in range(repeats):
+        call()
+    return (time.process_time() - start) / repeats
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--samples", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--process-time", action="store_true")
     options = parser.parse_args()
+    timer = process_timer if options.process_time else cpu_timer
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'n':>6}{'m':>8}{'R':>4}  {'':18}{'ms':>9}{'over torch.mm':>15}{'over gumbel_sample':>20}")
     for size in SIZES:
         for num_samples in options.samples:
-            seconds = measure(contenders(*size, num_samples), options.rounds)
+            seconds = interleave(contenders(*size, num_samples), options.rounds, timer=timer, warmup=1).seconds
             for name, own in seconds.items():
-                over = [
-                    statistics.median(a / b for a, b in zip(own, seconds[other], strict=True))
-                    for other in ("torch.mm", "gumbel_sample")
-                ]
-                place = f"{size[0]:6}{size[1]:8}{num_samples:4}"
-                print(f"{place}  {name:18}{1e3 * statistics.median(own):9.2f}{over[0]:15.2f}{over[1]:20.2f}")
+                over_product, over_ours = (statistics.median(ratios(own, seconds[other])) for other in NAMES[:2])
+                print(f"{size[0]:6}{size[1]:8}{num_samples:4}  {name:18}", end="")
+                print(f"{1e3 * statistics.median(figures(own)):9.2f}{over_product:15.2f}{over_ours:20.2f}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     main()
