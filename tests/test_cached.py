@@ -351,3 +351,25 @@ def test_a_batch_of_one_item_has_no_negatives():
     value, stats = loss(Z0, Z0, int64(3, 3, 3, 3), return_stats=True)
     assert value == pytest.approx(-2.0)
     assert all(each.isfinite() for each in stats.values()) and stats["cache_age"] == 0
+
+
+@pytest.mark.parametrize("bimodal", [False, True])
+def test_compiled_whole_it_does_the_same(bimodal):
+    plain, inside = (CachedSoftmaxLoss(ITEMS, DIM, bimodal=bimodal) for _ in range(2))
+    compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
+    for step, index in enumerate(batches(3)):
+        expected = forward(plain, {"z0": normal(step, B, DIM), "index": index})
+        assert_identical(forward(compiled, {"z0": normal(step, B, DIM), "index": index}), expected)
+    assert_identical(snapshot(inside), snapshot(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(dtype):
+    """The embeddings are widened before anything is computed, so half-precision ones give their float32 values' own."""
+    half = {"z0": Z0.to(dtype), "z1": Z1.to(dtype)}
+    expected = forward(warm(), {name: z.float() for name, z in half.items()})
+    with torch.autocast("cpu", torch.bfloat16):
+        value, *gradients = forward(warm(), half)
+    torch.testing.assert_close(value, expected[0])
+    for gradient, wide in zip(gradients, expected[1:], strict=True):
+        assert gradient.dtype == dtype and relative_rms(gradient, wide) <= 1e-2
