@@ -1,7 +1,7 @@
 """What the Triton kernels compile to at the shipped settings, for GPUs that need not be there.
 
-Registers, spills and shared memory come from the assembler; the walk's instructions are counted in the longest block
-without a branch that makes logarithms, one for each (row, key). Run `python bench/compiled.py` for the table.
+Registers, spills and shared memory come from the assembler; the instructions for each (row, key) are counted in the
+longest block without a branch that makes its logarithms. Run `python bench/compiled.py` for the table.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class Case(NamedTuple):
     n: int
     m: int
     d: int
-    proposals: str  # "sweep", "drawn" or "given"; "loss": n pairs in a loss, without their walk
+    proposals: str  # "sweep", "drawn" or "given"; "loss": n pairs in a loss, without their walk; "gumbel": no walk
     step: bool = True  # else a transition
     accepts: bool = False
     lse: bool = False
     ids: bool = True  # chain, query and key ids, and labels
     all_tensors: bool = False  # per-row temperatures, proposal weights, seed and step too
+    samples: int = 16
 
 
 CASES = {
@@ -51,7 +52,15 @@ CASES = {
     "given": Case(torch.bfloat16, 32768, 100_000, 128, "given", step=False),
     "loss d=128": Case(torch.bfloat16, 32, 32, 128, "loss"),
     "loss d=768": Case(torch.bfloat16, 32, 32, 768, "loss"),
+    "gumbel d=128": Case(torch.bfloat16, 32768, 100_000, 128, "gumbel"),
+    "gumbel d=512": Case(torch.bfloat16, 32768, 100_000, 512, "gumbel", samples=1),
+    "gumbel float32": Case(torch.float32, 4096, 100_000, 128, "gumbel", samples=2),
+    "gumbel, nothing given": Case(torch.float16, 4096, 4096, 100, "gumbel", ids=False, samples=1),
+    "gumbel, split": Case(torch.bfloat16, 64, 1_000_000, 128, "gumbel", all_tensors=True),
 }
+
+
+LOGARITHMS = {"sweep_kernel": 1, "gumbel_kernel": 2}  # for each element
 
 
 class Launch(NamedTuple):
@@ -72,7 +81,7 @@ class Compiled(NamedTuple):
     stack: int  # bytes of a thread in slow memory, spilled registers among them
     shared: int  # bytes of a program
     programs: int  # that fit on one multiprocessor by registers (64 K) and shared memory
-    per_element: float | None  # instructions of the walk for each (row, key)
+    per_element: float | None  # instructions for each (row, key), of a draw for each (row, key, sample)
     assertions: list[str]  # on values that only the device sees
 
 
@@ -91,9 +100,11 @@ def launches(case: Case, generation: int) -> list[Launch]:
     launch.Kernel.__call__ = record
     settings.device = lambda index: (generation // 10, PROCESSORS[generation])
     try:
-        walk = None if case.proposals == "loss" else _walk(case, Walk)
-        if walk is None:
+        walk = None if case.proposals in ("loss", "gumbel") else _walk(case, Walk)
+        if case.proposals == "loss":
             _visit(case)
+        elif case.proposals == "gumbel":
+            _draw(case)
         elif case.step:
             state = _empty(torch.int64, case.n), _empty(torch.float32, case.n)
             run.step(walk, *state, _empty(torch.int64, case.m) if case.ids else None, case.accepts, case.lse)
@@ -108,16 +119,31 @@ def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _walk(case: Case, make: Callable) -> Any:
-    count = case.m if case.proposals == "sweep" else 256
+def _given(case: Case) -> tuple:
+    """Temperature, seed and step, and the ids of chains, queries and keys."""
     ids = (_empty(torch.int64, case.n), _empty(torch.int64, case.n), _empty(torch.int64, case.m))
     temperature, number = (_empty(torch.float32, case.n), _empty(torch.int64)) if case.all_tensors else (0.07, 0)
+    return temperature, number, ids if case.ids else (None,) * 3
+
+
+def _draw(case: Case) -> None:
+    from emc2_kernels.backends.scores import Scores
+    from emc2_kernels.backends.triton import gumbel
+
+    temperature, number, (chain_ids, *ids) = _given(case)
+    operands = _empty(case.dtype, case.n, case.d), _empty(case.dtype, case.m, case.d)
+    gumbel.gumbel_sample(Scores(*operands, temperature, *ids), chain_ids, number, number, case.samples)
+
+
+def _walk(case: Case, make: Callable) -> Any:
+    count = case.m if case.proposals == "sweep" else 256
+    temperature, number, ids = _given(case)
     weights = _empty(torch.float32, case.m) if case.all_tensors else None
     positions = _empty(torch.int64, case.n, count) if case.proposals == "given" else None
     return make(
         _empty(case.dtype, case.n, case.d), _empty(case.dtype, case.m, case.d), temperature, number, number,
-        *(ids if case.ids else (None,) * 3), positions, count if case.proposals == "drawn" else None, weights,
-        count // 2, 16, 0, count,
+        *ids, positions, count if case.proposals == "drawn" else None, weights,
+        count // 2, case.samples, 0, count,
     )  # fmt: skip
 
 
@@ -217,7 +243,8 @@ def measure(name: str, generation: int) -> list[Compiled]:
         shared, threads = compiled.metadata.shared, 32 * compiled.metadata.num_warps
         fits = min(65536 // (registers * threads), (227 << 10) // max(shared, 1), 2048 // threads)
         kernel = launched.function.__name__
-        per_element = instructions_per_logarithm(code) if kernel == "sweep_kernel" else None
+        logarithms = LOGARITHMS.get(kernel)
+        per_element = logarithms and logarithms * instructions_per_logarithm(code)
         assertions = re.findall(r'tt\.assert .*?"(.*?)"', compiled.asm["ttgir"])
         rows.append(Compiled(name, generation, kernel, registers, stack, shared, fits, per_element, assertions))
     return rows

@@ -8,6 +8,7 @@ from . import losses
 from .backends import backends
 from .bank import EmbeddingBank
 from .chains import ChainStore
+from .gumbel import gumbel_sample, softmax_sample
 from .lse import contrastive_lse
 from .mh import mh_step, mh_transition
 from .transition import MHResult, MHState, Transition, apply, compose, init_state
@@ -24,8 +25,10 @@ __all__ = [
     "backends",
     "compose",
     "contrastive_lse",
+    "gumbel_sample",
     "init_state",
     "losses",
     "mh_step",
     "mh_transition",
+    "softmax_sample",
 ]

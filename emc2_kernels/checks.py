@@ -177,6 +177,17 @@ def ids(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> None:
         vector("key_ids", key_ids, keys.shape[0], torch.int64, queries.device)
 
 
+def chain_ids(queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids: Any) -> Tensor | None:
+    """Checks exclusion ids too; returns the chain ids with their default. None stands for the row numbers."""
+    ids(queries, keys, query_ids, key_ids)
+    if given is not None:
+        vector("chain_ids", given, queries.shape[0], torch.int64, queries.device)
+        within("chain_ids", given, 0, MAX_CHAIN_ID)
+    elif query_ids is not None:
+        within("query_ids, which name the chains where chain_ids are not given,", query_ids, 0, MAX_CHAIN_ID)
+    return query_ids if given is None else given
+
+
 def one_temperature(value: Any) -> float:
     """Of a loss: a number, or a 0-d tensor that is read once."""
     if isinstance(value, Tensor) and value.dim() > 0:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import checks, ops
 from .backends import NAMES
+from .ops import detached
 from .transition import MHResult, MHState, Transition
 
 
@@ -84,7 +85,7 @@ def mh_step(
     samples, key, score, threshold, *asked_for = ops.mh_step(
         *walk,
         state[0],
-        _detached(state[1]),
+        detached(state[1]),
         key_ids if key_labels is None else key_labels,
         return_accepts,
         return_lse,
@@ -139,10 +140,6 @@ def mh_transition(
     return Transition(*ops.mh_transition(*walk, backend))
 
 
-def _detached(value: Tensor | None) -> Tensor | None:
-    return value.detach() if value is not None and value.requires_grad else value
-
-
 def _walk_arguments(
     queries, keys, temperature, seed, step, chain_ids, query_ids, key_ids, proposal, num_proposals, log_proposal,
     burn_in, num_samples, first_proposal, total_proposals, backend,
@@ -153,19 +150,19 @@ def _walk_arguments(
     n, device = queries.shape[0], queries.device
     checks.temperature(temperature, n, device)
     seed, step = checks.counter("seed", seed, 64, device), checks.counter("step", step, 32, device)
-    chain_ids = _check_ids(queries, keys, chain_ids, query_ids, key_ids)
+    chain_ids = checks.chain_ids(queries, keys, chain_ids, query_ids, key_ids)
     if log_proposal is not None:
         checks.vector("log_proposal", log_proposal, keys.shape[0], torch.float32, device)
         checks.finite("log_proposal", log_proposal)
-        log_proposal = _detached(log_proposal)
+        log_proposal = detached(log_proposal)
     positions, num_draws, count = _proposals(queries, keys, proposal, num_proposals)
     schedule = _schedule(count, burn_in, num_samples, first_proposal, total_proposals)
     number, temperatures = checks.number_or_rows(temperature, queries)
     return (
-        _detached(queries),
-        _detached(keys),
+        detached(queries),
+        detached(keys),
         number,
-        _detached(temperatures),
+        detached(temperatures),
         *ops.integer_or_tensor(seed),
         *ops.integer_or_tensor(step),
         chain_ids,
@@ -176,22 +173,6 @@ def _walk_arguments(
         log_proposal,
         *schedule,
     )
-
-
-def _check_ids(
-    queries: Tensor, keys: Tensor, chain_ids: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None
-) -> Tensor | None:
-    """Returns the chain ids with their default; None stands for the row numbers."""
-    n, device = queries.shape[0], queries.device
-    checks.ids(queries, keys, query_ids, key_ids)
-    if chain_ids is not None:
-        checks.vector("chain_ids", chain_ids, n, torch.int64, device)
-        checks.within("chain_ids", chain_ids, 0, checks.MAX_CHAIN_ID)
-    elif query_ids is not None:
-        checks.within(
-            "query_ids, which name the chains where chain_ids are not given,", query_ids, 0, checks.MAX_CHAIN_ID
-        )
-    return query_ids if chain_ids is None else chain_ids
 
 
 def _proposals(

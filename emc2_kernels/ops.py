@@ -45,6 +45,10 @@ def integer_or_tensor(value: int | Tensor) -> tuple[int, Tensor | None]:
     return (value - _TWO_64 if value >= _SIGN_BIT else value), None
 
 
+def detached(value: Tensor | None) -> Tensor | None:
+    return value.detach() if value is not None and value.requires_grad else value
+
+
 def _walk(arguments: tuple) -> Walk:
     """The first 18 arguments of an operator, numbers and tensors merged."""
     queries, keys, temperature, temperatures, seed, seed_tensor, step, step_tensor = arguments[:8]

@@ -4,6 +4,7 @@
 
 #include "../csrc/cpu/draws.h"
 #include "../csrc/cpu/gathered.h"
+#include "../csrc/cpu/gumbel.h"
 #include "../csrc/cpu/sweep.h"
 
 namespace py = pybind11;
@@ -66,6 +67,19 @@ void walk_gathered(const emc2::Recorder& recorder, uintptr_t queries, uintptr_t 
                       {at<const int64_t>(positions), position_stride});
 }
 
+emc2::GumbelSampler make_gumbel_sampler(int64_t rows, int64_t keys, int64_t samples, uint64_t seed, uint32_t step,
+                                        float temperature, uintptr_t temperatures, uintptr_t chain_ids,
+                                        uintptr_t query_ids, uintptr_t key_ids, int threads, uintptr_t positions) {
+  return emc2::GumbelSampler({rows, keys, samples, seed, step, temperature, at<const float>(temperatures),
+                              at<const int64_t>(chain_ids), at<const int64_t>(query_ids), at<const int64_t>(key_ids),
+                              threads, at<int64_t>(positions)});
+}
+
+void scan_tile(emc2::GumbelSampler& sampler, uintptr_t dots, int64_t stride, int64_t row_begin, int64_t row_end,
+               int64_t key_begin, int64_t key_end) {
+  sampler.scan({at<const float>(dots), stride, row_begin, row_end, key_begin, key_end});
+}
+
 void view_coins(uintptr_t items, int64_t count, uint64_t seed, uint32_t step, uintptr_t views) {
   emc2::view_coins(at<const int64_t>(items), count, seed, step, at<int64_t>(views));
 }
@@ -82,6 +96,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<emc2::Sweep>(module, "Sweep")
       .def(py::init<const emc2::Recorder&>(), ReleaseGil())
       .def("walk", &walk_tile, ReleaseGil());
+  py::class_<emc2::GumbelSampler>(module, "GumbelSampler")
+      .def(py::init(&make_gumbel_sampler))
+      .def("scan", &scan_tile, ReleaseGil());
   module.def("small_sweep", &small_sweep, ReleaseGil());
   module.def("walk_gathered", &walk_gathered, ReleaseGil());
   module.def("view_coins", &view_coins, ReleaseGil());

@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("triton")
 
+COMBINE = {"gumbel_combine_kernel": (64, 0, 4096, None)}
+
 # (case, generations): kernel -> (registers, stack in bytes, shared memory in bytes, instructions per (row, key)).
 BOUNDS = {
     ("sweep d=128", (80, 90, 100)): {
@@ -40,6 +42,11 @@ BOUNDS = {
         }
         for case in ("loss d=128", "loss d=768")
     },
+    ("gumbel d=128", (80, 90, 100)): {"gumbel_kernel": (255, {80: 16, 90: 48, 100: 264}, 90_000, 33.5), **COMBINE},
+    ("gumbel d=512", (90,)): {"gumbel_kernel": (255, 16, 110_000, 35.5), **COMBINE},
+    ("gumbel float32", (90,)): {"gumbel_kernel": (255, 16, 30_000, 32.5), **COMBINE},
+    ("gumbel, nothing given", (90,)): {"gumbel_kernel": (255, 16, 90_000, 38.0), **COMBINE},
+    ("gumbel, split", (90,)): {"gumbel_kernel": (255, 48, 90_000, 33.5), **COMBINE},
 }
 
 
@@ -81,6 +88,9 @@ ASSERTED = {
     ("drawn", "gathered_kernel"): {"chain_ids"},
     ("given", "gathered_kernel"): {"chain_ids", "proposal"},
     ("loss d=128", "prepare_kernel"): {"index", "chains.key"},
+    ("gumbel d=128", "gumbel_kernel"): {"chain_ids"},
+    ("gumbel, split", "gumbel_kernel"): {"chain_ids", "temperature"},
+    ("gumbel, nothing given", "gumbel_kernel"): set(),
 }
 
 

@@ -92,3 +92,12 @@ def test_a_gpu_backend_says_why_it_cannot_run():
     with pytest.raises(ValueError, match="backend 'cuda' takes cuda tensors"):
         resolve("cuda", small.queries, small)
     assert "CUDA" in backends()["cuda"]
+
+
+def test_draws_from_the_softmax_go_to_triton_on_a_gpu_and_to_the_core_on_a_cpu(on_gpu):
+    def chosen_for(dtype, device):
+        return resolve("auto", torch.empty(2, 3, dtype=dtype, device=device), op="gumbel").__name__.removeprefix(MODULE)
+
+    assert chosen_for(torch.bfloat16, "meta") == "triton.gumbel"
+    assert chosen_for(torch.float64, "meta") == "reference_gumbel"
+    assert chosen_for(torch.float16, "cpu") == "cpu_gumbel"

@@ -37,8 +37,10 @@ class Backend(NamedTuple):
 # Fastest first: "auto" takes the first that can run the operands.
 TABLE = {
     "cuda": Backend("cuda", ("cuda",), HALF_AND_SINGLE, gpu.why_no_cuda_kernels, gpu.prefers_cuda_kernels),
-    "triton": Backend("triton", ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices),
-    "cpu": Backend("cpu", ("cpu",), HALF_AND_SINGLE, native.why_unavailable),
+    "triton": Backend(
+        "triton", ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices, gumbel="triton.gumbel"
+    ),
+    "cpu": Backend("cpu", ("cpu",), HALF_AND_SINGLE, native.why_unavailable, gumbel="cpu_gumbel"),
     "reference": Backend("reference", None, None, lambda: None, lse="reference_lse", gumbel="reference_gumbel"),
 }
 NAMES = ("auto", *TABLE)

@@ -20,7 +20,7 @@ def _wide(operand: Tensor) -> Tensor:
     return operand if operand.dtype == torch.float64 else operand.float()
 
 
-def _row_blocks(scores: Scores) -> Iterator[tuple[slice, Scores]]:
+def row_blocks(scores: Scores) -> Iterator[tuple[slice, Scores]]:
     n, m = scores.queries.shape[0], scores.keys.shape[0]
     size = max(1, BLOCK_ELEMENTS // max(1, m))
     for first in range(0, n, size):
@@ -28,7 +28,7 @@ def _row_blocks(scores: Scores) -> Iterator[tuple[slice, Scores]]:
         yield rows, scores.of_rows(rows)
 
 
-def _masked_scores(scores: Scores) -> Tensor:
+def masked_scores(scores: Scores) -> Tensor:
     """(rows, m): s_ij = <q_i, k_j> / temperature_i; -inf where key j is excluded for row i or the score not finite."""
     temperature = scores.temperature
     dots = _wide(scores.queries) @ _wide(scores.keys).T
@@ -43,8 +43,8 @@ def contrastive_lse(scores: Scores) -> Tensor:
     """(n,) lse_i = log sum_j exp(s_ij); -inf for a row without keys."""
     lse = _wide(scores.queries).new_empty(scores.queries.shape[0])
     with torch.autocast(lse.device.type, enabled=False):
-        for rows, block in _row_blocks(scores):
-            lse[rows] = torch.logsumexp(_masked_scores(block), 1) if block.keys.shape[0] else -torch.inf
+        for rows, block in row_blocks(scores):
+            lse[rows] = torch.logsumexp(masked_scores(block), 1) if block.keys.shape[0] else -torch.inf
     return lse
 
 
@@ -58,9 +58,9 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple
     queries, keys = _wide(scores.queries), _wide(scores.keys)
     d_queries, d_keys, d_temperature = torch.empty_like(queries), torch.zeros_like(keys), torch.empty_like(lse)
     with torch.autocast(lse.device.type, enabled=False):
-        for rows, block in _row_blocks(scores):
+        for rows, block in row_blocks(scores):
             level = torch.where(lse[rows].isfinite(), lse[rows], 0)[:, None]
-            weights = (_masked_scores(block) - level).exp() * (grad[rows] / block.temperature)[:, None]
+            weights = (masked_scores(block) - level).exp() * (grad[rows] / block.temperature)[:, None]
             d_queries[rows] = weights @ keys
             d_keys += weights.T @ queries[rows]
             d_temperature[rows] = -(queries[rows] * d_queries[rows]).sum(1) / block.temperature

@@ -11,6 +11,7 @@
 #include "cpu/acceptance.h"
 #include "cpu/draws.h"
 #include "cpu/gathered.h"
+#include "cpu/gumbel.h"
 #include "cpu/products.h"
 #include "cpu/sweep.h"
 
@@ -494,6 +495,55 @@ void walks_follow_the_book(int threads) {
   }
 }
 
+// argmax of score + noise by the formula, all keys of all samples.
+std::vector<int64_t> draws_by_the_book(const Problem& problem, int64_t samples) {
+  std::vector<int64_t> positions;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      double best = -static_cast<double>(kInfinity);
+      int64_t position = -1;
+      for (int64_t key = 0; key < problem.keys; ++key) {
+        const auto counter =
+            emc2::philox_counter(problem.chain_ids[row], emc2::kGumbelStream, problem.step,
+                                 static_cast<uint32_t>(key / 4), static_cast<uint32_t>(sample));
+        const auto block = emc2::philox_rounds(counter, emc2::philox_key(problem.seed));
+        const uint32_t word[] = {block.c0, block.c1, block.c2, block.c3};
+        const double e = -std::log1p(-(word[key % 4] + 0.5) / 4294967296.0);
+        const double value = problem.dot(row, key) * 2.0 - std::log(e);
+        if (problem.key_ids[key] != problem.query_ids[row] && value > best) best = value, position = key;
+      }
+      positions.push_back(position);
+    }
+  }
+  return positions;
+}
+
+void gumbel_draws_follow_the_book(int threads) {
+  const int64_t shapes[][4] = {{1, 1, 1, 1}, {7, 9, 3, 3}, {17, 33, 4, 17}, {70, 301, 5, 20}};
+  for (const auto& [rows, keys, dim, samples] : shapes) {
+    const Problem problem(rows, keys, dim, {keys, 0, keys, 0, 1}, true);
+    std::vector<int64_t> positions(rows * samples, -77);
+    emc2::GumbelSampler sampler({rows, keys, samples, problem.seed, problem.step, 0.5f, nullptr,
+                                 problem.chain_ids.data(), problem.query_ids.data(), problem.key_ids.data(), threads,
+                                 positions.data()});
+    for (int64_t row_begin = 0; row_begin < rows; row_begin += 64) {
+      const int64_t row_end = std::min(row_begin + 64, rows);
+      for (int64_t begin = 0, end; begin < keys; begin = end) {
+        end = std::min(begin + 10, keys);  // tiles that do not end with a block of four draws either
+        std::vector<float> dots(64 * (end - begin), 99.0f);  // past the last row: what would win if it were looked at
+        for (int64_t key = begin; key < end; ++key) {
+          for (int64_t row = row_begin; row < row_end; ++row) {
+            dots[(key - begin) * 64 + (row - row_begin)] = problem.dot(row, key);
+          }
+        }
+        sampler.scan({dots.data(), 64, row_begin, row_end, begin, end});
+      }
+    }
+    CHECK(positions == draws_by_the_book(problem, samples), "Gumbel draws of %d rows and %d keys",
+          static_cast<int>(rows), static_cast<int>(keys));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -509,6 +559,7 @@ int main() {
   samples_are_taken_where_the_schedule_says();
   positions_scale_exactly();
   for (const int threads : {1, 3}) walks_follow_the_book(threads);
+  for (const int threads : {1, 3}) gumbel_draws_follow_the_book(threads);
   if (failures) std::printf("%d checks failed\n", failures);
   return failures ? 1 : 0;
 }

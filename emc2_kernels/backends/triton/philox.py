@@ -9,6 +9,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 ACCEPTANCE = tl.constexpr(0)
 POSITION = tl.constexpr(1)
+GUMBEL = tl.constexpr(2)
 VIEW_COIN = tl.constexpr(3)
 
 _ROUNDS = tl.constexpr(7)
@@ -19,6 +20,8 @@ _WEYL_1 = tl.constexpr(0xBB67AE85)
 
 _ONE_BITS = tl.constexpr(0x3F800000)
 _ONE_LESS_HALF_STEP = tl.constexpr(1.0 - 2.0**-24)
+_TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
+_TWO_TO_MINUS_33 = tl.constexpr(2.0**-33)
 
 
 @triton.jit
@@ -106,6 +109,25 @@ def log2_uniform(word):
     """
     u = ((word >> 9) | _ONE_BITS).to(tl.float32, bitcast=True) - _ONE_LESS_HALF_STEP
     return tl.minimum(_log2(u), 0.0)
+
+
+@triton.jit
+def gumbel_log2(word):
+    """log2 of E / ln 2, for v = (word + 0.5) * 2^-32 and E = -log1p(-v): Gumbel noise is its negative, up to a factor
+    and a term that all keys share.
+
+    Both tails count. The nearer of v and 1 - v is exact but for one rounding; below 1/8 a polynomial (relative error
+    4e-8) stands for the logarithm, whose approximate version has an absolute error there. Altogether within 1e-5.
+    """
+    above = word >= 0x80000000
+    nearer = tl.where(above, ~word, word).to(tl.int32).to(tl.float32)
+    nearer = tl.fma(nearer, _TWO_TO_MINUS_32, _TWO_TO_MINUS_33)
+    p = tl.fma(nearer, 0.37928685545921326, 0.3501330018043518)
+    p = tl.fma(nearer, p, 0.4813832938671112)
+    p = tl.fma(nearer, p, 0.7213398218154907)
+    p = tl.fma(nearer, p, 1.4426950216293335)
+    e = tl.where(word < 0x20000000, nearer * p, -_log2(tl.where(above, nearer, 1.0 - nearer)))
+    return _log2(e)
 
 
 @triton.jit

@@ -1,0 +1,52 @@
+// Exact draws from the softmax of each row's scores: argmax of score + Gumbel noise, several samples in one pass. The
+// caller makes the scores, tile by tile, with the matrix product that it has.
+#pragma once
+
+#include <vector>
+
+#include "sweep.h"
+
+namespace emc2 {
+
+// Strides count elements, pointers belong to the caller.
+struct GumbelDraw {
+  int64_t rows;
+  int64_t keys;
+  int64_t samples;
+  uint64_t seed;
+  uint32_t step;
+  float temperature;          // of all rows, unless:
+  const float* temperatures;  // (rows,) or null
+  const int64_t* chain_ids;   // (rows,) or null: the row number
+  const int64_t* query_ids;   // (rows,) or null: nothing is excluded
+  const int64_t* key_ids;     // (keys,) or null
+  int threads;
+  int64_t* positions;  // (rows, samples), contiguous; -1: the row has no key
+};
+
+// The best key so far of kLanes neighbouring rows, for one sample.
+struct Race {
+  Floats filter;  // what a score must exceed, beside a bound on its noise, to be looked at: see scan_samples
+  double best[kLanes];
+  int32_t position[kLanes];
+};
+
+class GumbelSampler {
+ public:
+  explicit GumbelSampler(const GumbelDraw& draw) : draw_(draw) {}
+
+  // Tiles of a row block come in key order: its first key starts the rows, its last one writes their positions.
+  void scan(const Tile& tile);
+
+ private:
+  struct Rows;
+
+  Rows rows_of(const Tile& tile, int64_t group) const;
+  Ints excluded(const Rows& rows, int64_t key) const;
+  void scan_samples(const Tile& tile, const Rows& rows, int64_t first, int64_t count, Race* races) const;
+
+  GumbelDraw draw_;
+  std::vector<Race> races_;  // of a row block: (groups, samples)
+};
+
+}  // namespace emc2

@@ -1,0 +1,174 @@
+"""Exact draws from the softmax: scores, noise and the running maximum of a block of rows in one program.
+
+A tile's product leaves the matrix unit with two neighbouring columns of every eight in one thread, so the key rows are
+loaded permuted, as in sweep.py: column 8 p + s holds key 16 s + p of the tile. Four steps in p are then four
+neighbouring keys in one thread, which share a call of the generator, and the columns of one step, (BLOCK_M, 8), are
+eight races that a thread runs in its registers from the first tile to the last. A maximum is commutative, so nothing
+else has an order; of equal values the lowest position is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..scores import Scores
+from ..walk import Walk
+from . import settings
+from .gumbel_combine import combine, lowest_of_best
+from .launch import NUMBERS, Kernel, on_device, power_of_two, walk_arguments
+from .philox import GUMBEL, chain_words, gumbel_log2, seed_words, step_word, words, zeros_like
+from .positions import chain_of, temperature_of
+from .run import _dimensions, _precision
+from .sweep import LOG2_E, SEGMENTS, STEPS, TILE, _load_rows, _products, _sixteen_steps
+from .walk import NEVER
+
+SAMPLES_AT_ONCE = 2  # of a program: four spill 120 to 560 bytes of a thread with Triton 3.6 and 3.9
+
+
+@triton.jit
+def _enter(race, value, number):
+    """A key in the race of its columns: strictly better, since those before it have lower positions."""
+    best, position = race
+    wins = value > best
+    return tl.where(wins, value, best), tl.where(wins, number, position)
+
+
+@triton.jit
+def _race_tile(races, products, key, m, rows, draws, ids, first_sample, SAMPLES: tl.constexpr):
+    """The races after the 128 keys of a tile, from ``key`` on.
+
+    races: for each sample (value in powers of two, position), (BLOCK_M, 8) each. rows: (log2(e) / temperature, two
+    words of the chain), (BLOCK_M,) each.
+    """
+    scale, chain_low, tag = rows
+    random_step, key_0, key_1 = draws
+    query_id, key_ids_ptr = ids
+    groups = _sixteen_steps(products)
+    segment = key + STEPS * tl.arange(0, SEGMENTS)  # its first key
+    for group in tl.static_range(4):
+        block = ((segment + 4 * group) // 4).to(tl.uint32)
+        scores = ()
+        for i in tl.static_range(4):
+            number = segment + (4 * group + i)
+            there = number < m
+            score = tl.fma(groups[group][i], scale[:, None], tl.where(there, 0.0, NEVER)[None, :])
+            if key_ids_ptr is not None:
+                excluded = tl.load(key_ids_ptr + number, there, other=0)[None, :] == query_id[:, None]
+                score = tl.where(excluded, NEVER, score)
+            scores = scores + (score,)
+        for sample in tl.static_range(SAMPLES):
+            own = tag | ((first_sample + sample) << 16).to(tl.uint32)
+            zeros = zeros_like(scores[0])
+            drawn = words(block[None, :], chain_low[:, None], own[:, None], random_step, key_0, key_1, zeros)
+            race = races[0]
+            for i in tl.static_range(4):
+                # times 0: a score that is not finite makes a NaN, which is greater than nothing
+                value = tl.fma(scores[i], 0.0, scores[i] - gumbel_log2(drawn[i]))
+                race = _enter(race, value, (segment + (4 * group + i)).to(tl.int32)[None, :])
+            races = races[1:] + (race,)  # the others move up: after the last sample they are in their order again
+    return races
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def gumbel_kernel(
+    # operands
+    queries_ptr, keys_ptr, stride_query: tl.int64, stride_key: tl.int64, n: tl.int64, m: tl.int64,
+    d_over_align: tl.int32,
+    # of rows and keys
+    temperatures_ptr, temperature: tl.float32, chain_ids_ptr, query_ids_ptr, key_ids_ptr,
+    # random numbers
+    seed_ptr, seed_low: tl.int32, seed_high: tl.int32, step_ptr, step: tl.int32,
+    num_samples: tl.int64, split_length: tl.int64,
+    # positions (n, R); or, of splits, (n, R, splits): the best value and its position
+    positions_ptr, values_ptr, numbers_ptr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, ALIGN_D: tl.constexpr,
+    PRECISION: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Program (i, z, c): rows i * BLOCK_M and on, ``split_length`` keys from the z-th such on, and samples c * SAMPLES
+    and on."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = row < n
+    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
+    first_sample = tl.program_id(2) * SAMPLES
+    d = d_over_align * ALIGN_D
+    key_0, key_1 = seed_words(seed_ptr, seed_low, seed_high)
+    draws = step_word(step_ptr, step), key_0, key_1
+    chain_low, tag = chain_words(chain_of(chain_ids_ptr, row, row_ok), GUMBEL)
+    scale = tl.full((BLOCK_M,), LOG2_E, tl.float32) / temperature_of(temperatures_ptr, temperature, row, row_ok)
+    query_id = row
+    if query_ids_ptr is not None:
+        query_id = tl.load(query_ids_ptr + row, row_ok, other=0)
+
+    races = ()
+    for _sample in tl.static_range(SAMPLES):
+        nobody = tl.full((BLOCK_M, SEGMENTS), NEVER, tl.float32), tl.full((BLOCK_M, SEGMENTS), -1, tl.int32)
+        races = races + (nobody,)
+    queries = row
+    if WHOLE_D:
+        queries = _load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
+    column = tl.arange(0, TILE)
+    key_of_column = split * split_length + STEPS * (column % SEGMENTS) + column // SEGMENTS
+    for tile in range(0, (split_length // TILE).to(tl.int32)):
+        key = key_of_column + tile * TILE
+        products = _products(
+            queries, queries_ptr, keys_ptr, row, row_ok, key, key < m, (stride_query, stride_key), d, BLOCK_D,
+            WHOLE_D, EVEN_D, PRECISION,
+        )  # fmt: skip
+        first_key = split * split_length + tile * TILE
+        races = _race_tile(
+            races, products, first_key, m, (scale, chain_low, tag), draws, (query_id, key_ids_ptr), first_sample,
+            SAMPLES,
+        )  # fmt: skip
+
+    for sample in tl.static_range(SAMPLES):
+        value, number = lowest_of_best(races[sample][0], races[sample][1])
+        own_sample = tl.full((BLOCK_M,), 0, tl.int64) + (first_sample + sample)
+        at = row * num_samples + own_sample
+        ok = row_ok & (own_sample < num_samples)
+        if values_ptr is None:
+            tl.store(positions_ptr + at, number.to(tl.int64), ok)
+        else:
+            tl.store(values_ptr + at * splits + split, value, ok)
+            tl.store(numbers_ptr + at * splits + split, number, ok)
+
+
+GUMBEL_KERNEL = Kernel(gumbel_kernel)
+
+
+def gumbel_sample(
+    scores: Scores, chain_ids: Tensor | None, seed: int | Tensor, step: int | Tensor, num_samples: int
+) -> Tensor:
+    """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``."""
+    (n, d), m = scores.queries.shape, scores.keys.shape[0]
+    positions = scores.queries.new_empty(n, num_samples, dtype=torch.int64)
+    if n == 0 or m == 0:
+        return positions.fill_(-1)
+    generation, processors = settings.device(scores.queries.device.index or 0)
+    chosen = settings.sweep(generation, scores.queries.dtype != torch.float32, d, n)
+    at_once = min(SAMPLES_AT_ONCE, power_of_two(num_samples))
+    blocks, chunks, tiles = -(-n // chosen.block_m), -(-num_samples // at_once), -(-m // TILE.value)
+    length = -(-tiles // settings.splits(blocks * chunks, tiles, processors))
+    splits = -(-tiles // length)  # none of them empty
+    halves = (n, num_samples, splits) if splits > 1 else None
+    values = scores.queries.new_empty(halves, dtype=torch.float32) if halves else None
+    numbers = scores.queries.new_empty(halves, dtype=torch.int32) if halves else None
+    walk = Walk(*scores[:3], seed, step, chain_ids, *scores[3:], None, None, None, 0, num_samples, 0, m)
+    own = {
+        "split_length": length * TILE.value,
+        "positions_ptr": positions,
+        "values_ptr": values,
+        "numbers_ptr": numbers,
+        "BLOCK_M": chosen.block_m,
+        **_dimensions(d, chosen.block_d),
+        "PRECISION": _precision(),
+        "SAMPLES": at_once,
+    }
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}
+    with on_device(scores.queries):
+        GUMBEL_KERNEL((blocks, splits, chunks), walk_arguments(walk) | own, options)
+        if halves:
+            combine(values, numbers, positions)
+    return positions

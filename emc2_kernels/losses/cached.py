@@ -1,0 +1,239 @@
+"""The negative cache: negatives drawn exactly from the softmax over kept embeddings (Lindgren, Reddi, Reddi, Kumar,
+"Efficient Training of Retrieval Models using Negative Cache", NeurIPS 2021; the third baseline of arXiv 2404.10575)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..backends import NAMES
+from ..bank import EmbeddingBank
+from ..gumbel import MAX_SAMPLES, gumbel_sample
+from .encoding import Encode, check_encode, encode_distinct, encoded, rows_of_labels
+from .pairs import Anchors, batch_stats, check, stack
+
+DEFAULT_REFRESH = 0.01
+
+
+class CachedSoftmaxLoss(nn.Module):
+    """The gradient of the global contrastive loss, with negatives drawn from a cache of the whole data set.
+
+    The cache is an ``EmbeddingBank``: each view's latest embedding. A training-mode forward pass brings it up to date
+    and then draws from it: (a) the batch's own embeddings are written; (b) with ``encode``, the oldest entries are
+    encoded again, never written ones first; (c) each of the 2b anchors draws ``num_samples`` keys, exactly, from its
+    softmax over the cache without its own item. Drawing last means that a key of the batch is drawn by the embedding
+    that its gradient goes to, and that the first step has negatives. In eval mode nothing is written, and the draws are
+    made from the cache as it stands.
+
+    The value is a surrogate whose *gradient* is the estimate, on ``EMC2Loss``'s scale: mean over the anchors of -<q,
+    k+>/temperature + mean over samples of <q, k>/temperature. Watch the ``ntxent`` statistic instead. Its bias is the
+    cache's age: what is drawn was a good negative when it was written. An anchor without any key has no negative term.
+
+    Args:
+        num_items: items of the data set; ``index`` names them; below 2^30. dim: of the embeddings.
+        temperature: > 0.
+        refresh: share of the cache's 2 * num_items entries that are encoded again at each step, rounded up; needs
+            ``encode``. Without it the batches alone refresh the cache, and refresh must be 0 or left alone.
+        num_samples: R, negatives of an anchor.
+        carry: where a sample is not in the batch, "cached" takes the cache's embedding, detached, so the key's side of
+            the gradient is lost; "recompute" encodes it again, each distinct one once, with gradient, and waits for a
+            GPU to know which. A sample that is in the batch is the batch's embedding, with gradient.
+        encode: encode(items (k,), views (k,)) -> (k, dim) embeddings, as the loss takes them. To refresh it is called
+            without gradient, in whatever mode the encoder is in.
+        gather: "none".
+        seed: of the draws.
+        bimodal: the two views are two modalities: view 0 draws among entries of view 1, and view 1 among those of
+            view 0.
+        normalize: L2-normalise the embeddings first, in float32.
+        bank_dtype: of the cache. The anchors are rounded to it for the draw.
+        backend: of ``gumbel_sample``.
+
+    State: ``bank`` and ``step`` are buffers, in ``state_dict``. They change in training mode only.
+
+    Example:
+        >>> loss = CachedSoftmaxLoss(len(dataset), 128, temperature=0.2, encode=encode_items)
+        >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
+    """
+
+    step: Tensor  # () int64  training-mode calls so far
+
+    def __init__(
+        self,
+        num_items: int,
+        dim: int,
+        *,
+        temperature: float = 0.07,
+        refresh: float = DEFAULT_REFRESH,
+        num_samples: int = 16,
+        carry: str = "cached",
+        encode: Encode | None = None,
+        seed: int = 0,
+        bimodal: bool = False,
+        gather: str = "none",
+        normalize: bool = True,
+        bank_dtype: torch.dtype = torch.bfloat16,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.temperature = checks.one_temperature(temperature)
+        if isinstance(refresh, bool) or not isinstance(refresh, (int, float)) or not 0 <= refresh <= 1:
+            raise ValueError(f"refresh must be a share of the cache in [0, 1], got {refresh!r}")
+        self.num_samples = checks.at_least("num_samples", num_samples, 1)
+        if num_samples >= MAX_SAMPLES:
+            raise ValueError(f"num_samples must be below 2^16, got {num_samples}")
+        checks.one_of("carry", carry, ("cached", "recompute"))
+        checks.one_of("gather", gather, ("none",))
+        checks.one_of("backend", backend, NAMES)
+        checks.boolean("bimodal", bimodal)
+        checks.boolean("normalize", normalize)
+        checks.embedding_dtype("bank_dtype", bank_dtype)
+        check_encode(encode)
+        if encode is None and carry == "recompute":
+            raise ValueError('encode must be given with carry="recompute", got None')
+        if encode is None and refresh not in (0, DEFAULT_REFRESH):
+            raise ValueError(f"refresh must be 0 without encode, which makes the new embeddings, got {refresh}")
+        if checks.at_least("num_items", num_items, 1) * 2 >= checks.MAX_POSITION:
+            raise ValueError(f"num_items must be below 2^30, so that a key's position is an int32, got {num_items}")
+        self.carry, self.bimodal, self.normalize, self.backend = carry, bimodal, normalize, backend
+        object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
+        self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
+        self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype)
+        self.refresh_count = 0 if encode is None else math.ceil(refresh * self.bank.num_slots)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The gradient surrogate of b pairs; in training mode the cache is brought up to date.
+
+        Args:
+            z0, z1: (b, dim) embeddings of the two views, float32, bfloat16 or float16.
+            index: (b,) int64 items in [0, num_items), on the CPU or with z0.
+            return_stats: also return detached values: cache_age (mean, in steps, of the entries drawn), carry_share
+                (of samples outside the batch), ntxent, positive_similarity, negative_similarity (of the samples),
+                mean_cosine (over pairs of rows of one view).
+
+        Raises:
+            ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged, also
+                where ``encode`` itself raises.
+        """
+        checks.boolean("return_stats", return_stats)
+        if index is None:
+            raise TypeError("index must be an int64 tensor of the batch's items, got None")
+        check(z0, z1, index, dim=self.bank.dim, num_items=self.bank.num_items)
+        self._check_device(z0)
+        anchors = stack(z0, z1, index, normalize=self.normalize)
+        labels = anchors.items * 2 + anchors.views
+        if not self.training:
+            return self._surrogate(anchors, labels, return_stats)
+        with torch.no_grad():
+            oldest = self._oldest(labels)
+            fresh = encoded(self.encode, oldest, anchors.embeddings, self.normalize) if self.refresh_count else None
+        with self._restored_on_error(torch.cat((oldest, labels))):
+            with torch.no_grad():
+                if fresh is not None:
+                    self.bank.update(oldest // 2, oldest % 2, fresh, self.step)
+                self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
+            result = self._surrogate(anchors, labels, return_stats)
+        self.step += 1
+        return result
+
+    def _check_device(self, z0: Tensor) -> None:
+        for buffer in (self.step, self.bank.embeddings):
+            if buffer.device != z0.device:
+                expected = f"on {buffer.device}, where the loss keeps its cache"
+                raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
+
+    def _oldest(self, batch: Tensor) -> Tensor:
+        """Labels of the entries to encode again: by age, of one age the lowest; the batch's own are new already."""
+        if not self.refresh_count:
+            return batch[:0]
+        written_at = self.bank.written_at.clone()
+        written_at[batch] = self.step
+        slots = torch.arange(self.bank.num_slots, device=batch.device)
+        # step < 2^32 and slot < 2^31: all are different, so that every backend chooses the same
+        return slots[((written_at + 1) * self.bank.num_slots + slots).topk(self.refresh_count, largest=False).indices]
+
+    @contextmanager
+    def _restored_on_error(self, labels: Tensor) -> Iterator[None]:
+        """Puts the cache's entries of these labels back if anything goes wrong."""
+        bank = self.bank
+        before = bank.embeddings[labels], bank.written_at[labels], bank.last_step.clone()
+        try:
+            yield
+        except BaseException:
+            bank.embeddings[labels], bank.written_at[labels] = before[:2]
+            bank.last_step.copy_(before[2])
+            raise
+
+    def _surrogate(
+        self, anchors: Anchors, labels: Tensor, return_stats: bool
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        drawn = self._draw(anchors, labels)
+        rows = rows_of_labels(labels, drawn)
+        negatives = self._mean_negatives(anchors.embeddings, drawn, rows)
+        positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
+        negative_similarity = (anchors.embeddings * negatives).sum(1)
+        loss = (negative_similarity - positive_similarity).mean() / self.temperature
+        if not self.normalize:  # unit vectors cannot overflow
+            checks.finite("the similarities of z0 and z1", loss.detach())
+        if not return_stats:
+            return loss
+        ages = self.bank.age(drawn.flatten())
+        held = ages >= 0
+        return loss, batch_stats(anchors, self.temperature) | {
+            "cache_age": torch.where(held, ages, 0).sum() / held.sum().clamp_min(1),
+            "carry_share": (held & (rows < 0).flatten()).sum() / held.sum().clamp_min(1),
+            "negative_similarity": negative_similarity.detach().mean(),
+        }
+
+    def _draw(self, anchors: Anchors, labels: Tensor) -> Tensor:
+        """(2b, R) labels of each anchor's negatives; -1 where the cache has none for it."""
+        bank = self.bank.embeddings
+        queries = anchors.embeddings.detach().to(bank.dtype)
+        options = {
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "step": self.step,
+            "num_samples": self.num_samples,
+            "backend": self.backend,
+        }
+        if not self.bimodal:
+            key_ids = torch.arange(self.bank.num_slots, device=bank.device) // 2
+            ids = {"chain_ids": labels, "query_ids": anchors.items, "key_ids": key_ids}
+            return gumbel_sample(queries, bank, **ids, **options)
+        b, items = len(labels) // 2, torch.arange(self.bank.num_items, device=bank.device)
+        drawn = []
+        for view, rows in enumerate((slice(b), slice(b, None))):
+            keys = bank.unflatten(0, (-1, 2))[:, 1 - view]
+            ids = {"chain_ids": labels[rows], "query_ids": anchors.items[rows], "key_ids": items}
+            positions = gumbel_sample(queries[rows], keys, **ids, **options)
+            drawn.append(torch.where(positions >= 0, positions * 2 + (1 - view), -1))
+        return torch.cat(drawn)
+
+    def _mean_negatives(self, embeddings: Tensor, drawn: Tensor, rows: Tensor) -> Tensor:
+        """(2b, d): each anchor's samples, averaged: those in the batch from there. Without any, zeros."""
+        in_batch = rows >= 0
+        counted = drawn >= 0
+        weights = counted.to(embeddings.dtype) / counted.sum(1, keepdim=True).clamp_min(1)
+        # -1 is no legal index of a bag: it points at row 0 with weight 0.
+        mean = nn.functional.embedding_bag(
+            rows.clamp_min(0), embeddings, mode="sum", per_sample_weights=weights * in_batch
+        )
+        if self.carry == "recompute":
+            anchor, sample = (counted & ~in_batch).nonzero(as_tuple=True)
+            others = encode_distinct(self.encode, drawn[anchor, sample], embeddings, self.normalize)
+            return mean.index_add(0, anchor, weights[anchor, sample, None] * others)
+        cached = self.bank.lookup(torch.where(in_batch, -1, drawn).flatten()).to(mean.dtype)
+        return mean + (weights[..., None] * cached.view(*drawn.shape, -1)).sum(1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, num_samples={self.num_samples}, carry={self.carry!r}, "
+            f"refresh_count={self.refresh_count}, bimodal={self.bimodal}, seed={self.seed}"
+        )

@@ -1,0 +1,375 @@
+"""CachedSoftmaxLoss against a slow version, one anchor, sample and dictionary entry at a time; its order of refresh,
+its mean gradient, and that an error or eval mode leaves it as it was."""
+
+import io
+import math
+
+import pytest
+import torch
+from helpers import assert_identical, assert_unchanged, int64, named_error, normal, relative_rms, snapshot, table
+from slow_losses import slow_pair_statistics, unit
+from test_bad_input_losses import (
+    DEGENERATE_BATCHES,
+    EMBEDDING_ERRORS,
+    EMC2_FORWARD_ERRORS,
+    ENCODE_ERRORS,
+    INDEX,
+    LOSS_CONSTRUCTOR_ERRORS,
+    NAN,
+    Z0,
+    Z1,
+    assert_finite_and_differentiable,
+    forward,
+)
+
+from emc2_kernels import gumbel_sample
+from emc2_kernels.losses import CachedSoftmaxLoss
+
+ITEMS, DIM, B = 10, 8, 4
+WEIGHTS = normal(0, 5, DIM)
+DATA = normal(1, 2 * ITEMS, 5)
+
+
+def encoder(weights=WEIGHTS):
+    return lambda items, views: DATA.to(weights.dtype)[items * 2 + views] @ weights
+
+
+def batches(steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(ITEMS, generator=generator)[:B] for _ in range(steps)]
+
+
+class SlowCached:
+    """Literal: a dictionary from label to (embedding, step); the draws alone are the library's."""
+
+    def __init__(
+        self, *, temperature=0.2, refresh=0, num_samples=5, carry="cached", encode=None, bimodal=False, seed=0
+    ):
+        self.temperature, self.num_samples, self.carry = temperature, num_samples, carry
+        self.count = math.ceil(refresh * 2 * ITEMS) if encode else 0
+        self.encode, self.bimodal, self.seed, self.step, self.cache = encode, bimodal, seed, 0, {}
+
+    def encoded(self, label):
+        return unit(self.encode(int64(label // 2), int64(label % 2))[0])
+
+    def __call__(self, z0, z1, index):
+        labels = [item * 2 + view for view in (0, 1) for item in index.tolist()]
+        rows = [unit(row) for row in (*z0, *z1)]
+        for label in self.oldest(labels):
+            self.cache[label] = self.encoded(label).detach(), self.step
+        for label, row in zip(labels, rows, strict=True):
+            self.cache[label] = row.detach(), self.step
+        in_batch, losses, self.ages, self.carried = dict(zip(labels, rows, strict=True)), [], [], []
+        repulsions = []
+        for anchor, (label, row) in enumerate(zip(labels, rows, strict=True)):
+            positive = rows[(anchor + B) % (2 * B)]
+            terms = [self.negative(other, in_batch) for other in self.draw(label, row)]
+            repulsion = row @ torch.stack(terms).mean(0) if terms else torch.zeros((), dtype=row.dtype)
+            repulsions.append(repulsion.detach())
+            losses.append((repulsion - row @ positive) / self.temperature)
+        self.stats = slow_pair_statistics(z0.detach(), z1.detach(), index, self.temperature) | {
+            "cache_age": torch.tensor(self.ages).double().mean(),
+            "carry_share": torch.tensor(self.carried).double().mean(),
+            "negative_similarity": torch.stack(repulsions).mean(),
+        }
+        self.step += 1
+        return torch.stack(losses).mean()
+
+    def oldest(self, batch):
+        age = {label: self.cache[label][1] if label in self.cache else -1 for label in range(2 * ITEMS)}
+        age |= dict.fromkeys(batch, self.step)
+        return sorted(age, key=lambda label: (age[label], label))[: self.count]
+
+    def draw(self, label, row):
+        keys = torch.full((2 * ITEMS, DIM), torch.inf, dtype=torch.float32)
+        for other, (embedding, _) in self.cache.items():
+            if not self.bimodal or other % 2 != label % 2:
+                keys[other] = embedding.float()
+        # the noise is that of a key's position among the keys: with two modalities, its item
+        places = torch.arange(1 - label % 2, 2 * ITEMS, 2) if self.bimodal else torch.arange(2 * ITEMS)
+        drawn = gumbel_sample(
+            row.detach().float()[None],
+            keys[places],
+            temperature=self.temperature,
+            seed=self.seed,
+            step=self.step,
+            num_samples=self.num_samples,
+            chain_ids=int64(label),
+            query_ids=int64(label // 2),
+            key_ids=places // 2,
+        )[0]
+        return [int(places[position]) for position in drawn if position >= 0]
+
+    def negative(self, label, in_batch):
+        self.ages.append(self.step - self.cache[label][1])
+        self.carried.append(label not in in_batch)
+        if label in in_batch:
+            return in_batch[label]
+        return self.cache[label][0] if self.carry == "cached" else self.encoded(label)
+
+
+OPTIONS = {
+    "by the batches alone": {},
+    "refreshed": {"refresh": 0.22, "encode": True},
+    "recompute": {"carry": "recompute", "refresh": 0.22, "encode": True},
+    "refreshed whole": {"refresh": 1, "encode": True},
+    "two modalities": {"bimodal": True},
+    "two modalities, recompute": {"bimodal": True, "carry": "recompute", "refresh": 0.1, "encode": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_value_gradients_statistics_and_cache_are_those_of_the_slow_version(options):
+    weights = {torch.float32: WEIGHTS.clone().requires_grad_(), torch.float64: WEIGHTS.double().requires_grad_()}
+    shared = {"temperature": 0.2, "num_samples": 5, "seed": 3} | options
+    slow_options, loss_options = dict(shared), dict(shared)
+    if options.get("encode"):
+        slow_options["encode"], loss_options["encode"] = (
+            encoder(weights[torch.float64]),
+            encoder(weights[torch.float32]),
+        )
+    slow = SlowCached(**slow_options)
+    loss = CachedSoftmaxLoss(ITEMS, DIM, bank_dtype=torch.float32, **loss_options)
+    for step, index in enumerate([*batches(6), int64(3, 3, 5, 3)]):
+        values, gradients = [], []
+        for function, dtype in ((loss, torch.float32), (slow, torch.float64)):
+            z = [normal(100 * step + view, B, DIM).to(dtype).requires_grad_() for view in (0, 1)]
+            weights[dtype].grad = None
+            value = function(*z, index)
+            value.backward()
+            values.append(value.detach())
+            gradients.append(torch.cat([each.grad.flatten() for each in z] + [_grad(weights[dtype])]))
+        torch.testing.assert_close(values[0].double(), values[1], rtol=1e-5, atol=1e-5)
+        assert relative_rms(*gradients) <= 1e-5
+        assert_same_cache(loss, slow)
+    assert loss.step == 7 and (gradients[0][-WEIGHTS.numel() :] != 0).any() == (options.get("carry") == "recompute")
+
+
+def _grad(weights):
+    return torch.zeros(weights.numel(), dtype=weights.dtype) if weights.grad is None else weights.grad.flatten()
+
+
+def assert_same_cache(loss, slow):
+    for label in range(2 * ITEMS):
+        embedding, written_at = slow.cache.get(label, (torch.full((DIM,), torch.inf), -1))
+        assert loss.bank.written_at[label] == written_at
+        torch.testing.assert_close(loss.bank.embeddings[label].double(), embedding.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_are_those_of_the_slow_version():
+    slow, loss = SlowCached(), CachedSoftmaxLoss(ITEMS, DIM, temperature=0.2, num_samples=5, bank_dtype=torch.float32)
+    for step, index in enumerate(batches(6)):
+        z = [normal(100 * step + view, B, DIM) for view in (0, 1)]
+        value, stats = loss(*z, index, return_stats=True)
+        slow(*(each.double() for each in z), index)
+        assert set(stats) == set(slow.stats)
+        for name, expected in slow.stats.items():
+            assert not stats[name].requires_grad
+            torch.testing.assert_close(stats[name].double(), expected.double(), rtol=1e-5, atol=1e-5)
+    assert stats["cache_age"] > 0 and 0 < stats["carry_share"] < 1
+
+
+def test_the_oldest_are_encoded_again_and_those_never_written_first():
+    asked = []
+
+    def encode(items, views):
+        asked.append((items * 2 + views).tolist())
+        assert not torch.is_grad_enabled()
+        return encoder()(items, views)
+
+    loss = CachedSoftmaxLoss(5, DIM, refresh=0.3, encode=encode)  # 3 of 10
+    z = normal(0, 2, DIM)
+    for index in ((0, 1), (0, 1), (4, 2), (0, 1), (0, 1)):
+        loss(z, z, int64(*index))
+    # item i has slots 2 i and 2 i + 1; the batch's own are new when the oldest are looked for
+    assert [sorted(each) for each in asked] == [[4, 5, 6], [7, 8, 9], [0, 1, 6], [4, 5, 7], [6, 8, 9]]
+    written_at = loss.bank.written_at
+    assert written_at.tolist() == [4, 4, 4, 4, 3, 3, 4, 3, 4, 4]
+
+
+def exact_gradient(query, keys, temperature):
+    """Of <q, mean of k under softmax(<q, k> / temperature)> / temperature with the weights held."""
+    weights = torch.softmax(keys @ query.detach() / temperature, 0)
+    return weights @ keys / temperature
+
+
+@pytest.mark.parametrize("wrong_temperature", [None, 0.22])
+def test_the_mean_gradient_is_that_of_the_softmax_over_the_cache(wrong_temperature):
+    """Fixed embeddings, a full cache, many draws: within 5 standard errors, and a wrong temperature is not."""
+    temperature, draws = 0.2, 400
+    loss = CachedSoftmaxLoss(
+        ITEMS, DIM, temperature=wrong_temperature or temperature, num_samples=64, normalize=False,
+        bank_dtype=torch.float32,
+    )  # fmt: skip
+    keys = torch.nn.functional.normalize(normal(4, 2 * ITEMS, DIM), dim=1)
+    loss.bank.update(torch.arange(ITEMS).repeat_interleave(2), torch.arange(2).repeat(ITEMS), keys, 0)
+    z0, z1 = keys[[4]].clone().requires_grad_(), keys[[5]].clone().requires_grad_()
+    gradients = torch.empty(draws, DIM)
+    for step in range(draws):
+        z0.grad = None
+        loss(z0, z1, int64(2)).backward()
+        gradients[step] = z0.grad[0] * 2 * loss.temperature  # of one of two anchors, in similarities
+    others = torch.cat((keys[:4], keys[6:]))
+    # z0 is an anchor, and the positive of the other anchor
+    expected = exact_gradient(keys[4], others, temperature) * temperature - 2 * keys[5]
+    error = (gradients.mean(0) - expected) / (gradients.std(0) / draws**0.5)
+    assert (error.abs().max() < 5) == (wrong_temperature is None)
+
+
+def test_training_from_a_saved_state_is_the_same_bit_for_bit():
+    def make():
+        return CachedSoftmaxLoss(ITEMS, DIM, refresh=0.2, encode=encoder(), seed=5)
+
+    def run(loss, first, last):
+        z = [[normal(100 * step + view, B, DIM) for view in (0, 1)] for step in range(last)]
+        return [loss(*z[step], batches(last)[step]) for step in range(first, last)]
+
+    whole, before, after = make(), make(), make()
+    values = run(whole, 0, 6)
+    run(before, 0, 3)
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    after.load_state_dict(torch.load(file))
+    assert_identical(run(after, 3, 6), values[3:])
+    assert_identical(snapshot(after), snapshot(whole))
+
+
+def test_eval_mode_draws_and_writes_nothing():
+    loss = warm(refresh=0.2, encode=encoder(WEIGHTS[:, :DIM]))
+    before = snapshot(loss)
+    loss.eval()
+    value, stats = loss(Z0, Z1, INDEX, return_stats=True)
+    assert value.isfinite() and stats["carry_share"] > 0
+    assert_unchanged(loss, before)
+    assert CachedSoftmaxLoss(ITEMS, DIM).eval()(Z0, Z0, INDEX) == pytest.approx(-1 / 0.07)
+
+
+def test_casting_the_loss_leaves_its_cache_alone():
+    loss = warm()
+    before = snapshot(loss)
+    assert_unchanged(loss.half(), before)
+    assert set(before) == {"step", "bank.embeddings", "bank.written_at", "bank.last_step"}
+
+
+def warm(**options):
+    """A loss whose cache and step have moved on."""
+    loss = CachedSoftmaxLoss(ITEMS, DIM, **options)
+    for step, index in enumerate(batches(3)):
+        loss(normal(10 + step, B, DIM), normal(20 + step, B, DIM), index)
+    return loss
+
+
+@table(EMBEDDING_ERRORS | EMC2_FORWARD_ERRORS)
+def test_forward_names_what_is_wrong_and_leaves_the_state_alone(change, exception, regex):
+    loss = warm()
+    before = snapshot(loss)
+    with named_error(exception, regex):
+        forward(loss, change)
+    assert_unchanged(loss, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"refresh": 0.2}, {"refresh": 0, "carry": "recompute"}], ids=["refresh", "recompute"]
+)
+@pytest.mark.parametrize(("encode", "exception", "regex"), ENCODE_ERRORS.values(), ids=ENCODE_ERRORS)
+def test_the_state_survives_an_encode_that(encode, exception, regex, options):
+    loss = warm(encode=encoder(), **options)
+    loss.encode = encode
+    before = snapshot(loss)
+    with pytest.raises(exception, match=regex):
+        forward(loss, {})
+    assert_unchanged(loss, before)
+
+
+def test_products_that_overflow_are_named_and_change_nothing():
+    loss = warm(normalize=False)
+    before = snapshot(loss)
+    with named_error(ValueError, "the similarities"):
+        loss(torch.full_like(Z0, 1e30), torch.full_like(Z0, 1e30), INDEX)
+    assert_unchanged(loss, before)
+
+
+CONSTRUCTOR_ERRORS = {
+    "num_items is 0": ({"num_items": 0}, ValueError, "num_items"),
+    "num_items is a float": ({"num_items": 10.0}, TypeError, "num_items"),
+    "num_items is a bool": ({"num_items": True}, TypeError, "num_items"),
+    "num_items exceeds the positions": ({"num_items": 2**30}, ValueError, "num_items"),
+    "dim is 0": ({"dim": 0}, ValueError, "dim"),
+    "dim is a word": ({"dim": "8"}, TypeError, "dim"),
+    "refresh is a count": ({"refresh": 16, "encode": len}, ValueError, "refresh"),
+    "refresh is negative": ({"refresh": -0.1, "encode": len}, ValueError, "refresh"),
+    "refresh is NaN": ({"refresh": NAN, "encode": len}, ValueError, "refresh"),
+    "refresh is a bool": ({"refresh": True, "encode": len}, ValueError, "refresh"),
+    "refresh is None": ({"refresh": None}, ValueError, "refresh"),
+    "refresh without encode": ({"refresh": 0.5}, ValueError, "refresh"),
+    "num_samples is 0": ({"num_samples": 0}, ValueError, "num_samples"),
+    "num_samples is a float": ({"num_samples": 2.0}, TypeError, "num_samples"),
+    "num_samples is None": ({"num_samples": None}, TypeError, "num_samples"),
+    "num_samples is 2^16": ({"num_samples": 2**16}, ValueError, "num_samples"),
+    "carry is a typo": ({"carry": "cache"}, ValueError, "carry"),
+    "carry is another loss's": ({"carry": "drop"}, ValueError, "carry"),
+    "carry is None": ({"carry": None}, ValueError, "carry"),
+    "recompute without encode": ({"carry": "recompute"}, ValueError, "encode"),
+    "encode is no function": ({"encode": 3}, TypeError, "encode"),
+    "encode is a word": ({"encode": "recompute"}, TypeError, "encode"),
+    "gather is a typo": ({"gather": "some"}, ValueError, "gather"),
+    "gather is a bool": ({"gather": True}, ValueError, "gather"),
+    "seed is negative": ({"seed": -1}, ValueError, "seed"),
+    "seed is a float": ({"seed": 0.5}, TypeError, "seed"),
+    "seed is None": ({"seed": None}, TypeError, "seed"),
+    "bimodal is a word": ({"bimodal": "yes"}, TypeError, "bimodal"),
+    "bank_dtype is integer": ({"bank_dtype": torch.int8}, TypeError, "bank_dtype"),
+    "bank_dtype is a word": ({"bank_dtype": "bfloat16"}, TypeError, "bank_dtype"),
+    "backend is unknown": ({"backend": "fpga"}, ValueError, "backend"),
+    "an unknown argument": ({"temprature": 0.1}, TypeError, ".*temprature"),
+}
+
+
+@table(CONSTRUCTOR_ERRORS | LOSS_CONSTRUCTOR_ERRORS)
+def test_constructor_names_what_is_wrong(change, exception, regex):
+    with named_error(exception, regex):
+        CachedSoftmaxLoss(**({"num_items": ITEMS, "dim": DIM} | change))
+
+
+def test_each_table_has_at_least_forty_cases():
+    assert len(CONSTRUCTOR_ERRORS | LOSS_CONSTRUCTOR_ERRORS) >= 40
+    assert len(EMBEDDING_ERRORS | EMC2_FORWARD_ERRORS) >= 40
+
+
+@pytest.mark.parametrize("options", [{}, {"bimodal": True}, {"temperature": 0.01, "bank_dtype": torch.float32}])
+@pytest.mark.parametrize("change", DEGENERATE_BATCHES.values(), ids=DEGENERATE_BATCHES)
+def test_degenerate_batches_are_finite(change, options):
+    dim = change.get("z0", Z0).shape[1]
+    loss = CachedSoftmaxLoss(ITEMS, dim, **options)
+    assert_finite_and_differentiable(loss, change)
+    assert loss.step == 3
+
+
+def test_a_batch_of_one_item_has_no_negatives():
+    loss = CachedSoftmaxLoss(ITEMS, DIM, temperature=0.5)
+    value, stats = loss(Z0, Z0, int64(3, 3, 3, 3), return_stats=True)
+    assert value == pytest.approx(-2.0)
+    assert all(each.isfinite() for each in stats.values()) and stats["cache_age"] == 0
+
+
+@pytest.mark.parametrize("bimodal", [False, True])
+def test_compiled_whole_it_does_the_same(bimodal):
+    plain, inside = (CachedSoftmaxLoss(ITEMS, DIM, bimodal=bimodal) for _ in range(2))
+    compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
+    for step, index in enumerate(batches(3)):
+        expected = forward(plain, {"z0": normal(step, B, DIM), "index": index})
+        assert_identical(forward(compiled, {"z0": normal(step, B, DIM), "index": index}), expected)
+    assert_identical(snapshot(inside), snapshot(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(dtype):
+    """The embeddings are widened before anything is computed, so half-precision ones give their float32 values' own."""
+    half = {"z0": Z0.to(dtype), "z1": Z1.to(dtype)}
+    expected = forward(warm(), {name: z.float() for name, z in half.items()})
+    with torch.autocast("cpu", torch.bfloat16):
+        value, *gradients = forward(warm(), half)
+    torch.testing.assert_close(value, expected[0])
+    for gradient, wide in zip(gradients, expected[1:], strict=True):
+        assert gradient.dtype == dtype and relative_rms(gradient, wide) <= 1e-2
