@@ -28,9 +28,13 @@ class Method(NamedTuple):
         return {name: parameter for name, parameter in parameters.items() if name not in self.fixed}
 
 
+_ONE_TEMPERATURE = {"individual_temperature": False} | dict.fromkeys(
+    ("temperature_lr", "temperature_momentum", "temperature_bounds", "rho")
+)
+
 TABLE = {
     "emc2": Method(EMC2Loss, {}),
-    "sogclr": Method(SogCLRLoss, {"individual_temperature": False}),
+    "sogclr": Method(SogCLRLoss, _ONE_TEMPERATURE),
     "isogclr": Method(SogCLRLoss, {"individual_temperature": True}),
     "ntxent": Method(NTXentLoss, {}),
     "simclr": Method(NTXentLoss, {}),
