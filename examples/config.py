@@ -12,15 +12,27 @@ from typing import Any
 import torch
 from data import DATASETS
 
-METHODS = ("emc2", "simclr")
+from emc2_kernels import losses
+
+# Of the losses that losses.get knows, those for two views of one modality.
+METHODS = tuple(name for name in ("emc2", "simclr", "sogclr", "isogclr", "cached") if name in losses.TABLE)
 CARRIES = ("cached", "recompute", "drop")
 VIEWS = ("one", "both")
-EMC2_ONLY = ("burn_in", "carry", "views")
+# Options that mean something to some of the methods only. Their names are those of the loss's arguments.
+ONLY_WITH = {
+    "burn_in": ("emc2",),
+    "carry": ("emc2",),
+    "views": ("emc2",),
+    "gamma": ("sogclr", "isogclr"),
+    "rho": ("isogclr",),
+    "refresh": ("cached",),
+    "num_samples": ("cached",),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are one reasonable setting for both methods, tuned for neither. `out` None: see `directory`."""
+    """Defaults are one reasonable setting for all methods, tuned for none. `out` None: see `directory`."""
 
     data: str = "digits"
     method: str = "emc2"
@@ -33,6 +45,10 @@ class Config:
     burn_in: float = 0.5
     carry: str = "cached"
     views: str = "one"
+    gamma: float = 0.9
+    rho: float = 1.0
+    refresh: float = 0.01
+    num_samples: int = 16
     seed: int = 0
     device: str = "auto"
     threads: int = 1
@@ -55,6 +71,10 @@ class Config:
         _expect("temperature", heat, "a finite number above 0", math.isfinite(heat) and heat > 0)
         _expect("dim", self.dim, "an integer of at least 2", self.dim >= 2)
         _expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= self.burn_in < 1)
+        _expect("gamma", self.gamma, "a share above 0, up to 1", 0 < self.gamma <= 1)
+        _expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
+        _expect("refresh", self.refresh, "a share above 0, up to 1", 0 < self.refresh <= 1)
+        _expect("num_samples", self.num_samples, "an integer of at least 1", self.num_samples >= 1)
         _expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
         _expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
         if self.directory.exists() and not self.directory.is_dir():
@@ -72,14 +92,17 @@ class Config:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
+    def own_options(self) -> dict[str, Any]:
+        """Those that only some methods have and this one does."""
+        return {name: getattr(self, name) for name, methods in ONLY_WITH.items() if self.method in methods}
+
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it continues."""
         settings = asdict(self)
         for name in ("out", "resume", "quiet"):
             del settings[name]
-        if self.method != "emc2":
-            for name in EMC2_ONLY:
-                del settings[name]
+        for name in ONLY_WITH.keys() - self.own_options().keys():
+            del settings[name]
         # The state of a random generator cannot move to another kind of device.
         settings["device"] = self.torch_device.type
         return settings
@@ -96,7 +119,9 @@ def _expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 HELP = {
     "data": f"data set to pre-train on: {', '.join(DATASETS)}; nothing is downloaded",
-    "method": "loss: emc2 (negatives sampled from the whole data set) or simclr (NT-Xent, the batch's negatives)",
+    "method": "loss: emc2 (negatives sampled from the whole data set), simclr (NT-Xent, the batch's negatives), sogclr "
+    "(the batch's, weighted by each image's running denominator), isogclr (that, and a temperature learned for each "
+    "image) or cached (sampled from a cache of embeddings)",
     "batch_size": "images per step; each is encoded twice",
     "epochs": "passes over the training images",
     "lr": "peak learning rate of AdamW: linear warm-up over a tenth of the steps, then cosine to 0",
@@ -107,6 +132,10 @@ HELP = {
     "carry": "emc2 only: samples outside the batch are taken from the bank (cached), encoded again (recompute) "
     "or left out (drop, biased)",
     "views": "emc2 only: views of an image that are proposed, one or both (both is the paper's choice, biased)",
+    "gamma": "sogclr and isogclr only: weight of the present batch in an image's running denominator",
+    "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",
+    "refresh": "cached only: share of the cache that is encoded again at each step",
+    "num_samples": "cached only: negatives drawn for each anchor",
     "seed": "names the initial weights, the batches, the augmentations and the chains",
     "device": "auto, cpu or cuda; auto takes the GPU if there is one",
     "threads": "CPU threads of PyTorch; this model is too small for a second one to pay",
@@ -133,8 +162,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         config = Config(**given)
     except ValueError as error:
         parser.error(str(error))
-    unused = [name for name in EMC2_ONLY if name in given and config.method != "emc2"]
-    if unused:
-        flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-        parser.error(f"{flags}: expected only with --method emc2, got --method {config.method}")
+    for name in ONLY_WITH.keys() & given.keys() - config.own_options().keys():
+        methods, flag = " or ".join(ONLY_WITH[name]), "--" + name.replace("_", "-")
+        parser.error(f"{flag}: expected only with --method {methods}, got --method {config.method}")
     return config

@@ -91,9 +91,9 @@ def _check_index(index: Tensor, z0: Tensor, num_items: int | None) -> None:
 def batch_stats(anchors: Anchors, temperature: float, *, bimodal: bool = False) -> dict[str, Tensor]:
     """What every loss reports of its batch, detached 0-d tensors, whatever it minimises itself.
 
-    ``ntxent``: the in-batch NT-Xent value; with ``bimodal`` the negatives are the other tower's. ``positive_similarity``:
-    mean similarity of the pairs. ``mean_cosine``: mean similarity over pairs of different rows of one view; near 1 the
-    encoder has collapsed.
+    ``ntxent``: the in-batch NT-Xent value; with ``bimodal`` the negatives are the other tower's.
+    ``positive_similarity``: mean similarity of the pairs. ``mean_cosine``: mean similarity over pairs of different rows
+    of one view; near 1 the encoder has collapsed.
     """
     from .ntxent import nt_xent
 
