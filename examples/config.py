@@ -57,26 +57,26 @@ class Config:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        _expect_one_of("data", self.data, tuple(DATASETS))
-        _expect_one_of("method", self.method, METHODS)
-        _expect_one_of("carry", self.carry, CARRIES)
-        _expect_one_of("views", self.views, VIEWS)
-        _expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        _expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
-        _expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
-        _expect("lr", self.lr, "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
+        expect_one_of("data", self.data, tuple(DATASETS))
+        expect_one_of("method", self.method, METHODS)
+        expect_one_of("carry", self.carry, CARRIES)
+        expect_one_of("views", self.views, VIEWS)
+        expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
+        expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
+        expect("lr", self.lr, "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
         decay = self.weight_decay
-        _expect("weight_decay", decay, "a finite number of at least 0", math.isfinite(decay) and decay >= 0)
+        expect("weight_decay", decay, "a finite number of at least 0", math.isfinite(decay) and decay >= 0)
         heat = self.temperature
-        _expect("temperature", heat, "a finite number above 0", math.isfinite(heat) and heat > 0)
-        _expect("dim", self.dim, "an integer of at least 2", self.dim >= 2)
-        _expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= self.burn_in < 1)
-        _expect("gamma", self.gamma, "a share above 0, up to 1", 0 < self.gamma <= 1)
-        _expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
-        _expect("refresh", self.refresh, "a share above 0, up to 1", 0 < self.refresh <= 1)
-        _expect("num_samples", self.num_samples, "an integer of at least 1", self.num_samples >= 1)
-        _expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
-        _expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
+        expect("temperature", heat, "a finite number above 0", math.isfinite(heat) and heat > 0)
+        expect("dim", self.dim, "an integer of at least 2", self.dim >= 2)
+        expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= self.burn_in < 1)
+        expect("gamma", self.gamma, "a share above 0, up to 1", 0 < self.gamma <= 1)
+        expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
+        expect("refresh", self.refresh, "a share above 0, up to 1", 0 < self.refresh <= 1)
+        expect("num_samples", self.num_samples, "an integer of at least 1", self.num_samples >= 1)
+        expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
+        expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"--out: expected a directory, or a new name, got the file {self.directory}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -108,13 +108,13 @@ class Config:
         return settings
 
 
-def _expect(name: str, value: object, expected: str, holds: bool) -> None:
+def expect(name: str, value: object, expected: str, holds: bool) -> None:
     if not holds:
         raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value!r}")
 
 
-def _expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _expect(name, value, "one of " + ", ".join(choices), value in choices)
+def expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    expect(name, value, "one of " + ", ".join(choices), value in choices)
 
 
 HELP = {

@@ -325,7 +325,6 @@ def test_mnist_is_split_like_digits() -> None:
     assert split.train_images.shape == (3500, 1, 14, 14) and split.test_images.shape == (1500, 1, 14, 14)
     assert split.train_images.min() == 0 and split.train_images.max() == 1
     assert split.train_labels.bincount().tolist() == [350] * 10 and split.test_labels.bincount().tolist() == [150] * 10
-    assert all(torch.equal(a, b) for a, b in zip(split, data.mnist5k(), strict=True))
     means = torch.stack([split.train_images[split.train_labels == digit].mean(0) for digit in (0, 1)])[:, 0, 6:8, 6:8]
     assert means[0].mean() < 0.2 < 0.5 < means[1].mean()  # a nought is empty in its middle, a one is not
 
