@@ -45,7 +45,7 @@ def get(name: str, **options: Any) -> nn.Module:
     """The loss of that name.
 
     Args:
-        name: "emc2", "sogclr", "isogclr" (SogCLR with individual temperatures), "ntxent" or "simclr".
+        name: a key of ``TABLE``; "isogclr" is SogCLR with individual temperatures, "simclr" another name of "ntxent".
         options: the constructor's arguments, by name.
 
     Raises:
