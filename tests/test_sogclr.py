@@ -212,6 +212,28 @@ def test_gamma_1_is_nt_xent_without_the_positive_in_its_denominator(bimodal):
         torch.testing.assert_close(value, expected - math.log(keys))
 
 
+@pytest.mark.parametrize("learns", [False, True], ids=["SogCLR", "iSogCLR"])
+def test_the_published_loss_has_two_temperatures_times_our_gradient(learns):
+    """Mean over items of the sum over views of -sim+ + mean of weight * sim, similarities not divided by anything."""
+    loss = SogCLRLoss(ITEMS, temperature=0.2, gamma=0.7, **(LEARNS if learns else {}))
+    for step, index in enumerate(batches(9)):
+        log_u = loss.log_u[index].double()
+        t = loss.item_temperature[index].double().repeat(2) if learns else torch.full((2 * B,), 0.2).double()
+
+        def published(z0, z1, index, log_u=log_u, t=t):
+            z = functional.normalize(torch.cat((z0, z1)))
+            sim = (z @ z.T)[index.repeat(2)[:, None] != index.repeat(2)].view(2 * B, 2 * (B - 1))
+            e = (sim.detach() / t[:, None]).exp()
+            u = torch.where(log_u.isinf(), e.mean(1).view(2, B), 0.3 * log_u.exp() + 0.7 * e.mean(1).view(2, B))
+            terms = (e / u.view(2 * B, 1) * sim).mean(1) - (z * z.roll(B, 0)).sum(1)
+            return terms.view(2, B).sum(0).mean()
+
+        z = [x.double() for x in embeddings(step)]
+        _, gradient = value_and_gradient(loss, *z, index)
+        _, expected = value_and_gradient(published, *z, index)
+        assert relative_rms(2 * 0.2 * gradient, expected) <= 1e-6
+
+
 def test_exponents_shifted_by_the_positive_make_the_same_weights_while_it_stays():
     """The published two-modality update averages exp(s - s+). With fixed pairs its u is ours times exp(-s+)."""
     image = functional.normalize(normal(0, ITEMS, DIM).double())
@@ -352,6 +374,18 @@ def test_the_rows_order_does_not_matter(options):
         torch.testing.assert_close(snapshot(permuted), snapshot(straight))
 
 
+@pytest.mark.parametrize("options", [{}, {"bimodal": True, "gamma_schedule": "cosine", "gamma_steps": 9}], ids=str)
+def test_it_compiles_to_one_graph_that_does_the_same(options):
+    torch._dynamo.reset()
+    plain, compiled = SogCLRLoss(ITEMS, **options), SogCLRLoss(ITEMS, **options)
+    # "aot_eager" traces forward, backward and the writes into the state, and generates no code
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for step, index in enumerate(batches(10, 3)):
+        expected, found = (value_and_gradient(loss, *embeddings(step), index) for loss in (plain, call))
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(snapshot(compiled), snapshot(plain))
+
+
 def test_casting_the_loss_leaves_its_numbers_alone():
     for cast in ("half", "bfloat16", "double"):
         loss = SogCLRLoss(ITEMS, individual_temperature=True)
@@ -435,16 +469,17 @@ def test_the_mean_gradient_approaches_the_exact_one_as_u_does(bimodal):
 @pytest.mark.slow
 @pytest.mark.parametrize("bimodal", [False, True])
 def test_the_bias_falls_with_gamma_in_long_runs(bimodal, capsys):
-    found = {gamma: errors_of_the_mean(gamma, bimodal, 40_000, [4_000, 40_000]) for gamma in (1.0, 0.9, 0.3, 0.01)}
+    marks = [2_000, 20_000]
+    found = {gamma: errors_of_the_mean(gamma, bimodal, marks[-1], marks) for gamma in (1.0, 0.3, 0.03)}
     with capsys.disabled():
         print(
-            f"\nbimodal={bimodal}: relative error of the mean gradient after 4,000 and 40,000 batches of {POOL_BATCH}"
+            f"\nbimodal={bimodal}: relative error of the mean gradient after 2,000 and 20,000 batches of {POOL_BATCH}"
         )
         for gamma, errors in found.items():
             print(f"gamma = {gamma:5}" + "".join(f"{error:8.3f}" for error in errors))
     long = [errors[1] for errors in found.values()]
-    assert all(later < earlier for earlier, later in zip(long, long[1:], strict=False))
-    assert long[-1] < 0.02 < 0.2 < long[0]
+    assert long[0] > long[1] > long[2]
+    assert long[2] < 0.06 < 0.2 < long[0]
 
 
 def warm():
