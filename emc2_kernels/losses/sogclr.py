@@ -56,7 +56,8 @@ class SogCLRLoss(SlotStore):
     the negatives' weights from uniform ones, negated: t grows where that is above rho and falls where it is below. The
     anchor's value is then multiplied by t / ``temperature``: the objective is F summed over items, as published, over
     one constant, so that items with different temperatures keep the weights that F gives them, and the scale is that
-    of the other losses where t = ``temperature``. A step uses the temperatures from before their update.
+    of the other losses where t = ``temperature``. A step uses the temperatures from before their update; u averages
+    exponents at the temperatures of their visits, as published.
 
     Args:
         num_items: items of the data set; ``index`` names them.
