@@ -21,7 +21,7 @@ VIEWS = ("one", "both")
 # Options that mean something to some of the methods only. Their names are those of the loss's arguments.
 ONLY_WITH = {
     "burn_in": ("emc2",),
-    "carry": ("emc2",),
+    "carry": ("emc2", "cached"),
     "views": ("emc2",),
     "gamma": ("sogclr", "isogclr"),
     "rho": ("isogclr",),
@@ -73,7 +73,7 @@ class Config:
         expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= self.burn_in < 1)
         expect("gamma", self.gamma, "a share above 0, up to 1", 0 < self.gamma <= 1)
         expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
-        expect("refresh", self.refresh, "a share above 0, up to 1", 0 < self.refresh <= 1)
+        expect("refresh", self.refresh, "a share from 0 to 1", 0 <= self.refresh <= 1)
         expect("num_samples", self.num_samples, "an integer of at least 1", self.num_samples >= 1)
         expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
         expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
@@ -129,8 +129,8 @@ HELP = {
     "temperature": "similarities are divided by this",
     "dim": "size of the projections",
     "burn_in": "emc2 only: share of a visit's proposals that give no sample",
-    "carry": "emc2 only: samples outside the batch are taken from the bank (cached), encoded again (recompute) "
-    "or left out (drop, biased)",
+    "carry": "emc2 and cached only: samples outside the batch are taken from the bank (cached), encoded again "
+    "(recompute) or, by emc2, left out (drop, biased)",
     "views": "emc2 only: views of an image that are proposed, one or both (both is the paper's choice, biased)",
     "gamma": "sogclr and isogclr only: weight of the present batch in an image's running denominator",
     "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",

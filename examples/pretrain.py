@@ -30,7 +30,7 @@ from emc2_kernels import losses
 
 # What every loss reports, and what one method's does alone; the rest of that is not written.
 STATS = ("ntxent", "positive_similarity", "negative_similarity", "mean_cosine")
-OWN_STATS = ("acceptance", "carry_share", "weight_sum", "temperature")
+OWN_STATS = ("acceptance", "carry_share", "cache_age", "weight_sum", "temperature")
 COLUMNS = ("epoch", "step", "loss", *STATS, *OWN_STATS, "lr", "images_per_second", "few_nearest_neighbour")
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
 

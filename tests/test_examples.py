@@ -29,10 +29,13 @@ TINY = config.Config(batch_size=64, epochs=3, dim=16, device="cpu", quiet=True)
 CARRYING = replace(TINY, batch_size=32, epochs=2, burn_in=0.0, temperature=0.05)
 OWN_COLUMNS = {
     "acceptance": ("emc2",),
-    "carry_share": ("emc2",),
+    "carry_share": ("emc2", "cached"),
+    "cache_age": ("cached",),
     "weight_sum": ("sogclr", "isogclr"),
     "temperature": ("isogclr",),
 }
+METHODS_AND_CARRIES = [(name, "cached") for name in config.METHODS]
+METHODS_AND_CARRIES += [(name, "recompute") for name in config.METHODS if name in config.ONLY_WITH["carry"]]
 CLOCK_COLUMN = "images_per_second"
 
 
@@ -109,7 +112,7 @@ def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split:
 
 
 @pytest.mark.usefixtures("few_images")
-@pytest.mark.parametrize(("method", "carry"), [("emc2", "recompute"), *((name, "cached") for name in config.METHODS)])
+@pytest.mark.parametrize(("method", "carry"), METHODS_AND_CARRIES)
 def test_an_interrupted_run_resumes_to_the_same_bits(
     method: str, carry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,12 +235,12 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch
         (["--method=simclr", "--burn-in=0.5"], "--burn-in: expected only with --method emc2, got --method simclr"),
         (["--gamma=0.5"], "--gamma: expected only with --method sogclr or isogclr, got --method emc2"),
         (["--method=sogclr", "--rho=0.5"], "--rho: expected only with --method isogclr, got --method sogclr"),
-        (["--method=isogclr", "--carry=drop"], "--carry: expected only with --method emc2, got --method isogclr"),
+        (["--method=isogclr", "--carry=drop"], "--carry: expected only with --method emc2 or cached, got"),
         (["--method=simclr", "--refresh=0.1"], "--refresh: expected only with --method cached, got --method simclr"),
         (["--num-samples=4"], "--num-samples: expected only with --method cached, got --method emc2"),
         (["--gamma=0"], "--gamma: expected a share above 0, up to 1, got 0.0"),
         (["--rho=-1"], "--rho: expected a finite number of at least 0, got -1.0"),
-        (["--refresh=2"], "--refresh: expected a share above 0, up to 1, got 2.0"),
+        (["--refresh=2"], "--refresh: expected a share from 0 to 1, got 2.0"),
         (["--num-samples=0"], "--num-samples: expected an integer of at least 1, got 0"),
         (["--seed=-1"], "--seed: expected an integer from 0 to below 2**63, got -1"),
         (["--threads=0"], "--threads: expected an integer of at least 1, got 0"),
