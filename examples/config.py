@@ -17,6 +17,8 @@ from emc2_kernels import losses
 # Of the losses that losses.get knows, those for two views of one modality.
 METHODS = tuple(name for name in ("emc2", "simclr", "sogclr", "isogclr", "cached") if name in losses.TABLE)
 CARRIES = ("cached", "recompute", "drop")
+# Detached negatives from a cache alone let all embeddings drift to one point: cached has to encode them again.
+DEFAULT_CARRY = {"emc2": "cached", "cached": "recompute"}
 VIEWS = ("one", "both")
 # Options that mean something to some of the methods only. Their names are those of the loss's arguments.
 ONLY_WITH = {
@@ -32,7 +34,8 @@ ONLY_WITH = {
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are one reasonable setting for all methods, tuned for none. `out` None: see `directory`."""
+    """Defaults are one reasonable setting for all methods, tuned for none. `out` None: see `directory`; `carry` None: the
+    method's in DEFAULT_CARRY."""
 
     data: str = "digits"
     method: str = "emc2"
@@ -43,12 +46,12 @@ class Config:
     temperature: float = 0.2
     dim: int = 64
     burn_in: float = 0.5
-    carry: str = "cached"
+    carry: str | None = None
     views: str = "one"
     gamma: float = 0.9
     rho: float = 1.0
     refresh: float = 0.01
-    num_samples: int = 16
+    num_samples: int = 1
     seed: int = 0
     device: str = "auto"
     threads: int = 1
@@ -59,7 +62,7 @@ class Config:
     def __post_init__(self) -> None:
         expect_one_of("data", self.data, tuple(DATASETS))
         expect_one_of("method", self.method, METHODS)
-        expect_one_of("carry", self.carry, CARRIES)
+        expect_one_of("carry", DEFAULT_CARRY["emc2"] if self.carry is None else self.carry, CARRIES)
         expect_one_of("views", self.views, VIEWS)
         expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
         expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
@@ -94,15 +97,19 @@ class Config:
 
     def own_options(self) -> dict[str, Any]:
         """Those that only some methods have and this one does."""
-        return {name: getattr(self, name) for name, methods in ONLY_WITH.items() if self.method in methods}
+        options = {name: getattr(self, name) for name, methods in ONLY_WITH.items() if self.method in methods}
+        if options.get("carry", "") is None:
+            options["carry"] = DEFAULT_CARRY[self.method]
+        return options
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it continues."""
         settings = asdict(self)
         for name in ("out", "resume", "quiet"):
             del settings[name]
-        for name in ONLY_WITH.keys() - self.own_options().keys():
+        for name in ONLY_WITH:
             del settings[name]
+        settings |= self.own_options()
         # The state of a random generator cannot move to another kind of device.
         settings["device"] = self.torch_device.type
         return settings
@@ -130,7 +137,7 @@ HELP = {
     "dim": "size of the projections",
     "burn_in": "emc2 only: share of a visit's proposals that give no sample",
     "carry": "emc2 and cached only: samples outside the batch are taken from the bank (cached), encoded again "
-    "(recompute) or, by emc2, left out (drop, biased)",
+    "(recompute) or, by emc2, left out (drop, biased); the method cached collapses with carry cached",
     "views": "emc2 only: views of an image that are proposed, one or both (both is the paper's choice, biased)",
     "gamma": "sogclr and isogclr only: weight of the present batch in an image's running denominator",
     "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",
@@ -144,6 +151,11 @@ HELP = {
     "quiet": "no progress bar",
 }
 
+UNSET = {
+    "out": "runs/DATA-METHOD-bBATCH_SIZE",
+    "carry": ", ".join(f"{carry} with --method {method}" for method, carry in DEFAULT_CARRY.items()),
+}
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description="Contrastive pre-training of a small convolutional encoder.")
@@ -152,7 +164,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         if isinstance(field.default, bool):
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=HELP[field.name])
             continue
-        default = "runs/DATA-METHOD-bBATCH_SIZE" if field.default is None else field.default
+        default = UNSET[field.name] if field.default is None else field.default
         kind = str if field.default is None else type(field.default)
         help_text = f"{HELP[field.name]} (default: {default})"
         # Suppressed, so that what was not given is told apart from what was: the defaults live in Config.

@@ -34,6 +34,7 @@ OWN_COLUMNS = {
     "weight_sum": ("sogclr", "isogclr"),
     "temperature": ("isogclr",),
 }
+EPOCHS = {"cached": 8}  # one sample for each anchor is noisier than a batch of negatives
 METHODS_AND_CARRIES = [(name, "cached") for name in config.METHODS]
 METHODS_AND_CARRIES += [(name, "recompute") for name in config.METHODS if name in config.ONLY_WITH["carry"]]
 CLOCK_COLUMN = "images_per_second"
@@ -61,7 +62,7 @@ def flags(run: config.Config) -> list[str]:
     """The command line that gives `run`."""
     unused = {"quiet", "resume"} | config.ONLY_WITH.keys() - run.own_options().keys()
     given = {field.name: getattr(run, field.name) for field in fields(run) if field.name not in unused}
-    return ["--quiet", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
+    return ["--quiet", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)]
 
 
 def differences(a: Any, b: Any, path: str = "state") -> list[str]:
@@ -83,7 +84,8 @@ def differences(a: Any, b: Any, path: str = "state") -> list[str]:
 
 @pytest.mark.parametrize("method", config.METHODS)
 def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split: data.Split) -> None:
-    run = config.Config(method=method, epochs=4, device="cpu", quiet=True, out=str(tmp_path / "run"))
+    epochs = EPOCHS.get(method, 4)
+    run = config.Config(method=method, epochs=epochs, device="cpu", quiet=True, out=str(tmp_path / "run"))
     random_state = torch.get_rng_state()
     results = pretrain.train(run)
     assert torch.equal(random_state, torch.get_rng_state()), "a draw from the global generator: not in the checkpoint"
@@ -93,7 +95,7 @@ def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split:
     assert results.accuracy.few_nearest_neighbour > untrained.few_nearest_neighbour + 0.03
     assert 0.95 < results.accuracy.linear_probe <= 1
     assert 0.95 < results.accuracy.nearest_neighbour <= 1
-    assert results.steps == 4 * (1257 // 32)
+    assert results.steps == epochs * (1257 // 32)
 
     assert [path.name for path in results.paths] == ["checkpoint.pt", "metrics.csv", "curves.png"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "curves.png", "metrics.csv"]
@@ -101,7 +103,7 @@ def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split:
     with open(results.paths[1], newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == pretrain.COLUMNS
-    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["epoch"] for row in rows] == [str(epoch + 1) for epoch in range(epochs)]
     for row in rows:
         for column in pretrain.COLUMNS:
             if method not in OWN_COLUMNS.get(column, (method,)):
