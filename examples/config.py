@@ -34,8 +34,8 @@ ONLY_WITH = {
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are one reasonable setting for all methods, tuned for none. `out` None: see `directory`; `carry` None: the
-    method's in DEFAULT_CARRY."""
+    """Defaults are one reasonable setting for all methods, tuned for none. `out` None: see `directory`; `carry` None:
+    the method's in DEFAULT_CARRY."""
 
     data: str = "digits"
     method: str = "emc2"
