@@ -12,7 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "emc2_kernels/__init__.py")
 FOLDERS = ("csrc", "csrc/cpu", "csrc/cuda", "python_bindings")
 SOURCES = {f"emc2_kernels._sources.{folder.replace('/', '.')}": folder for folder in FOLDERS}
 
-EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.66", "threadpoolctl>=3"]
+EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.66", "threadpoolctl>=3", "mlxtend>=0.23"]
 
 setup(
     name="emc2_kernels",

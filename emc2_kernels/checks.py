@@ -57,6 +57,20 @@ def at_least(name: str, value: Any, lowest: int) -> int:
     return number
 
 
+def number_in(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> float:
+    """A finite number between two, which belong to it unless said otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    number = float(value)
+    inside = low <= number <= high and not (open_low and number == low) and not (open_high and number == high)
+    if not inside:
+        brackets = "(["[not open_low] + f"{low}, {high}" + ")]"[not open_high]
+        raise ValueError(f"{name} must be in {brackets}, got {value!r}")
+    return number
+
+
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")

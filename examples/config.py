@@ -12,15 +12,30 @@ from typing import Any
 import torch
 from data import DATASETS
 
-METHODS = ("emc2", "simclr")
+from emc2_kernels import losses
+
+# Of the losses that losses.get knows, those for two views of one modality.
+METHODS = tuple(name for name in ("emc2", "simclr", "sogclr", "isogclr", "cached") if name in losses.TABLE)
 CARRIES = ("cached", "recompute", "drop")
+# Detached negatives from a cache alone let all embeddings drift to one point: cached has to encode them again.
+DEFAULT_CARRY = {"emc2": "cached", "cached": "recompute"}
 VIEWS = ("one", "both")
-EMC2_ONLY = ("burn_in", "carry", "views")
+# Options that mean something to some of the methods only. Their names are those of the loss's arguments.
+ONLY_WITH = {
+    "burn_in": ("emc2",),
+    "carry": ("emc2", "cached"),
+    "views": ("emc2",),
+    "gamma": ("sogclr", "isogclr"),
+    "rho": ("isogclr",),
+    "refresh": ("cached",),
+    "num_samples": ("cached",),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are one reasonable setting for both methods, tuned for neither. `out` None: see `directory`."""
+    """Defaults are one reasonable setting for all methods, tuned for none. `out` None: see `directory`; `carry` None:
+    the method's in DEFAULT_CARRY."""
 
     data: str = "digits"
     method: str = "emc2"
@@ -31,8 +46,12 @@ class Config:
     temperature: float = 0.2
     dim: int = 64
     burn_in: float = 0.5
-    carry: str = "cached"
+    carry: str | None = None
     views: str = "one"
+    gamma: float = 0.9
+    rho: float = 1.0
+    refresh: float = 0.01
+    num_samples: int = 1
     seed: int = 0
     device: str = "auto"
     threads: int = 1
@@ -41,22 +60,26 @@ class Config:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        _expect_one_of("data", self.data, tuple(DATASETS))
-        _expect_one_of("method", self.method, METHODS)
-        _expect_one_of("carry", self.carry, CARRIES)
-        _expect_one_of("views", self.views, VIEWS)
-        _expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        _expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
-        _expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
-        _expect("lr", self.lr, "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
+        expect_one_of("data", self.data, tuple(DATASETS))
+        expect_one_of("method", self.method, METHODS)
+        expect_one_of("carry", DEFAULT_CARRY["emc2"] if self.carry is None else self.carry, CARRIES)
+        expect_one_of("views", self.views, VIEWS)
+        expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
+        expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
+        expect("lr", self.lr, "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
         decay = self.weight_decay
-        _expect("weight_decay", decay, "a finite number of at least 0", math.isfinite(decay) and decay >= 0)
+        expect("weight_decay", decay, "a finite number of at least 0", math.isfinite(decay) and decay >= 0)
         heat = self.temperature
-        _expect("temperature", heat, "a finite number above 0", math.isfinite(heat) and heat > 0)
-        _expect("dim", self.dim, "an integer of at least 2", self.dim >= 2)
-        _expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= self.burn_in < 1)
-        _expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
-        _expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
+        expect("temperature", heat, "a finite number above 0", math.isfinite(heat) and heat > 0)
+        expect("dim", self.dim, "an integer of at least 2", self.dim >= 2)
+        expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= self.burn_in < 1)
+        expect("gamma", self.gamma, "a share above 0, up to 1", 0 < self.gamma <= 1)
+        expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
+        expect("refresh", self.refresh, "a share from 0 to 1", 0 <= self.refresh <= 1)
+        expect("num_samples", self.num_samples, "an integer of at least 1", self.num_samples >= 1)
+        expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
+        expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"--out: expected a directory, or a new name, got the file {self.directory}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -72,31 +95,40 @@ class Config:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
+    def own_options(self) -> dict[str, Any]:
+        """Those that only some methods have and this one does."""
+        options = {name: getattr(self, name) for name, methods in ONLY_WITH.items() if self.method in methods}
+        if options.get("carry", "") is None:
+            options["carry"] = DEFAULT_CARRY[self.method]
+        return options
+
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it continues."""
         settings = asdict(self)
         for name in ("out", "resume", "quiet"):
             del settings[name]
-        if self.method != "emc2":
-            for name in EMC2_ONLY:
-                del settings[name]
+        for name in ONLY_WITH:
+            del settings[name]
+        settings |= self.own_options()
         # The state of a random generator cannot move to another kind of device.
         settings["device"] = self.torch_device.type
         return settings
 
 
-def _expect(name: str, value: object, expected: str, holds: bool) -> None:
+def expect(name: str, value: object, expected: str, holds: bool) -> None:
     if not holds:
         raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value!r}")
 
 
-def _expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _expect(name, value, "one of " + ", ".join(choices), value in choices)
+def expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    expect(name, value, "one of " + ", ".join(choices), value in choices)
 
 
 HELP = {
     "data": f"data set to pre-train on: {', '.join(DATASETS)}; nothing is downloaded",
-    "method": "loss: emc2 (negatives sampled from the whole data set) or simclr (NT-Xent, the batch's negatives)",
+    "method": "loss: emc2 (negatives sampled from the whole data set), simclr (NT-Xent, the batch's negatives), sogclr "
+    "(the batch's, weighted by each image's running denominator), isogclr (that, and a temperature learned for each "
+    "image) or cached (sampled from a cache of embeddings)",
     "batch_size": "images per step; each is encoded twice",
     "epochs": "passes over the training images",
     "lr": "peak learning rate of AdamW: linear warm-up over a tenth of the steps, then cosine to 0",
@@ -104,15 +136,24 @@ HELP = {
     "temperature": "similarities are divided by this",
     "dim": "size of the projections",
     "burn_in": "emc2 only: share of a visit's proposals that give no sample",
-    "carry": "emc2 only: samples outside the batch are taken from the bank (cached), encoded again (recompute) "
-    "or left out (drop, biased)",
+    "carry": "emc2 and cached only: samples outside the batch are taken from the bank (cached), encoded again "
+    "(recompute) or, by emc2, left out (drop, biased); the method cached collapses with carry cached",
     "views": "emc2 only: views of an image that are proposed, one or both (both is the paper's choice, biased)",
+    "gamma": "sogclr and isogclr only: weight of the present batch in an image's running denominator",
+    "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",
+    "refresh": "cached only: share of the cache that is encoded again at each step",
+    "num_samples": "cached only: negatives drawn for each anchor",
     "seed": "names the initial weights, the batches, the augmentations and the chains",
     "device": "auto, cpu or cuda; auto takes the GPU if there is one",
     "threads": "CPU threads of PyTorch; this model is too small for a second one to pay",
     "out": "directory of the checkpoint, metrics.csv and curves.png; without --resume its files are overwritten",
     "resume": "continue from the checkpoint in --out; the result is that of an uninterrupted run",
     "quiet": "no progress bar",
+}
+
+UNSET = {
+    "out": "runs/DATA-METHOD-bBATCH_SIZE",
+    "carry": ", ".join(f"{carry} with --method {method}" for method, carry in DEFAULT_CARRY.items()),
 }
 
 
@@ -123,7 +164,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         if isinstance(field.default, bool):
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=HELP[field.name])
             continue
-        default = "runs/DATA-METHOD-bBATCH_SIZE" if field.default is None else field.default
+        default = UNSET[field.name] if field.default is None else field.default
         kind = str if field.default is None else type(field.default)
         help_text = f"{HELP[field.name]} (default: {default})"
         # Suppressed, so that what was not given is told apart from what was: the defaults live in Config.
@@ -133,8 +174,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         config = Config(**given)
     except ValueError as error:
         parser.error(str(error))
-    unused = [name for name in EMC2_ONLY if name in given and config.method != "emc2"]
-    if unused:
-        flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-        parser.error(f"{flags}: expected only with --method emc2, got --method {config.method}")
+    for name in ONLY_WITH.keys() & given.keys() - config.own_options().keys():
+        methods, flag = " or ".join(ONLY_WITH[name]), "--" + name.replace("_", "-")
+        parser.error(f"{flag}: expected only with --method {methods}, got --method {config.method}")
     return config

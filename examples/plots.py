@@ -10,7 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 History = list[dict[str, float]]
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # colour-blind readers can tell these apart, too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # colour-blind readers can tell these apart, too
+
+# The last panel shows what the runs have of their own, and the learning rate where they have nothing.
+OWN_PANELS = (
+    ({"acceptance": "accepted proposals", "carry_share": "samples carried from an earlier visit"}, "Share (%)", 100),
+    ({"temperature": ""}, "Mean temperature of the batch's images", 1),
+    ({"weight_sum": ""}, "Sum of an anchor's weights", 1),
+    ({"lr": ""}, "Learning rate", 1),
+)
 
 
 def plot_curves(path: Path, runs: dict[str, History], title: str, untrained: float | None = None) -> None:
@@ -26,14 +34,15 @@ def plot_curves(path: Path, runs: dict[str, History], title: str, untrained: flo
         accuracy.legend(fontsize=9)
     pairs = {"positive_similarity": "two views of an image", "mean_cosine": "mean of all pairs"}
     _panel(similarity, runs, pairs, "Cosine similarity")
-    if any("acceptance" in row for history in runs.values() for row in history):
-        shares = {"acceptance": "accepted proposals", "carry_share": "samples carried from an earlier visit"}
-        _panel(last, runs, shares, "Share (%)", 100)
-    else:
-        _panel(last, runs, {"lr": ""}, "Learning rate")
+    columns, label, scale = next(panel for panel in OWN_PANELS if _has_any(runs, panel[0]))
+    _panel(last, runs, columns, label, scale)
     for axis in (similarity, last):
         axis.set_xlabel("Epoch")
     figure.savefig(path, dpi=120)
+
+
+def _has_any(runs: dict[str, History], columns: dict[str, str]) -> bool:
+    return any(column in row for history in runs.values() for row in history for column in columns)
 
 
 def _panel(axis: Axes, runs: dict[str, History], columns: dict[str, str], label: str, scale: float = 1.0) -> None:

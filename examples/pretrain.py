@@ -26,10 +26,12 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from emc2_kernels.losses import EMC2Loss, NTXentLoss
+from emc2_kernels import losses
 
-STATS = ("ntxent", "acceptance", "carry_share", "positive_similarity", "negative_similarity", "mean_cosine")
-COLUMNS = ("epoch", "step", "loss", *STATS, "lr", "images_per_second", "few_nearest_neighbour")
+# What every loss reports, and what one method's does alone; the rest of that is not written.
+STATS = ("ntxent", "positive_similarity", "negative_similarity", "mean_cosine")
+OWN_STATS = ("acceptance", "carry_share", "cache_age", "weight_sum", "temperature")
+COLUMNS = ("epoch", "step", "loss", *STATS, *OWN_STATS, "lr", "images_per_second", "few_nearest_neighbour")
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
 
 
@@ -132,18 +134,12 @@ class Run:
 
 
 def build_loss(config: Config, num_items: int, encode_again: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
-    if config.method == "simclr":
-        return NTXentLoss(temperature=config.temperature)
-    return EMC2Loss(
-        num_items,
-        config.dim,
-        temperature=config.temperature,
-        views=config.views,
-        burn_in=config.burn_in,
-        carry=config.carry,
-        encode=encode_again if config.carry == "recompute" else None,
-        seed=config.seed,
-    )
+    common = {"num_items": num_items, "dim": config.dim, "temperature": config.temperature, "seed": config.seed}
+    takes = losses.TABLE[config.method].options()
+    options = {name: value for name, value in common.items() if name in takes} | config.own_options()
+    if config.method == "cached" or options.get("carry") == "recompute":
+        options["encode"] = encode_again
+    return losses.get(config.method, **options)
 
 
 def warmup_cosine(total: int) -> Callable[[int], float]:
@@ -213,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {config.directory / CHECKPOINT} holds the last whole epoch: add --resume to go on")
         return 130
-    except (CheckpointError, FloatingPointError, OSError, ValueError) as error:
+    except (CheckpointError, FloatingPointError, ImportError, OSError, ValueError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 2
     found = results.accuracy

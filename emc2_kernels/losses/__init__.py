@@ -1,8 +1,74 @@
 """Contrastive losses with one call: ``loss(z0, z1, index)``, each the mean over its 2b anchors of ``-s+ + ...`` with s
-divided by the temperature and no further factor of it, so that gradients of different methods are on one scale."""
+divided by the temperature and no further factor of it, so that gradients of different methods are on one scale.
+
+``get(name, **options)`` makes one by its name in ``TABLE``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from .cached import CachedSoftmaxLoss
 from .emc2 import EMC2Loss
 from .ntxent import NTXentLoss
+from .sogclr import SogCLRLoss
 
-__all__ = ["CachedSoftmaxLoss", "EMC2Loss", "NTXentLoss"]
+__all__ = [
+    "TABLE",
+    "CachedSoftmaxLoss",
+    "EMC2Loss",
+    "Method",
+    "NTXentLoss",
+    "SogCLRLoss",
+    "get",
+]
+
+
+class Method(NamedTuple):
+    loss: type[nn.Module]
+    fixed: dict[str, Any]  # options that the name stands for
+
+    def options(self) -> dict[str, inspect.Parameter]:
+        """What ``get`` takes for it."""
+        parameters = inspect.signature(self.loss).parameters
+        return {name: parameter for name, parameter in parameters.items() if name not in self.fixed}
+
+
+_ONE_TEMPERATURE = {"individual_temperature": False} | dict.fromkeys(
+    ("temperature_lr", "temperature_momentum", "temperature_bounds", "rho")
+)
+
+TABLE = {
+    "emc2": Method(EMC2Loss, {}),
+    "sogclr": Method(SogCLRLoss, _ONE_TEMPERATURE),
+    "isogclr": Method(SogCLRLoss, {"individual_temperature": True}),
+    "ntxent": Method(NTXentLoss, {}),
+    "simclr": Method(NTXentLoss, {}),
+    "cached": Method(CachedSoftmaxLoss, {}),
+}
+
+
+def get(name: str, **options: Any) -> nn.Module:
+    """The loss of that name.
+
+    Args:
+        name: a key of ``TABLE``; "isogclr" is SogCLR with individual temperatures, "simclr" another name of "ntxent".
+        options: the constructor's arguments, by name.
+
+    Raises:
+        ValueError: there is no such name, or an option has a value that the loss refuses.
+        TypeError: the loss has no such option, or needs one that is not given.
+    """
+    if not (isinstance(name, str) and name in TABLE):
+        raise ValueError(f"name must be one of {', '.join(map(repr, TABLE))}, got {name!r}")
+    method, takes = TABLE[name], TABLE[name].options()
+    unknown = sorted(option for option in options if option not in takes)
+    if unknown:
+        raise TypeError(f"{unknown[0]} is no option of the loss {name!r}: it takes {', '.join(takes)}, got {unknown}")
+    missing = [option for option, p in takes.items() if p.default is p.empty and option not in options]
+    if missing:
+        raise TypeError(f"{missing[0]} must be given for the loss {name!r}, got {', '.join(options) or 'no options'}")
+    return method.loss(**method.fixed, **options)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..lse import contrastive_lse
 
 NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
 
@@ -90,8 +91,9 @@ def _check_index(index: Tensor, z0: Tensor, num_items: int | None) -> None:
 def batch_stats(anchors: Anchors, temperature: float, *, bimodal: bool = False) -> dict[str, Tensor]:
     """What every loss reports of its batch, detached 0-d tensors, whatever it minimises itself.
 
-    ``ntxent``: the in-batch NT-Xent value. ``positive_similarity``: mean similarity of the pairs. ``mean_cosine``: mean
-    similarity over pairs of different rows of one view; near 1 the encoder has collapsed.
+    ``ntxent``: the in-batch NT-Xent value; with ``bimodal`` the negatives are the other tower's.
+    ``positive_similarity``: mean similarity of the pairs. ``mean_cosine``: mean similarity over pairs of different rows
+    of one view; near 1 the encoder has collapsed.
     """
     from .ntxent import nt_xent
 
@@ -101,7 +103,16 @@ def batch_stats(anchors: Anchors, temperature: float, *, bimodal: bool = False) 
         total = detached.embeddings.view(2, b, -1).sum(1).square().sum()
         diagonal = detached.embeddings.square().sum()
         return {
-            "ntxent": nt_xent(detached, temperature)[0],
+            "ntxent": _two_tower_ntxent(detached, temperature) if bimodal else nt_xent(detached, temperature)[0],
             "positive_similarity": (detached.embeddings * detached.positives).sum(1).mean(),
             "mean_cosine": (total - diagonal) / max(2 * b * (b - 1), 1),
         }
+
+
+def _two_tower_ntxent(anchors: Anchors, temperature: float) -> Tensor:
+    ids = anchors.items.chunk(2)[0]
+    positive = (anchors.embeddings * anchors.positives).sum(1) / temperature
+    z0, z1 = anchors.embeddings.chunk(2)
+    options = {"temperature": temperature, "query_ids": ids, "key_ids": ids}
+    negative = torch.cat((contrastive_lse(z0, z1, **options), contrastive_lse(z1, z0, **options)))
+    return (torch.logaddexp(negative, positive) - positive).mean()

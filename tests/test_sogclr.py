@@ -1,0 +1,468 @@
+"""SogCLR and iSogCLR against the papers' update and weights written in plain torch, one anchor and item at a time."""
+
+import io
+import math
+
+import pytest
+import torch
+from helpers import assert_identical, assert_unchanged, int64, named_error, normal, relative_rms, snapshot, table
+from slow_losses import slow_pair_statistics, unit
+from sogclr_cases import CONSTRUCTOR_ERRORS, DEGENERATE, FORWARD_ERRORS
+from torch.nn import functional
+
+from emc2_kernels.losses import SogCLRLoss
+
+ITEMS, DIM, B, STEPS = 12, 8, 6, 6
+RHO, LR, MOMENTUM = 0.8, 0.02, 0.6
+LEARNS = {
+    "individual_temperature": True,
+    "rho": RHO,
+    "temperature_lr": LR,
+    "temperature_momentum": MOMENTUM,
+    "temperature_bounds": (0.195, 0.205),
+}
+
+
+class PlainSogCLR:
+    """u <- (1 - gamma) u + gamma * mean of exp(s); weights exp(s) / u; as published, no logarithm of a sum anywhere."""
+
+    def __init__(self, temperature, gamma=0.9, bimodal=False, learns=False):
+        self.temperature, self.gamma, self.bimodal, self.learns = temperature, gamma, bimodal, learns
+        self.u, self.t, self.v = {}, {}, {}  # (item, tower) -> value
+
+    def __call__(self, z0, z1, index):
+        """The surrogate, whose gradient is the estimate, and the mean of log u - s+."""
+        rows, b, items = [unit(row) for row in (*z0, *z1)], len(z0), index.tolist() * 2
+        terms, values, visits = [], [], {}
+        for anchor in range(2 * b):
+            slot = (items[anchor], anchor // b if self.bimodal else 0)
+            t = self.t.get(slot, self.temperature)
+            positive = (anchor + b) % (2 * b)
+            keys = [j for j in range(2 * b) if items[j] != items[anchor]]
+            if self.bimodal:
+                keys = [j for j in keys if j // b != anchor // b]
+            s_positive = rows[anchor] @ rows[positive] / t
+            terms.append(-s_positive * t / self.temperature)
+            values.append(terms[-1].detach())
+            if not keys:
+                continue
+            s = torch.stack([rows[anchor] @ rows[j] for j in keys]) / t
+            g = s.detach().exp().mean()
+            u = (1 - self.gamma) * self.u[slot] + self.gamma * g if slot in self.u else g
+            weights = s.detach().exp() / u
+            terms[-1] = terms[-1] + (weights * s).mean() * t / self.temperature
+            values[-1] = (u.log() - s_positive.detach()) * t / self.temperature
+            shifted = s.detach() - s_positive.detach()
+            slope = (u * (-s_positive.detach()).exp()).log() + RHO - (weights * shifted).mean()
+            visits.setdefault((*slot, anchor % b), []).append((u, slope))
+        self.remember(visits)
+        return torch.stack(terms).mean(), torch.stack(values).mean()
+
+    def remember(self, visits):
+        before = dict(self.v), dict(self.t)
+        for (item, tower, _), found in visits.items():  # in the order of the rows: of duplicates the last one stays
+            slot = (item, tower)
+            u, slope = (sum(column) / len(column) for column in zip(*found, strict=True))
+            self.u[slot] = u
+            if self.learns:
+                self.v[slot] = MOMENTUM * before[0].get(slot, 0.0) + (1 - MOMENTUM) * slope
+                moved = before[1].get(slot, self.temperature) - LR * self.v[slot]
+                self.t[slot] = moved.clamp(*LEARNS["temperature_bounds"])
+
+    def assert_keeps_the_same(self, loss, rtol=1e-5):
+        towers = 2 if self.bimodal else 1
+        pairs = {"log_u": ({slot: math.log(u) for slot, u in self.u.items()}, -torch.inf)}
+        if self.learns:
+            pairs |= {"item_temperature": (self.t, self.temperature), "item_velocity": (self.v, 0.0)}
+        for name, (kept, otherwise) in pairs.items():
+            expected = [kept.get((item, tower), otherwise) for item in range(ITEMS) for tower in range(towers)]
+            torch.testing.assert_close(
+                getattr(loss, name), torch.tensor(expected, dtype=torch.float32), rtol=rtol, atol=rtol
+            )
+
+
+def batches(seed=0, steps=STEPS, size=B):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(ITEMS, generator=generator)[:size] for _ in range(steps)]
+
+
+def embeddings(step, size=B, dtype=torch.float32):
+    """Pairs that resemble each other, so that the positive's exponent is large and differs between visits."""
+    z0 = normal(10 + step, size, DIM)
+    return z0.to(dtype), (z0 + 0.7 * normal(50 + step, size, DIM)).to(dtype)
+
+
+def value_and_gradient(loss, z0, z1, index):
+    z0, z1 = z0.clone().requires_grad_(), z1.clone().requires_grad_()
+    out = loss(z0, z1, index)
+    surrogate, value = out if isinstance(out, tuple) else (out, out)
+    surrogate.backward()
+    return value.detach(), torch.cat((z0.grad, z1.grad))
+
+
+def assert_equals_the_plain_one(loss, plain, indices, tolerance=1e-5):
+    for step, index in enumerate(indices):
+        z0, z1 = embeddings(step, len(index))
+        value, gradient = value_and_gradient(loss, z0, z1, index)
+        expected, expected_gradient = value_and_gradient(plain, z0.double(), z1.double(), index)
+        torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=tolerance)
+        assert relative_rms(gradient, expected_gradient) <= tolerance
+        plain.assert_keeps_the_same(loss, tolerance)
+    return plain
+
+
+INDICES = {
+    "distinct": batches(),
+    "duplicates": [torch.tensor(index) for index in ([3, 1, 3, 0], [1, 1, 2, 3], [5, 3, 5, 3], [3, 3, 3, 1])],
+    "one item in between": [*batches(1, 2), torch.full((B,), 4), *batches(2, 2)],
+    "of other sizes": [batches(size, 1, size)[0] for size in (2, 9, 1, 5, 12, 3)],
+}
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["SogCLR", "iSogCLR"])
+@pytest.mark.parametrize("bimodal", [False, True], ids=["one modality", "two"])
+@pytest.mark.parametrize("indices", INDICES.values(), ids=INDICES)
+def test_equals_the_papers_update_and_weights(indices, bimodal, learns):
+    options = LEARNS if learns else {}
+    loss = SogCLRLoss(ITEMS, temperature=0.2, gamma=0.7, bimodal=bimodal, **options)
+    plain = PlainSogCLR(0.2, gamma=0.7, bimodal=bimodal, learns=learns)
+    assert_equals_the_plain_one(loss, plain, indices)
+    assert loss.step == len(indices)
+    if learns and indices is INDICES["distinct"]:  # else the bounds, or what lies between them, were not tried
+        temperatures = set(loss.item_temperature.tolist())
+        assert len(temperatures) > 3 and min(temperatures) < 0.2 < max(temperatures)
+        assert temperatures & {float(torch.tensor(bound)) for bound in LEARNS["temperature_bounds"]}
+
+
+@pytest.mark.parametrize("gamma", [0.05, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 2.0])
+def test_equals_the_plain_one_at_other_temperatures_and_rates(temperature, gamma):
+    assert_equals_the_plain_one(
+        SogCLRLoss(ITEMS, temperature=temperature, gamma=gamma), PlainSogCLR(temperature, gamma), batches(3)
+    )
+
+
+@pytest.mark.parametrize("bimodal", [False, True])
+def test_a_temperature_that_overflows_the_plain_formula_does_not_overflow_this_one(bimodal):
+    """exp(1 / 0.01) is infinite in float32, and finite in the float64 that ours is compared with."""
+    naive = PlainSogCLR(0.01, bimodal=bimodal)
+    loss, plain = SogCLRLoss(ITEMS, temperature=0.01, bimodal=bimodal), PlainSogCLR(0.01, bimodal=bimodal)
+    broken = []
+    for step, index in enumerate(batches()):
+        z0 = normal(step, 1, DIM) + 0.1 * normal(step + 1, B, DIM)  # all rows alike: every score is near 100
+        z1 = z0 + 0.1 * normal(step + 2, B, DIM)
+        value, gradient = value_and_gradient(naive, z0, z1, index)
+        broken.append(not (value.isfinite() and gradient.isfinite().all()))
+        value, gradient = value_and_gradient(loss, z0, z1, index)
+        expected, expected_gradient = value_and_gradient(plain, z0.double(), z1.double(), index)
+        # Scores near 100 have 6e-6 of rounding in float32, and weights with them; the value is a difference of them.
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-4)
+        assert relative_rms(gradient, expected_gradient) <= 1e-4
+        plain.assert_keeps_the_same(loss, 1e-5)
+    assert all(broken)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+@pytest.mark.parametrize("options", [{}, {"bimodal": True}, {"individual_temperature": True}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)], ids=str
+)
+def test_half_precision_is_as_good_as_rounded_rows(dtype, autocast, options, temperature):
+    """Measured against the same loss on unit rows that were rounded beforehand: that much the dtype itself costs."""
+    loss, exact, rounded = (SogCLRLoss(ITEMS, temperature=temperature, **options) for _ in range(3))
+    compute = torch.bfloat16 if autocast else dtype
+    for step, index in enumerate(batches(4)):
+        z = embeddings(step, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value, gradient = value_and_gradient(loss, *z, index)
+        wide = [x.double() for x in z]
+        _, expected = value_and_gradient(exact, *wide, index)
+        _, baseline = value_and_gradient(rounded, *(functional.normalize(x).to(compute).double() for x in wide), index)
+        lengths = torch.cat(wide).norm(dim=1, keepdim=True)
+        error, least = relative_rms(gradient, expected), relative_rms(baseline / lengths, expected)
+        assert value.dtype == torch.float32 and value.isfinite() and gradient.isfinite().all()
+        assert gradient.dtype == dtype
+        assert error <= 3 * least + torch.finfo(compute).eps, (error, least)  # gradients are rounded to it, too
+    assert loss.log_u.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bimodal", [False, True])
+def test_gamma_1_is_nt_xent_without_the_positive_in_its_denominator(bimodal):
+    """Then u is the batch's own mean, the weights are its softmax, and the gradient is that of log sum exp(s) - s+.
+
+    On the scale of the other losses: the mean over 2b anchors, scores divided by the temperature and nothing else.
+    """
+
+    def in_batch(z0, z1, index):
+        z = functional.normalize(torch.cat((z0, z1)))
+        excluded = index.repeat(2)[:, None] == index.repeat(2)
+        if bimodal:
+            view = torch.arange(2).repeat_interleave(B)
+            excluded = excluded | (view[:, None] == view)
+        scores = z @ z.T / 0.3
+        return (scores.masked_fill(excluded, -torch.inf).logsumexp(1) - (z * z.roll(B, 0)).sum(1) / 0.3).mean()
+
+    loss = SogCLRLoss(ITEMS, temperature=0.3, gamma=1.0, bimodal=bimodal)
+    for step, index in enumerate(batches()):
+        z = [x.double() for x in embeddings(step)]
+        value, gradient = value_and_gradient(loss, *z, index)
+        expected, expected_gradient = value_and_gradient(in_batch, *z, index)
+        assert relative_rms(gradient, expected_gradient) <= 1e-12
+        keys = (B if bimodal else 2 * B) - (1 if bimodal else 2)
+        torch.testing.assert_close(value, expected - math.log(keys))
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["SogCLR", "iSogCLR"])
+def test_the_published_loss_has_two_temperatures_times_our_gradient(learns):
+    """Mean over items of the sum over views of -sim+ + mean of weight * sim, similarities not divided by anything."""
+    loss = SogCLRLoss(ITEMS, temperature=0.2, gamma=0.7, **(LEARNS if learns else {}))
+    for step, index in enumerate(batches(9)):
+        log_u = loss.log_u[index].double()
+        t = loss.item_temperature[index].double().repeat(2) if learns else torch.full((2 * B,), 0.2).double()
+
+        def published(z0, z1, index, log_u=log_u, t=t):
+            z = functional.normalize(torch.cat((z0, z1)))
+            sim = (z @ z.T)[index.repeat(2)[:, None] != index.repeat(2)].view(2 * B, 2 * (B - 1))
+            e = (sim.detach() / t[:, None]).exp()
+            u = torch.where(log_u.isinf(), e.mean(1).view(2, B), 0.3 * log_u.exp() + 0.7 * e.mean(1).view(2, B))
+            terms = (e / u.view(2 * B, 1) * sim).mean(1) - (z * z.roll(B, 0)).sum(1)
+            return terms.view(2, B).sum(0).mean()
+
+        z = [x.double() for x in embeddings(step)]
+        _, gradient = value_and_gradient(loss, *z, index)
+        _, expected = value_and_gradient(published, *z, index)
+        assert relative_rms(2 * 0.2 * gradient, expected) <= 1e-6
+
+
+def test_exponents_shifted_by_the_positive_make_the_same_weights_while_it_stays():
+    """The published two-modality update averages exp(s - s+). With fixed pairs its u is ours times exp(-s+)."""
+    image = functional.normalize(normal(0, ITEMS, DIM).double())
+    text = functional.normalize(image + 0.5 * functional.normalize(normal(1, ITEMS, DIM).double()))
+    positive = (image * text).sum(1) / 0.2
+    loss, shifted_u = SogCLRLoss(ITEMS, temperature=0.2, gamma=0.3, bimodal=True), {}
+    for index in batches(5, 8):
+        z0, z1 = image[index].requires_grad_(), text[index].requires_grad_()
+        loss(z0, z1, index).backward()
+        terms = []
+        for side, (queries, keys) in enumerate(((z0, z1), (z1, z0))):
+            for row, item in enumerate(index.tolist()):
+                # normalising again, as the loss does, projects the gradient
+                q, k = functional.normalize(queries[row], dim=0), functional.normalize(keys, dim=1)
+                h = (k @ q / 0.2 - k[row] @ q / 0.2)[torch.arange(B) != row]
+                g = h.detach().exp().mean()
+                u = 0.7 * shifted_u[item, side] + 0.3 * g if (item, side) in shifted_u else g
+                shifted_u[item, side] = u
+                weights = h.detach().exp() / u
+                # here the positive's weight is the sum of the weights: 1 only on average
+                terms.append((weights * h).mean() + (weights.mean() - 1) * (k[row] @ q / 0.2))
+        gradient = torch.autograd.grad(torch.stack(terms).mean(), (z0, z1))
+        assert relative_rms(torch.cat((z0.grad, z1.grad)), torch.cat(gradient)) <= 1e-6  # log_u is float32
+    for (item, side), u in shifted_u.items():
+        assert loss.log_u[item * 2 + side].item() == pytest.approx(math.log(u) + positive[item].item(), abs=1e-5)
+
+
+def test_gamma_falls_from_1_along_half_a_cosine_and_stays():
+    loss = SogCLRLoss(ITEMS, temperature=0.2, gamma=0.4, gamma_schedule="cosine", gamma_steps=4)
+    plain = PlainSogCLR(0.2)
+    for step, index in enumerate(batches(6, 7)):
+        plain.gamma = 0.4 + 0.6 * (1 + math.cos(math.pi * min(step, 4) / 4)) / 2
+        z0, z1 = embeddings(step)
+        _, gradient = value_and_gradient(loss, z0, z1, index)
+        _, expected = value_and_gradient(plain, z0.double(), z1.double(), index)
+        assert relative_rms(gradient, expected) <= 1e-5
+        plain.assert_keeps_the_same(loss)
+    assert plain.gamma == pytest.approx(0.4)
+
+
+def test_an_item_is_at_its_first_visit_whatever_its_neighbours_are():
+    """The public code sets gamma to 1 only where the whole batch is new."""
+    loss = SogCLRLoss(ITEMS, temperature=0.2, gamma=0.1)
+    loss(*embeddings(0), torch.arange(B))
+    fresh = SogCLRLoss(ITEMS, temperature=0.2, gamma=1.0)
+    index = torch.arange(B) + B - 1  # one of them was visited
+    loss(*embeddings(1), index)
+    fresh(*embeddings(1), index)
+    assert_identical(loss.log_u[B:], fresh.log_u[B:])
+    assert loss.log_u[B - 1] != fresh.log_u[B - 1]
+
+
+def test_an_unchanged_temperature_is_that_of_the_other_losses_and_a_learned_one_moves_the_right_way():
+    """Below rho nats between the weights and uniform ones the temperature falls, above it grows."""
+    z0, z1, index = *embeddings(0), torch.arange(B)
+    fixed, still = SogCLRLoss(ITEMS, temperature=0.2), SogCLRLoss(ITEMS, temperature=0.2, **LEARNS)
+    for a, b in zip(*(value_and_gradient(loss, z0, z1, index) for loss in (fixed, still)), strict=True):
+        torch.testing.assert_close(a, b)
+    units = functional.normalize(torch.cat((z0, z1)))
+    others = ~torch.eye(B, dtype=torch.bool).repeat(2, 2)
+    p = (units @ units.T / 0.2)[others].view(2 * B, -1).log_softmax(1)
+    divergence = ((p.exp() * p).sum(1) + math.log(2 * B - 2)).view(2, B).mean(0)
+    torch.testing.assert_close(still.item_velocity[:B], (1 - MOMENTUM) * (RHO - divergence), rtol=1e-4, atol=1e-5)
+    assert ((still.item_temperature[:B] > 0.2) == (divergence > RHO)).all()
+
+
+def test_statistics():
+    z0, z1, index = *embeddings(0), torch.arange(B)
+    for options in ({}, {"individual_temperature": True}):
+        loss = SogCLRLoss(ITEMS, temperature=0.2, gamma=0.5, **options)
+        loss(*embeddings(1), index)
+        u, t = loss.log_u[index].exp().repeat(2), loss.item_temperature[index].repeat(2) if options else 0.2
+        value, stats = loss(z0, z1, index, return_stats=True)
+        units = functional.normalize(torch.cat((z0, z1)))
+        cosines = (units @ units.T)[~torch.eye(B, dtype=torch.bool).repeat(2, 2)].view(2 * B, -1)
+        scores = cosines / (t[:, None] if options else t)
+        g = scores.exp().mean(1)
+        expected = slow_pair_statistics(z0.double(), z1.double(), index, 0.2) | {
+            "negative_similarity": (scores.softmax(1) * cosines).sum(1).mean(),
+            "weight_sum": (g / (0.5 * u + 0.5 * g)).mean(),
+        }
+        expected |= {"temperature": t.mean()} if options else {}
+        assert set(stats) == set(expected)
+        for name, stat in stats.items():
+            assert stat.shape == () and not stat.requires_grad
+            assert stat.item() == pytest.approx(float(expected[name]), rel=1e-4), name
+        assert not torch.equal(value, stats["ntxent"])
+
+
+def trained(loss, indices, first=0):
+    values, states = [], [snapshot(loss)]
+    for step, index in enumerate(indices, first):
+        values.append(loss(*embeddings(step), index))
+        states.append(snapshot(loss))
+    return values, states
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bimodal": True}, {"gamma_schedule": "cosine", "gamma_steps": 4}, {"individual_temperature": True}],
+    ids=str,
+)
+def test_a_run_resumed_at_any_step_is_the_same_run(options):
+    indices = batches(4)
+    values, states = trained(SogCLRLoss(ITEMS, **options), indices)
+    for k in range(STEPS + 1):
+        file = io.BytesIO()
+        torch.save(states[k], file)
+        file.seek(0)
+        resumed = SogCLRLoss(ITEMS, **options)
+        resumed.load_state_dict(torch.load(file), strict=True)
+        assert_identical(trained(resumed, indices[k:], first=k), (values[k:], states[k:]))
+
+
+@pytest.mark.parametrize("options", [{}, {"bimodal": True, "individual_temperature": True}], ids=str)
+def test_evaluation_gives_the_training_value_and_writes_nothing(options):
+    loss = SogCLRLoss(ITEMS, **options)
+    trained(loss, batches(5))
+    before, batch = snapshot(loss), (*embeddings(9), torch.arange(B))
+    with torch.no_grad():
+        first = loss.eval()(*batch)
+    again = loss(*batch)
+    assert_unchanged(loss, before)
+    assert_identical((first, again.detach()), (loss.train()(*batch).detach(),) * 2)
+    assert loss.step == before["step"] + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"bimodal": True}, {"individual_temperature": True}], ids=str)
+def test_the_rows_order_does_not_matter(options):
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    straight, permuted = SogCLRLoss(ITEMS, **options), SogCLRLoss(ITEMS, **options)
+    for step, index in enumerate(batches(7)):
+        z0, z1 = embeddings(step)
+        value, gradient = value_and_gradient(straight, z0, z1, index)
+        other, other_gradient = value_and_gradient(permuted, z0[order], z1[order], index[order])
+        torch.testing.assert_close(other, value)
+        assert relative_rms(other_gradient, gradient[torch.cat((order, order + B))]) <= 1e-5
+        torch.testing.assert_close(snapshot(permuted), snapshot(straight))
+
+
+@pytest.mark.parametrize("options", [{}, {"bimodal": True, "gamma_schedule": "cosine", "gamma_steps": 9}], ids=str)
+def test_it_compiles_to_one_graph_that_does_the_same(options):
+    torch._dynamo.reset()
+    plain, compiled = SogCLRLoss(ITEMS, **options), SogCLRLoss(ITEMS, **options)
+    # "aot_eager" traces forward, backward and the writes into the state, and generates no code
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for step, index in enumerate(batches(10, 3)):
+        expected, found = (value_and_gradient(loss, *embeddings(step), index) for loss in (plain, call))
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(snapshot(compiled), snapshot(plain))
+
+
+def test_casting_the_loss_leaves_its_numbers_alone():
+    for cast in ("half", "bfloat16", "double"):
+        loss = SogCLRLoss(ITEMS, individual_temperature=True)
+        trained(loss, batches(8))
+        before = snapshot(loss)
+        getattr(loss, cast)()
+        assert_unchanged(loss, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"bimodal": True}, {"individual_temperature": True}], ids=str)
+def test_a_batch_of_one_item_only_attracts_and_changes_nothing_but_the_step(options):
+    loss = SogCLRLoss(ITEMS, temperature=0.2, **options)
+    trained(loss, batches(8))
+    before, (z0, z1) = snapshot(loss), embeddings(0)
+    index = torch.full((B,), batches(8)[0][0])
+    value, gradient = value_and_gradient(loss, z0, z1, index)
+    slot = int(index[0]) * loss.views
+    t = loss.item_temperature[slot : slot + loss.views].mean() if loss.individual_temperature else torch.tensor(0.2)
+
+    def attraction(z0, z1, index):
+        return -(functional.normalize(z0) * functional.normalize(z1)).sum(1).mean() / 0.2
+
+    assert t > 0
+    for found, expected in zip((value, gradient), value_and_gradient(attraction, z0, z1, index), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert_unchanged(loss, before | {"step": before["step"] + 1})
+
+
+def warm():
+    loss = SogCLRLoss(10, bimodal=True, individual_temperature=True)
+    for step in range(3):
+        loss(*embeddings(step, 4), int64(1, 4, step, 9))
+    return loss
+
+
+@table(FORWARD_ERRORS)
+def test_names_what_is_wrong_and_leaves_its_state_alone(change, exception, regex):
+    loss = warm()
+    before = snapshot(loss)
+    z0, z1 = embeddings(0, 4)
+    with named_error(exception, regex):
+        loss(**({"z0": z0, "z1": z1, "index": int64(1, 4, 6, 9)} | change))
+    assert_unchanged(loss, before)
+
+
+@table(CONSTRUCTOR_ERRORS)
+def test_the_constructor_names_what_is_wrong(change, exception, regex):
+    with named_error(exception, regex):
+        SogCLRLoss(**({"num_items": 10} | change))
+
+
+def test_each_table_has_at_least_forty_cases():
+    assert min(len(FORWARD_ERRORS), len(CONSTRUCTOR_ERRORS)) >= 40
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+@pytest.mark.parametrize("options", [{}, {"bimodal": True, "individual_temperature": True}], ids=str)
+@pytest.mark.parametrize("change", DEGENERATE.values(), ids=DEGENERATE)
+def test_degenerate_batches_are_finite(change, options, temperature):
+    loss = SogCLRLoss(10, temperature=temperature, **options)
+    z0, z1 = embeddings(0, 4)
+    call = {"z0": z0, "z1": z1, "index": int64(1, 4, 6, 9)} | change
+    for _ in range(3):
+        z = {name: call[name].clone().requires_grad_() for name in ("z0", "z1")}
+        value, stats = loss(**(call | z | {"return_stats": True}))
+        value.backward()
+        assert value.isfinite() and all(stat.isfinite() for stat in stats.values()), stats
+        assert all(x.grad.isfinite().all() for x in z.values())
+    for name, buffer in loss.state_dict().items():
+        assert not buffer.isnan().any() and not (buffer == torch.inf).any(), name
+
+
+@pytest.mark.parametrize("scale", [1e19, 3e38])
+def test_products_that_overflow_without_normalisation_are_named_and_change_nothing(scale):
+    loss = SogCLRLoss(10, normalize=False)
+    loss(*embeddings(0, 4), int64(1, 4, 6, 9))
+    before, big = snapshot(loss), torch.full((4, DIM), scale)
+    with named_error(ValueError, "the similarities"):
+        loss(big, big, int64(1, 4, 6, 9))
+    assert_unchanged(loss, before)
