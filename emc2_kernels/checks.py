@@ -133,7 +133,9 @@ def within(name: str, value: Tensor, lowest: int, end: int, *, on_gpu: bool = Fa
 
 
 def finite(name: str, value: Tensor) -> None:
-    if value.numel() and values_visible(value) and not bool(torch.isfinite(value).all()):
+    if not (value.numel() and values_visible(value)) or math.isfinite(value.sum()):
+        return
+    if not bool(torch.isfinite(value).all()):  # else large values have summed up to infinity
         count = int((~torch.isfinite(value)).sum())
         raise ValueError(f"{name} must be finite, got {count} values that are infinite or NaN, of {value.numel()}")
 
@@ -175,6 +177,14 @@ def ids(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> None:
         vector("query_ids", query_ids, queries.shape[0], torch.int64, queries.device)
     if key_ids is not None:
         vector("key_ids", key_ids, keys.shape[0], torch.int64, queries.device)
+
+
+def positive(name: str, value: Any) -> None:
+    """A number > 0, finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
 
 def one_temperature(value: Any) -> float:

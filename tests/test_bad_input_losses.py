@@ -281,7 +281,7 @@ class TestDegenerateBatch:
         assert loss.step == 3
         assert not chains.score.isnan().any()
         assert torch.equal(chains.key == -1, chains.score == -INF)
-        assert loss.bank.embeddings.isfinite().all()
+        assert loss.bank.embeddings[loss.bank.written_at >= 0].isfinite().all()  # what was never written is infinite
 
 
 @pytest.mark.parametrize("options", [{"burn_in": 0}, {"seed": 2**64 - 1}, {"temperature": 1}, {"temperature": 1e30}])
