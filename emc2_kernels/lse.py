@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from . import checks
 from .backends import NAMES, resolve
@@ -128,11 +128,28 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(output, queries, keys, temperatures, query_ids, key_ids)
 
 
+class _NotTwice(torch.autograd.Function):
+    """Gradients whose own gradient is an error: else a penalty on them would have none, and nobody would know."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
+        raise NotImplementedError("contrastive_lse has no second derivative")
+
+
 def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple:
-    lse, queries, keys, temperatures, query_ids, key_ids = ctx.saved_tensors
+    lse, *operands = ctx.saved_tensors
+    queries, keys, temperatures, query_ids, key_ids = (x if x is None else x.detach() for x in operands)
     d_queries, d_keys, d_temperatures = _gradients(
-        queries, keys, ctx.temperature, temperatures, query_ids, key_ids, grad, lse, ctx.backend
+        queries, keys, ctx.temperature, temperatures, query_ids, key_ids, grad.detach(), lse.detach(), ctx.backend
     )
+    if torch.is_grad_enabled():  # create_graph=True
+        d_queries, d_keys, d_temperatures = _NotTwice.apply(
+            *(gradient.requires_grad_() for gradient in (d_queries, d_keys, d_temperatures))
+        )
     d_keys, d_temperatures = None if keys is None else d_keys, None if temperatures is None else d_temperatures
     return d_queries, d_keys, None, d_temperatures, None, None, None
 
@@ -149,4 +166,4 @@ class _Eager(torch.autograd.Function):
         _keep(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(_differentiate))
+    backward = staticmethod(_differentiate)

@@ -41,7 +41,9 @@ class Backend(NamedTuple):
 # Fastest first: "auto" takes the first that can run the operands.
 TABLE = {
     "cuda": Backend("cuda", ("cuda",), HALF_AND_SINGLE, gpu.why_no_cuda_kernels, gpu.prefers_cuda_kernels),
-    "triton": Backend("triton", ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices, lse="triton.lse"),
+    "triton": Backend(
+        "triton", ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices, lse="triton.lse"
+    ),
     "cpu": Backend("cpu", ("cpu",), HALF_AND_SINGLE, native.why_unavailable, lse="cpu_lse", uncompiled=("lse",)),
     "reference": Backend("reference", None, None, lambda: None, lse="reference_lse", gumbel="reference_gumbel"),
 }

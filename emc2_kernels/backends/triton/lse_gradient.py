@@ -31,15 +31,16 @@ def _as_queries(queries, at, ok):
     temperatures_ptr, temperature, lse_ptr, coefficients_ptr, largest = queries
     scale = tl.full(at.shape, LOG2_E, tl.float32) / temperature_of(temperatures_ptr, temperature, at, ok)
     lse = tl.load(lse_ptr + at, ok, other=0.0)
-    level = tl.where(lse > NEVER, lse * LOG2_E, 0.0) - HEADROOM  # without keys all scores are NEVER
+    level = tl.where(lse > NEVER, lse * LOG2_E, 0.0) - HEADROOM  # without keys nothing is counted
     return scale, level, tl.load(coefficients_ptr + at, ok, other=0.0) / largest
 
 
 @triton.jit
-def _weights(products, bias, counted, scale, level, weight):
+def _weights(products, of_query, key_bias, counted):
     """w_ij = weight * exp(s_ij - lse), of queries along either axis; 0 where a score is not finite or not counted."""
-    scores = tl.fma(products, scale, bias)
-    return tl.exp2(tl.where(counted & (scores < float("inf")), scores - level, NEVER)) * weight
+    scale, level, weight = of_query
+    exponent = tl.fma(products, scale, key_bias - level)
+    return tl.exp2(tl.where(counted & (exponent < float("inf")), exponent, NEVER)) * weight
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -69,7 +70,8 @@ def lse_gradient_kernel(
     queries = temperatures_ptr, temperature, lse_ptr, coefficients_ptr, divisor
     row_bias = tl.load(owner_bias_ptr + row, row_ok, other=0.0).to(tl.float32)
     if AS_QUERY:
-        row_scale, row_level, row_weight = _as_queries(queries, row, row_ok)
+        scale, level, weight = _as_queries(queries, row, row_ok)
+        row_query = scale[:, None], (level + row_bias)[:, None], weight[:, None]
     if other_ids_ptr is not None:
         row_id = tl.load(owner_ids_ptr + row, row_ok, other=0)
     owners = row
@@ -90,16 +92,17 @@ def lse_gradient_kernel(
                 WHOLE_D, EVEN_D, PRECISION,
             )  # fmt: skip
             others = _load_rows(others_ptr, other, there, stride_other, first_column, d, BLOCK_OUT, False)
-        bias = tl.load(other_bias_ptr + other, there, other=NEVER).to(tl.float32)[None, :] + row_bias[:, None]
+        bias = tl.load(other_bias_ptr + other, there, other=NEVER).to(tl.float32)
         counted = row_ok[:, None]
         if other_ids_ptr is not None:
             counted &= tl.load(other_ids_ptr + other, there, other=0)[None, :] != row_id[:, None]
         weights = tl.zeros((BLOCK_M, TILE), tl.float32)
         if AS_QUERY:
-            weights += _weights(products, bias, counted, row_scale[:, None], row_level[:, None], row_weight[:, None])
+            weights += _weights(products, row_query, bias[None, :], counted)
         if AS_KEY:
             scale, level, weight = _as_queries(queries, other, there)
-            weights += _weights(products, bias, counted, scale[None, :], level[None, :], weight[None, :])
+            other_query = scale[None, :], (level - bias)[None, :], weight[None, :]
+            weights += _weights(products, other_query, row_bias[:, None], counted)
         total = tl.dot(weights.to(others.dtype), others, total, input_precision=PRECISION)
     dim = first_column + tl.arange(0, BLOCK_OUT)
     at = (split * n + row)[:, None] * d + dim[None, :]
@@ -158,7 +161,11 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple
     no_keys = grad.new_empty(0)
     if scores.queries.shape[0] == 0 or scores.keys.shape[0] == 0:
         zeros = torch.zeros_like(scores.queries), torch.zeros_like(scores.keys)
-        return zeros[0], no_keys if scores.symmetric else zeros[1], torch.zeros_like(lse) if per_row else no_keys
+        return (
+            zeros[0],
+            no_keys if scores.symmetric else zeros[1],
+            torch.zeros_like(lse) if per_row else grad.new_empty(0),
+        )
     with on_device(scores.queries):
         coefficients = grad / scores.temperature
         queries = _Operand(scores.queries, scores.query_ids)
@@ -173,11 +180,12 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple
         dtype = scores.queries.dtype
         as_query, as_key = {"AS_QUERY": True, "AS_KEY": False}, {"AS_QUERY": False, "AS_KEY": True}
         if scores.symmetric and not per_row:
-            return _gradient(queries, queries, of_queries, dtype, as_query | {"AS_KEY": True}), no_keys, no_keys
+            both = _gradient(queries, queries, of_queries, dtype, as_query | {"AS_KEY": True})
+            return both, no_keys, grad.new_empty(0)
         # A temperature's gradient is made of the queries', unrounded.
         d_queries = _gradient(queries, keys, of_queries, torch.float32 if per_row else dtype, as_query)
         d_keys = _gradient(keys, queries, of_queries, dtype, as_key)
-        d_temperature = no_keys
+        d_temperature = grad.new_empty(0)
         if per_row:
             d_temperature = (queries.matrix * d_queries).sum(1).div_(-scores.temperature)
         if scores.symmetric:
