@@ -34,7 +34,7 @@ def in_batch(
 
     Args:
         dtype: that a GPU multiplies in; None: the embeddings' own. On the CPU products are always float32's.
-        return_similarity: also the mean, over the anchors that have negatives, of their negatives' mean similarity under
+        return_similarity: also the mean, over the anchors that have negatives, of their negatives' similarity under
             softmax weights. It costs what a backward pass does.
     """
     embeddings, b = anchors.embeddings, anchors.embeddings.shape[0] // 2

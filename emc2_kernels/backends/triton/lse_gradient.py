@@ -70,8 +70,8 @@ def lse_gradient_kernel(
     queries = temperatures_ptr, temperature, lse_ptr, coefficients_ptr, divisor
     row_bias = tl.load(owner_bias_ptr + row, row_ok, other=0.0).to(tl.float32)
     if AS_QUERY:
-        scale, level, weight = _as_queries(queries, row, row_ok)
-        row_query = scale[:, None], (level + row_bias)[:, None], weight[:, None]
+        row_scale, row_level, row_weight = _as_queries(queries, row, row_ok)
+        row_query = row_scale[:, None], (row_level + row_bias)[:, None], row_weight[:, None]
     if other_ids_ptr is not None:
         row_id = tl.load(owner_ids_ptr + row, row_ok, other=0)
     owners = row
@@ -158,14 +158,11 @@ def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: tor
 def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and temperatures; see ``reference_lse``."""
     per_row, excludes = isinstance(scores.temperature, Tensor), scores.query_ids is not None
-    no_keys = grad.new_empty(0)
+    no_keys, no_temperature = grad.new_empty(0), grad.new_empty(0)
     if scores.queries.shape[0] == 0 or scores.keys.shape[0] == 0:
         zeros = torch.zeros_like(scores.queries), torch.zeros_like(scores.keys)
-        return (
-            zeros[0],
-            no_keys if scores.symmetric else zeros[1],
-            torch.zeros_like(lse) if per_row else grad.new_empty(0),
-        )
+        d_temperature = torch.zeros_like(lse) if per_row else no_temperature
+        return zeros[0], no_keys if scores.symmetric else zeros[1], d_temperature
     with on_device(scores.queries):
         coefficients = grad / scores.temperature
         queries = _Operand(scores.queries, scores.query_ids)
@@ -181,11 +178,11 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple
         as_query, as_key = {"AS_QUERY": True, "AS_KEY": False}, {"AS_QUERY": False, "AS_KEY": True}
         if scores.symmetric and not per_row:
             both = _gradient(queries, queries, of_queries, dtype, as_query | {"AS_KEY": True})
-            return both, no_keys, grad.new_empty(0)
+            return both, no_keys, no_temperature
         # A temperature's gradient is made of the queries', unrounded.
         d_queries = _gradient(queries, keys, of_queries, torch.float32 if per_row else dtype, as_query)
         d_keys = _gradient(keys, queries, of_queries, dtype, as_key)
-        d_temperature = grad.new_empty(0)
+        d_temperature = no_temperature
         if per_row:
             d_temperature = (queries.matrix * d_queries).sum(1).div_(-scores.temperature)
         if scores.symmetric:

@@ -68,12 +68,16 @@ GATHERED: dict[int, Gathered] = {8: Gathered(32, 256, 2, NOT_MEASURED)}
 
 # By (generation, half precision?), as above.
 LSES: dict[tuple[int, bool], Lse] = {
-    (8, True): Lse(128, 64, 8, 3, NOT_MEASURED),
+    (8, True): Lse(128, 128, 8, 2, NOT_MEASURED),
     (8, False): Lse(64, 32, 4, 2, NOT_MEASURED),
+    (10, True): Lse(64, 64, 4, 3, NOT_MEASURED),
+    (10, False): Lse(64, 32, 4, 2, NOT_MEASURED),
 }
 LSE_GRADIENTS: dict[tuple[int, bool], LseGradient] = {
-    (8, True): LseGradient(64, 64, 128, 4, 2, NOT_MEASURED),
+    (8, True): LseGradient(64, 128, 128, 4, 2, NOT_MEASURED),
     (8, False): LseGradient(32, 32, 64, 4, 2, NOT_MEASURED),
+    (10, True): LseGradient(64, 64, 128, 8, 2, NOT_MEASURED),
+    (10, False): LseGradient(32, 32, 64, 4, 2, NOT_MEASURED),
 }
 
 PROGRAMS_PER_PROCESSOR = 2  # of the sweep, at once
