@@ -28,6 +28,6 @@ setup(
     install_requires=["torch>=2.11,<3", "numpy", "ninja", "pybind11>=2.12", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
         "examples": EXAMPLES,
-        "test": [*EXAMPLES, "pytest>=8", "scipy>=1.11", "ruff>=0.9", "pytorch-metric-learning>=2.5"],
+        "test": [*EXAMPLES, "pytest>=8", "scipy>=1.11", "ruff>=0.9", "pytorch-metric-learning>=2.9"],
     },
 )

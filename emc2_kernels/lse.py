@@ -79,7 +79,7 @@ def mean_similarity(
         number, temperatures = checks.number_or_rows(like.detach(), queries)
         operands = queries.detach(), None if keys is queries and query_ids is key_ids else keys.detach()
         ones, lse = torch.ones_like(lse), lse.detach()
-        gradients = _gradients(*operands, number, temperatures, query_ids, key_ids, ones, lse, backend)
+        gradients = lse_gradients(*operands, number, temperatures, query_ids, key_ids, ones, lse, backend)
         return -temperatures.square() * gradients[2]
 
 
@@ -103,8 +103,9 @@ def _backward(*arguments):
     return resolve(backend, scores[0], op="lse").contrastive_lse_backward(grad, lse, _scores(*scores))
 
 
-LIBRARY.impl("contrastive_lse", _forward, "CompositeExplicitAutograd")
-_gradients = registered("contrastive_lse_backward", _backward)
+# For calls that torch need not differentiate: the operators' arguments, checked already.
+lse_values = registered("contrastive_lse", _forward)
+lse_gradients = registered("contrastive_lse_backward", _backward)
 
 
 def _score_dtype(queries: Tensor) -> torch.dtype:
@@ -140,16 +141,20 @@ class _NotTwice(torch.autograd.Function):
         raise NotImplementedError("contrastive_lse has no second derivative")
 
 
+def not_twice(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients for create_graph=True."""
+    given = iter(_NotTwice.apply(*(gradient.requires_grad_() for gradient in gradients if gradient is not None)))
+    return tuple(None if gradient is None else next(given) for gradient in gradients)
+
+
 def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple:
     lse, *operands = ctx.saved_tensors
     queries, keys, temperatures, query_ids, key_ids = (x if x is None else x.detach() for x in operands)
-    d_queries, d_keys, d_temperatures = _gradients(
+    d_queries, d_keys, d_temperatures = lse_gradients(
         queries, keys, ctx.temperature, temperatures, query_ids, key_ids, grad.detach(), lse.detach(), ctx.backend
     )
     if torch.is_grad_enabled():  # create_graph=True
-        d_queries, d_keys, d_temperatures = _NotTwice.apply(
-            *(gradient.requires_grad_() for gradient in (d_queries, d_keys, d_temperatures))
-        )
+        d_queries, d_keys, d_temperatures = not_twice(d_queries, d_keys, d_temperatures)
     d_keys, d_temperatures = None if keys is None else d_keys, None if temperatures is None else d_temperatures
     return d_queries, d_keys, None, d_temperatures, None, None, None
 

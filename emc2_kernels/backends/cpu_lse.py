@@ -131,7 +131,7 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple
         d_temperature = (scores.queries * d_queries).sum(1).div_(-scores.temperature)
     else:
         d_temperature = grad.new_empty(0)
-    if scores.symmetric:
+    if scores.symmetric and d_keys.numel():
         d_queries, d_keys = d_queries.add_(d_keys), d_keys.new_empty(0)
     return d_queries.to(scores.queries.dtype), d_keys.to(scores.keys.dtype), d_temperature
 
@@ -161,8 +161,12 @@ def _small_scores(scores: Scores) -> Tensor:
 
 
 def _small_gradients(grad: Tensor, lse: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Of queries and of keys, or of both together and nothing."""
     queries, keys = scores.queries.float(), scores.keys.float()
     weights = _small_scores(scores).sub_(lse.clamp_min(LOWEST)[:, None]).exp_()
     weights *= (grad / scores.temperature)[:, None]
-    d_queries, d_keys = torch.empty_like(queries), torch.empty_like(keys)
+    d_queries = torch.empty_like(queries)
+    if scores.symmetric and not isinstance(scores.temperature, Tensor):
+        return torch.mm(weights + weights.T, keys, out=d_queries), queries.new_zeros(0)
+    d_keys = torch.empty_like(keys)
     return torch.mm(weights, keys, out=d_queries), torch.mm(weights.T, queries, out=d_keys)
