@@ -26,5 +26,8 @@ setup(
     package_dir=SOURCES,
     package_data={name: ["*.h", "*.cpp", "*.cuh", "*.cu"] for name in SOURCES},
     install_requires=["torch>=2.11,<3", "numpy", "ninja", "pybind11>=2.12", "triton>=3.6; sys_platform == 'linux'"],
-    extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, "pytest>=8", "scipy>=1.11", "ruff>=0.9"]},
+    extras_require={
+        "examples": EXAMPLES,
+        "test": [*EXAMPLES, "pytest>=8", "scipy>=1.11", "ruff>=0.9", "pytorch-metric-learning>=2.9"],
+    },
 )

@@ -30,11 +30,12 @@ class Case(NamedTuple):
     n: int
     m: int
     d: int
-    proposals: str  # "sweep", "drawn" or "given"; "loss": n pairs in a loss, without their walk; "gumbel": no walk
+    proposals: str  # "sweep", "drawn", "given"; "loss": n pairs in a loss, without their walk; "lse", "gumbel": no walk
     step: bool = True  # else a transition
     accepts: bool = False
     lse: bool = False
     ids: bool = True  # chain, query and key ids, and labels
+    symmetric: bool = False  # keys are the queries
     all_tensors: bool = False  # per-row temperatures, proposal weights, seed and step too
     samples: int = 16
 
@@ -50,6 +51,12 @@ CASES = {
     "drawn, nothing given": Case(torch.float32, 64, 1000, 40, "drawn", ids=False),
     "drawn": Case(torch.bfloat16, 32768, 10_000_000, 128, "drawn", accepts=True),
     "given": Case(torch.bfloat16, 32768, 100_000, 128, "given", step=False),
+    "lse d=128": Case(torch.bfloat16, 131072, 131072, 128, "lse"),
+    "lse d=1024": Case(torch.float16, 8192, 8192, 1024, "lse", ids=False),
+    "lse float32": Case(torch.float32, 4096, 4096, 128, "lse"),
+    "lse, split": Case(torch.bfloat16, 64, 1_000_000, 100, "lse", all_tensors=True),
+    "lse, symmetric": Case(torch.bfloat16, 131072, 131072, 128, "lse", symmetric=True),
+    "lse, symmetric d=512": Case(torch.bfloat16, 8192, 8192, 512, "lse", symmetric=True),
     "loss d=128": Case(torch.bfloat16, 32, 32, 128, "loss"),
     "loss d=768": Case(torch.bfloat16, 32, 32, 768, "loss"),
     "gumbel d=128": Case(torch.bfloat16, 32768, 100_000, 128, "gumbel"),
@@ -100,9 +107,11 @@ def launches(case: Case, generation: int) -> list[Launch]:
     launch.Kernel.__call__ = record
     settings.device = lambda index: (generation // 10, PROCESSORS[generation])
     try:
-        walk = None if case.proposals in ("loss", "gumbel") else _walk(case, Walk)
+        walk = None if case.proposals in ("loss", "lse", "gumbel") else _walk(case, Walk)
         if case.proposals == "loss":
             _visit(case)
+        elif case.proposals == "lse":
+            _sum(case)
         elif case.proposals == "gumbel":
             _draw(case)
         elif case.step:
@@ -117,6 +126,21 @@ def launches(case: Case, generation: int) -> list[Launch]:
 
 def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _sum(case: Case) -> None:
+    """A log-sum-exp and its gradient."""
+    from emc2_kernels.backends.scores import Scores
+    from emc2_kernels.backends.triton import lse
+
+    queries, query_ids = _empty(case.dtype, case.n, case.d), _empty(torch.int64, case.n) if case.ids else None
+    keys, key_ids = _empty(case.dtype, case.m, case.d), _empty(torch.int64, case.m) if case.ids else None
+    if case.symmetric:
+        keys, key_ids = queries, query_ids
+    temperature = _empty(torch.float32, case.n) if case.all_tensors else 0.07
+    scores, row = Scores(queries, keys, temperature, query_ids, key_ids), _empty(torch.float32, case.n)
+    lse.contrastive_lse(scores)
+    lse.contrastive_lse_backward(row, row, scores)
 
 
 def _given(case: Case) -> tuple:

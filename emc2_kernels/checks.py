@@ -147,7 +147,9 @@ def within(name: str, value: Tensor, lowest: int, end: int, *, on_gpu: bool = Fa
 
 
 def finite(name: str, value: Tensor) -> None:
-    if value.numel() and values_visible(value) and not bool(torch.isfinite(value).all()):
+    if not (value.numel() and values_visible(value)) or math.isfinite(value.sum()):
+        return
+    if not bool(torch.isfinite(value).all()):  # else large values have summed up to infinity
         count = int((~torch.isfinite(value)).sum())
         raise ValueError(f"{name} must be finite, got {count} values that are infinite or NaN, of {value.numel()}")
 
@@ -200,6 +202,14 @@ def chain_ids(queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids
     elif query_ids is not None:
         within("query_ids, which name the chains where chain_ids are not given,", query_ids, 0, MAX_CHAIN_ID)
     return query_ids if given is None else given
+
+
+def positive(name: str, value: Any) -> None:
+    """A number > 0, finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
 
 def one_temperature(value: Any) -> float:

@@ -9,15 +9,12 @@ from torch.autograd.function import FunctionCtx
 from . import checks
 from .backends import NAMES, resolve
 from .backends.scores import Scores
-from .ops import LIBRARY
+from .ops import LIBRARY, nothing_to_dispatch, registered
 
-_SCORES = (
-    "Tensor queries, Tensor keys, float temperature, Tensor? temperatures, Tensor? query_ids, Tensor? key_ids, "
-    "str backend"
-)
-LIBRARY.define(f"contrastive_lse({_SCORES}) -> Tensor")
+_SCORES = "Tensor queries, Tensor? keys, float temperature, Tensor? temperatures, Tensor? query_ids, Tensor? key_ids"
+LIBRARY.define(f"contrastive_lse({_SCORES}, str backend) -> Tensor")
 LIBRARY.define(
-    f"contrastive_lse_backward(Tensor grad, Tensor lse, {_SCORES})"
+    f"contrastive_lse_backward({_SCORES}, Tensor grad, Tensor lse, str backend)"
     " -> (Tensor queries, Tensor keys, Tensor temperatures)"
 )
 
@@ -57,11 +54,43 @@ def contrastive_lse(
     checks.temperature(temperature, n, queries.device)
     checks.ids(queries, keys, query_ids, key_ids)
     number, temperatures = checks.number_or_rows(temperature, queries)
-    return torch.ops.emc2_kernels.contrastive_lse(queries, keys, number, temperatures, query_ids, key_ids, backend)
+    if keys is queries and query_ids is key_ids:  # one gradient instead of two, and scores that are symmetric
+        keys = None
+    call = _Eager.apply if nothing_to_dispatch(queries) else torch.ops.emc2_kernels.contrastive_lse.default
+    return call(queries, keys, number, temperatures, query_ids, key_ids, backend)
+
+
+def mean_similarity(
+    lse: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """(n,) mean of <q_i, k_j> under the softmax that ``contrastive_lse`` has summed, detached; 0 for a row of no keys.
+
+    It is -temperature^2 times the derivative of ``lse`` in the temperature, and is made like one.
+    """
+    with torch.no_grad():
+        like = temperature if isinstance(temperature, Tensor) else lse.new_full((), temperature)
+        number, temperatures = checks.number_or_rows(like.detach(), queries)
+        operands = queries.detach(), None if keys is queries and query_ids is key_ids else keys.detach()
+        ones, lse = torch.ones_like(lse), lse.detach()
+        gradients = lse_gradients(*operands, number, temperatures, query_ids, key_ids, ones, lse, backend)
+        return -temperatures.square() * gradients[2]
 
 
 def _scores(queries, keys, temperature, temperatures, query_ids, key_ids) -> Scores:
-    return Scores(queries, keys, temperature if temperatures is None else temperatures, query_ids, key_ids)
+    return Scores(
+        queries,
+        queries if keys is None else keys,
+        temperature if temperatures is None else temperatures,
+        query_ids,
+        key_ids,
+    )
 
 
 def _forward(*arguments):
@@ -69,13 +98,14 @@ def _forward(*arguments):
     return resolve(backend, scores[0], op="lse").contrastive_lse(_scores(*scores))
 
 
-def _backward(grad, lse, *arguments):
-    *scores, backend = arguments
+def _backward(*arguments):
+    *scores, grad, lse, backend = arguments
     return resolve(backend, scores[0], op="lse").contrastive_lse_backward(grad, lse, _scores(*scores))
 
 
-LIBRARY.impl("contrastive_lse", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("contrastive_lse_backward", _backward, "CompositeExplicitAutograd")
+# For calls that torch need not differentiate: the operators' arguments, checked already.
+lse_values = registered("contrastive_lse", _forward)
+lse_gradients = registered("contrastive_lse_backward", _backward)
 
 
 def _score_dtype(queries: Tensor) -> torch.dtype:
@@ -88,8 +118,10 @@ def _forward_fake(queries, *_):
 
 
 @torch.library.register_fake("emc2_kernels::contrastive_lse_backward", lib=LIBRARY)
-def _backward_fake(grad, lse, queries, keys, *_):
-    return queries.new_empty(queries.shape), keys.new_empty(keys.shape), torch.empty_like(lse)
+def _backward_fake(queries, keys, temperature, temperatures, *_):
+    d_temperatures = queries.new_empty(0 if temperatures is None else queries.shape[0], dtype=_score_dtype(queries))
+    d_keys = queries.new_empty(0 if keys is None else keys.shape)
+    return queries.new_empty(queries.shape), d_keys, d_temperatures
 
 
 def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -97,13 +129,46 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(output, queries, keys, temperatures, query_ids, key_ids)
 
 
+class _NotTwice(torch.autograd.Function):
+    """Gradients whose own gradient is an error: else a penalty on them would have none, and nobody would know."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
+        raise NotImplementedError("contrastive_lse has no second derivative")
+
+
+def not_twice(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients for create_graph=True."""
+    given = iter(_NotTwice.apply(*(gradient.requires_grad_() for gradient in gradients if gradient is not None)))
+    return tuple(None if gradient is None else next(given) for gradient in gradients)
+
+
 def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple:
-    lse, queries, keys, temperatures, query_ids, key_ids = ctx.saved_tensors
-    gradients = torch.ops.emc2_kernels.contrastive_lse_backward(
-        grad, lse, queries, keys, ctx.temperature, temperatures, query_ids, key_ids, ctx.backend
+    lse, *operands = ctx.saved_tensors
+    queries, keys, temperatures, query_ids, key_ids = (x if x is None else x.detach() for x in operands)
+    d_queries, d_keys, d_temperatures = lse_gradients(
+        queries, keys, ctx.temperature, temperatures, query_ids, key_ids, grad.detach(), lse.detach(), ctx.backend
     )
-    d_temperatures = None if temperatures is None else gradients[2]
-    return gradients[0], gradients[1], None, d_temperatures, None, None, None
+    if torch.is_grad_enabled():  # create_graph=True
+        d_queries, d_keys, d_temperatures = not_twice(d_queries, d_keys, d_temperatures)
+    d_keys, d_temperatures = None if keys is None else d_keys, None if temperatures is None else d_temperatures
+    return d_queries, d_keys, None, d_temperatures, None, None, None
 
 
 torch.library.register_autograd("emc2_kernels::contrastive_lse", _differentiate, setup_context=_keep, lib=LIBRARY)
+
+
+class _Eager(torch.autograd.Function):
+    """The same, where the dispatcher has nothing to do."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *inputs: Tensor | float | str | None) -> Tensor:
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)

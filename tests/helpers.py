@@ -1,5 +1,10 @@
 """What several test files share: seeded inputs, and module states compared bit by bit."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -60,3 +65,27 @@ def with_rows(tensor, row, value):
     changed = tensor.clone()
     changed[row] = value
     return changed
+
+
+def peak_megabytes(statement, small, large):
+    """Growth of a fresh process's peak memory over a statement with n = large, after the same with n = small."""
+    bench = Path(__file__).resolve().parent.parent / "bench"
+    lines = "\n".join(f"    {line}" for line in statement.strip().splitlines())
+    code = f"""
+import sys
+sys.path.insert(0, {str(bench)!r})
+import memory, torch
+from emc2_kernels import contrastive_lse
+from emc2_kernels.losses import ClipLoss, NTXentLoss
+def run(n):
+{lines}
+run({small})
+torch.ones(1024, 1024) @ torch.ones(1024, 1024)
+print(memory.peak_growth(lambda: run({large}), torch.device("cpu")))
+"""
+    # Blocks from 64 KiB up go back to the system when freed, else what a smaller run has freed would serve uncounted.
+    settings = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout) / 1e6

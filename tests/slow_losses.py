@@ -53,6 +53,20 @@ def slow_ntxent_negative_similarity(z0, z1, index, temperature):
     return torch.stack(means).mean()
 
 
+def value_and_gradients(loss, z0, z1, *arguments):
+    z0, z1 = z0.detach().clone().requires_grad_(), z1.detach().clone().requires_grad_()
+    value = loss(z0, z1, *arguments)
+    value.backward()
+    return value.detach(), torch.cat((z0.grad, z1.grad))
+
+
+def assert_statistics(stats, expected):
+    assert set(stats) == set(expected)
+    for name, value in stats.items():
+        assert value.shape == () and not value.requires_grad
+        assert value.item() == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5), name
+
+
 class SlowEMC2:
     """EMC2 as section 4 of the design states it; only ``mh_step`` and the coin are the library's.
 

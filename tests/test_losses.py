@@ -8,15 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers import COMPILED, RUNNABLE, assert_identical, assert_unchanged, normal, relative_rms, snapshot
-from slow_losses import (
-    DIM,
-    ITEMS,
-    SlowEMC2,
-    slow_ntxent,
-    slow_ntxent_negative_similarity,
-    slow_pair_statistics,
-    unit,
-)
+from slow_losses import DIM, ITEMS, SlowEMC2, assert_statistics, unit, value_and_gradients
 from torch import nn
 
 from emc2_kernels import MHState, mh_step, rng
@@ -29,70 +21,6 @@ DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # tol
 def shuffled_batches(seed=0, size=B, steps=STEPS):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randperm(ITEMS, generator=generator)[:size] for _ in range(steps)]
-
-
-def value_and_gradients(loss, z0, z1, *arguments):
-    z0, z1 = z0.detach().clone().requires_grad_(), z1.detach().clone().requires_grad_()
-    value = loss(z0, z1, *arguments)
-    value.backward()
-    return value.detach(), torch.cat((z0.grad, z1.grad))
-
-
-INDICES = {"no index": None, "distinct": torch.arange(B), "duplicates": torch.tensor([3, 1, 3, 3, 0, 1])}
-
-
-@pytest.mark.parametrize("temperature", [0.07, 0.5])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
-def test_ntxent_equals_its_formula(index, dtype, normalize, temperature):
-    z0, z1 = normal(0, B, DIM, dtype=dtype), normal(1, B, DIM, dtype=dtype)
-    loss = NTXentLoss(temperature=temperature, normalize=normalize)
-    value, gradient = value_and_gradients(loss, z0, z1, index)
-    exact, exact_gradient = value_and_gradients(
-        lambda a, b: slow_ntxent(a, b, index, temperature, normalize), z0.double(), z1.double()
-    )
-    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
-    assert relative_rms(gradient, exact_gradient) <= DTYPES[dtype]
-
-
-@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
-def test_ntxent_passes_gradcheck(index):
-    z = [normal(seed, B, 3, dtype=torch.float64).requires_grad_() for seed in (0, 1)]
-    assert torch.autograd.gradcheck(lambda a, b: NTXentLoss(temperature=0.3)(a, b, index), z)
-
-
-def test_ntxent_takes_no_row_of_an_anchors_item_for_a_negative():
-    value, gradient = value_and_gradients(
-        NTXentLoss(), normal(0, B, DIM), normal(1, B, DIM), torch.full((B,), 2**40 - 1)
-    )
-    assert value == 0 and not gradient.any()
-
-
-def test_ntxent_does_not_depend_on_the_rows_order():
-    z0, z1, index = normal(0, B, DIM), normal(1, B, DIM), INDICES["duplicates"]
-    order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
-    value, gradient = value_and_gradients(NTXentLoss(), z0, z1, index)
-    permuted, permuted_gradient = value_and_gradients(NTXentLoss(), z0[order], z1[order], index[order])
-    torch.testing.assert_close(permuted, value)
-    assert relative_rms(permuted_gradient, gradient[torch.cat((order, order + B))]) <= 1e-5
-
-
-def test_ntxent_reports_the_statistics_of_its_batch():
-    z0, z1, temperature = normal(0, B, DIM), normal(1, B, DIM), 0.2
-    for index in INDICES.values():
-        value, stats = NTXentLoss(temperature=temperature)(z0, z1, index, return_stats=True)
-        expected = slow_pair_statistics(z0.double(), z1.double(), index, temperature)
-        expected["negative_similarity"] = slow_ntxent_negative_similarity(z0.double(), z1.double(), index, temperature)
-        assert_identical(stats["ntxent"], value)
-        assert_statistics(stats, expected)
-
-
-def assert_statistics(stats, expected):
-    assert set(stats) == set(expected)
-    for name, value in stats.items():
-        assert value.shape == () and not value.requires_grad
-        assert value.item() == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5), name
 
 
 class Table(nn.Module):

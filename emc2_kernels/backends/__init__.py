@@ -29,18 +29,36 @@ class Backend(NamedTuple):
     also: Callable[[], tuple[str, ...]] = tuple  # devices that it takes when asked for by name
     lse: str | None = None  # module: contrastive_lse, contrastive_lse_backward; None: it has none
     gumbel: str | None = None  # module: gumbel_sample
+    uncompiled: tuple[str, ...] = ()  # operations that run even where why_unavailable speaks: they need no compiler
 
     def module_of(self, op: str) -> str | None:
         return {"walk": self.module, "lse": self.lse, "gumbel": self.gumbel}[op]
+
+    def why_not(self, op: str) -> str | None:
+        return None if op in self.uncompiled else self.why_unavailable()
 
 
 # Fastest first: "auto" takes the first that can run the operands.
 TABLE = {
     "cuda": Backend("cuda", ("cuda",), HALF_AND_SINGLE, gpu.why_no_cuda_kernels, gpu.prefers_cuda_kernels),
     "triton": Backend(
-        "triton", ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices, gumbel="triton.gumbel"
+        "triton",
+        ("cuda",),
+        HALF_AND_SINGLE,
+        gpu.why_no_triton,
+        also=gpu.interpreted_devices,
+        lse="triton.lse",
+        gumbel="triton.gumbel",
     ),
-    "cpu": Backend("cpu", ("cpu",), HALF_AND_SINGLE, native.why_unavailable, gumbel="cpu_gumbel"),
+    "cpu": Backend(
+        "cpu",
+        ("cpu",),
+        HALF_AND_SINGLE,
+        native.why_unavailable,
+        lse="cpu_lse",
+        gumbel="cpu_gumbel",
+        uncompiled=("lse",),
+    ),
     "reference": Backend("reference", None, None, lambda: None, lse="reference_lse", gumbel="reference_gumbel"),
 }
 NAMES = ("auto", *TABLE)
@@ -95,7 +113,7 @@ def _named(name: str, device: str, dtype: torch.dtype, op: str) -> ModuleType:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
         takes = f"{' or '.join(backend.devices)} tensors of {dtypes}"
         raise ValueError(f"backend {name!r} takes {takes}, got {dtype} on {device}: use 'reference' or 'auto'")
-    reason = backend.why_unavailable()
+    reason = backend.why_not(op)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     return _module(name, op)
@@ -109,8 +127,8 @@ def _able(device: str, dtype: torch.dtype, op: str) -> tuple[str, ...]:
     not there is no failure where another fast backend does the work.
     """
     suited = [name for name, backend in TABLE.items() if _suits(backend, op, device, dtype)]
-    missing = {name: reason for name in suited if (reason := TABLE[name].why_unavailable()) is not None}
-    failed = {name: reason for name in suited if name not in missing and (reason := _failure(name)) is not None}
+    missing = {name: reason for name in suited if (reason := TABLE[name].why_not(op)) is not None}
+    failed = {name: reason for name in suited if name not in missing and (reason := _failure(name, op)) is not None}
     able = tuple(name for name in suited if name not in missing and name not in failed)
     if able[0] == "reference" and len(suited) > 1:
         _warn(missing | failed, "the much slower 'reference'")
@@ -130,10 +148,11 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _failure(name: str) -> str | None:
-    """Why a backend cannot be built, after an attempt, where it needs building."""
+def _failure(name: str, op: str) -> str | None:
+    """Why a backend cannot be built, after an attempt, where the operation needs building."""
     try:
-        _BUILDS.get(name, lambda: None)()
+        if op not in TABLE[name].uncompiled:
+            _BUILDS.get(name, lambda: None)()
     except RuntimeError as error:
         return str(error)
     return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .native import library
+from .scratch import tile_buffer
 from .walk import Walk
 
 # A tile of scores stays in the second- and third-level cache between the product that writes it and the walk that reads
@@ -19,16 +19,6 @@ SMALL_SWEEP_MULTIPLIES = 1 << 20  # n * m * d up to which one native call, produ
 ROW_ALIGNMENT = 64  # of a tile's rows: a multiple of the lanes, so that the last group may read past the rows
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_scratch = threading.local()
-
-
-def _tile_buffer(elements: int) -> Tensor:
-    """A buffer of this thread that is kept from call to call: fresh pages would cost as much as the walk."""
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or buffer.numel() < elements:
-        with torch.inference_mode(False):  # or a later call outside inference mode could not write to it
-            buffer = _scratch.buffer = torch.empty(elements, dtype=torch.float32)
-    return buffer
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -89,7 +79,7 @@ def _sweep_by_tiles(walk: Walk, recorder: Any) -> None:
     tile_rows = min(TILE_ROWS, n)
     stride = -(-tile_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
     tile_keys = min(m, TILE_ELEMENTS // stride)
-    buffer = _tile_buffer(stride * tile_keys)
+    buffer = tile_buffer(stride * tile_keys)
     for row in range(0, n, tile_rows):
         queries = _floats(walk.queries, row, tile_rows).T
         for key in range(0, m, tile_keys):

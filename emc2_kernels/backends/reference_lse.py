@@ -53,15 +53,20 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple
 
     With p_ij = exp(s_ij - lse_i): dq_i = grad_i / temperature_i * sum_j p_ij k_j, dk_j = sum_i grad_i / temperature_i *
     p_ij q_i, and dtemperature_i = -<q_i, dq_i> / temperature_i, since sum_j p_ij s_ij is <q_i, sum_j p_ij k_j> /
-    temperature_i. A row without keys has gradient 0.
+    temperature_i. A row without keys has gradient 0. Where the temperature is a number, its gradient is of shape (0,).
+    Where queries and keys are one tensor, the first gradient is of both, and the second of shape (0,).
     """
-    queries, keys = _wide(scores.queries), _wide(scores.keys)
-    d_queries, d_keys, d_temperature = torch.empty_like(queries), torch.zeros_like(keys), torch.empty_like(lse)
+    # An element that is not finite leaves its row or key without scores, but 0 * inf would be NaN.
+    queries, keys = (_wide(operand).nan_to_num(0, 0, 0) for operand in (scores.queries, scores.keys))
+    d_queries, d_keys = torch.empty_like(queries), torch.zeros_like(keys)
     with torch.autocast(lse.device.type, enabled=False):
         for rows, block in row_blocks(scores):
             level = torch.where(lse[rows].isfinite(), lse[rows], 0)[:, None]
             weights = (masked_scores(block) - level).exp() * (grad[rows] / block.temperature)[:, None]
             d_queries[rows] = weights @ keys
             d_keys += weights.T @ queries[rows]
-            d_temperature[rows] = -(queries[rows] * d_queries[rows]).sum(1) / block.temperature
+        per_row = isinstance(scores.temperature, Tensor)
+        d_temperature = -(queries * d_queries).sum(1) / scores.temperature if per_row else lse.new_empty(0)
+    if scores.symmetric:
+        d_queries, d_keys = d_queries + d_keys, d_keys.new_empty(0)
     return d_queries.to(scores.queries.dtype), d_keys.to(scores.keys.dtype), d_temperature

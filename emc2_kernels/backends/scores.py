@@ -12,10 +12,15 @@ class Scores(NamedTuple):
     left out."""
 
     queries: Tensor  # (n, d)
-    keys: Tensor  # (m, d)
+    keys: Tensor  # (m, d); may be the very tensor ``queries``
     temperature: float | Tensor  # or (n,) float32, float64 where the queries are
     query_ids: Tensor | None  # (n,) int64; None: nothing is excluded
     key_ids: Tensor | None  # (m,) int64
+
+    @property
+    def symmetric(self) -> bool:
+        """Queries and keys are one matrix with one set of ids; its gradient is then one."""
+        return self.keys is self.queries
 
     def of_rows(self, rows: slice) -> Scores:
         per_row = ("queries", "temperature", "query_ids")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .cached import CachedSoftmaxLoss
+from .clip import ClipLoss
 from .emc2 import EMC2Loss
 from .ntxent import NTXentLoss
 from .sogclr import SogCLRLoss
@@ -19,6 +20,7 @@ from .sogclr import SogCLRLoss
 __all__ = [
     "TABLE",
     "CachedSoftmaxLoss",
+    "ClipLoss",
     "EMC2Loss",
     "Method",
     "NTXentLoss",
@@ -47,6 +49,7 @@ TABLE = {
     "isogclr": Method(SogCLRLoss, {"individual_temperature": True}),
     "ntxent": Method(NTXentLoss, {}),
     "simclr": Method(NTXentLoss, {}),
+    "clip": Method(ClipLoss, {}),
     "cached": Method(CachedSoftmaxLoss, {}),
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..lse import contrastive_lse
+from .in_batch import in_batch
 
 NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
 
@@ -48,15 +48,19 @@ def stack(z0: Tensor, z1: Tensor, index: Tensor | None, *, normalize: bool) -> A
     """The anchors of checked arguments."""
     if index is not None:
         index = index.to(z0.device, non_blocking=True)
-    embeddings = torch.cat((unit(z0, normalize), unit(z1, normalize)))
-    views = torch.arange(2, device=z0.device).repeat_interleave(z0.shape[0])
+    b = z0.shape[0]
+    embeddings = unit(torch.cat((wide(z0), wide(z1))), normalize)
+    views = torch.arange(2 * b, device=z0.device) // b
     return Anchors(embeddings, None if index is None else index.repeat(2), views)
+
+
+def wide(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
 
 
 def unit(z: Tensor, normalize: bool = True) -> Tensor:
     """z in float32 (float64 stays), its rows divided by their lengths if asked to."""
-    wide = z if z.dtype == torch.float64 else z.float()
-    return torch.nn.functional.normalize(wide, dim=1, eps=NORM_FLOOR) if normalize else wide
+    return torch.nn.functional.normalize(wide(z), dim=1, eps=NORM_FLOOR) if normalize else wide(z)
 
 
 def compute_dtype(z: Tensor) -> torch.dtype:
@@ -88,31 +92,25 @@ def _check_index(index: Tensor, z0: Tensor, num_items: int | None) -> None:
     checks.within("index", index, 0, checks.MAX_CHAIN_ID if num_items is None else num_items)
 
 
-def batch_stats(anchors: Anchors, temperature: float, *, bimodal: bool = False) -> dict[str, Tensor]:
+def batch_stats(
+    anchors: Anchors, temperature: float | Tensor, *, bimodal: bool = False, ntxent: Tensor | None = None
+) -> dict[str, Tensor]:
     """What every loss reports of its batch, detached 0-d tensors, whatever it minimises itself.
 
-    ``ntxent``: the in-batch NT-Xent value; with ``bimodal`` the negatives are the other tower's.
-    ``positive_similarity``: mean similarity of the pairs. ``mean_cosine``: mean similarity over pairs of different rows
-    of one view; near 1 the encoder has collapsed.
-    """
-    from .ntxent import nt_xent
+    ``ntxent``: the in-batch NT-Xent value, with ``bimodal`` the in-batch CLIP value, whose negatives are the other
+    tower's. ``positive_similarity``: mean similarity of the pairs. ``mean_cosine``: mean similarity over pairs of
+    different rows of one view; near 1 the encoder has collapsed.
 
+    Args:
+        ntxent: that value, where it is known already.
+    """
     with torch.no_grad():
         detached = anchors._replace(embeddings=anchors.embeddings.detach())
         b = detached.embeddings.shape[0] // 2
         total = detached.embeddings.view(2, b, -1).sum(1).square().sum()
         diagonal = detached.embeddings.square().sum()
         return {
-            "ntxent": _two_tower_ntxent(detached, temperature) if bimodal else nt_xent(detached, temperature)[0],
-            "positive_similarity": (detached.embeddings * detached.positives).sum(1).mean(),
+            "ntxent": in_batch(detached, temperature, bimodal=bimodal).value if ntxent is None else ntxent,
+            "positive_similarity": (detached.embeddings[:b] * detached.embeddings[b:]).sum(1).mean(),
             "mean_cosine": (total - diagonal) / max(2 * b * (b - 1), 1),
         }
-
-
-def _two_tower_ntxent(anchors: Anchors, temperature: float) -> Tensor:
-    ids = anchors.items.chunk(2)[0]
-    positive = (anchors.embeddings * anchors.positives).sum(1) / temperature
-    z0, z1 = anchors.embeddings.chunk(2)
-    options = {"temperature": temperature, "query_ids": ids, "key_ids": ids}
-    negative = torch.cat((contrastive_lse(z0, z1, **options), contrastive_lse(z1, z0, **options)))
-    return (torch.logaddexp(negative, positive) - positive).mean()

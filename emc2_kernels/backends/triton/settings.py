@@ -27,6 +27,23 @@ class Gathered(NamedTuple):
     measured: str
 
 
+class Lse(NamedTuple):
+    block_m: int  # rows of a program; its tiles have 128 keys, as the sweep's
+    block_d: int  # dimensions of one product
+    num_warps: int
+    num_stages: int
+    measured: str
+
+
+class LseGradient(NamedTuple):
+    block_m: int
+    block_d: int
+    block_out: int  # dimensions of a program's result
+    num_warps: int
+    num_stages: int
+    measured: str
+
+
 NOT_MEASURED = "not measured: chosen by registers and shared memory of the compiled code"
 
 ANY = 1 << 62
@@ -49,6 +66,22 @@ SWEEPS: dict[tuple[int, bool, int, int], Sweep] = {
 }
 GATHERED: dict[int, Gathered] = {8: Gathered(32, 256, 2, NOT_MEASURED)}
 
+# By (generation, half precision?), as above; gradients by the largest d too. On Hopper and Ampere a program that holds
+# whole rows, up to d = 128, loads each key once for both of its products.
+LSES: dict[tuple[int, bool], Lse] = {
+    (8, True): Lse(128, 128, 8, 2, NOT_MEASURED),
+    (8, False): Lse(64, 32, 4, 2, NOT_MEASURED),
+    (10, True): Lse(64, 64, 4, 3, NOT_MEASURED),
+    (10, False): Lse(64, 32, 4, 2, NOT_MEASURED),
+}
+LSE_GRADIENTS: dict[tuple[int, bool, int], LseGradient] = {
+    (8, True, 128): LseGradient(64, 128, 128, 4, 2, NOT_MEASURED),
+    (8, True, ANY): LseGradient(64, 64, 128, 8, 2, NOT_MEASURED),
+    (8, False, ANY): LseGradient(32, 32, 64, 4, 2, NOT_MEASURED),
+    (10, True, ANY): LseGradient(64, 64, 128, 8, 2, NOT_MEASURED),
+    (10, False, ANY): LseGradient(32, 32, 64, 4, 2, NOT_MEASURED),
+}
+
 PROGRAMS_PER_PROCESSOR = 2  # of the sweep, at once
 GATHERED_PROGRAMS = 4  # of the gathered walk, in the place of each of those
 MAX_SPLITS = 511  # composed by one program of the second launch
@@ -66,6 +99,21 @@ def sweep(generation: int, half: bool, d: int, n: int) -> Sweep:
 @lru_cache(maxsize=16)
 def gathered(generation: int) -> Gathered:
     return GATHERED[max(known for known in GATHERED if known <= max(generation, 8))]
+
+
+@lru_cache(maxsize=16)
+def lse(generation: int, half: bool) -> Lse:
+    return LSES[_newest(LSES, generation), half]
+
+
+@lru_cache(maxsize=64)
+def lse_gradient(generation: int, half: bool, d: int) -> LseGradient:
+    newest = _newest(LSE_GRADIENTS, generation)
+    return LSE_GRADIENTS[min(row for row in LSE_GRADIENTS if row[:2] == (newest, half) and d <= row[2])]
+
+
+def _newest(table: dict, generation: int) -> int:
+    return max(row[0] for row in table if row[0] <= max(generation, 8))
 
 
 @lru_cache(maxsize=8)
