@@ -87,8 +87,25 @@ def ntxent(encode: Encode) -> nn.Module:
     return losses.NTXentLoss(temperature=TEMPERATURE)
 
 
+def sogclr(encode: Encode, **options: object) -> nn.Module:
+    return losses.SogCLRLoss(ITEMS, temperature=TEMPERATURE, **options)
+
+
+def cached(encode: Encode, **options: object) -> nn.Module:
+    """Its whole cache fits the encoder's present parameters only while these are fixed."""
+    encoder = encode if options.get("carry") == "recompute" else None
+    return losses.CachedSoftmaxLoss(
+        ITEMS, DIM, temperature=TEMPERATURE, bank_dtype=torch.float32, encode=encoder, **options
+    )
+
+
 METHODS: dict[str, MakeLoss] = {
     "NT-Xent": ntxent,
+    "SogCLR": sogclr,
+    "SogCLR, gamma 0.1": partial(sogclr, gamma=0.1),
+    "cache, cached": cached,
+    "cache, corrected": partial(cached, carry="corrected"),
+    "cache, recompute": partial(cached, carry="recompute", refresh=0),
     "EMC², recompute": partial(emc2, carry="recompute"),
     "EMC², recompute, recycled": partial(emc2, carry="recompute", estimator="recycled"),
     "EMC², cached": emc2,

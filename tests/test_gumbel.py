@@ -9,7 +9,7 @@ from scipy.stats import chi2
 
 import emc2_kernels as emc2
 from emc2_kernels import rng
-from emc2_kernels.backends import cpu_gumbel
+from emc2_kernels.backends import tiles as tile_sizes
 
 SIZES = [(1, 1, 1), (1, 5, 3), (7, 4, 16), (8, 3, 17), (16, 63, 64), (17, 64, 33), (33, 65, 100), (65, 130, 8)]
 
@@ -74,8 +74,8 @@ def everything(n=37, m=45, num_samples=3):
 def tiles(request, monkeypatch):
     """Tiles of the cpu backend that end inside a block of four draws, and blocks of few rows."""
     if request.param == "many tiles":
-        monkeypatch.setattr(cpu_gumbel, "TILE_ROWS", 64)
-        monkeypatch.setattr(cpu_gumbel, "TILE_ELEMENTS", 64 * 30)
+        monkeypatch.setattr(tile_sizes, "TILE_ROWS", 64)
+        monkeypatch.setattr(tile_sizes, "TILE_ELEMENTS", 64 * 30)
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 17])

@@ -9,7 +9,7 @@ from oracle import unit, walk
 
 import emc2_kernels as emc2
 from emc2_kernels import rng
-from emc2_kernels.backends import cpu, reference
+from emc2_kernels.backends import cpu, reference, tiles
 from emc2_kernels.transition import Transition
 
 
@@ -96,8 +96,8 @@ def test_mutants_of_the_reference_are_caught(name, monkeypatch):
 def test_a_forgotten_mask_at_a_tile_edge_is_caught(monkeypatch):
     """The cpu backend told of one key more than a tile has walks over the rubbish behind it."""
     monkeypatch.setattr(cpu, "SMALL_SWEEP_MULTIPLIES", -1)
-    monkeypatch.setattr(cpu, "TILE_ROWS", 64)
-    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 64 * 16)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 64)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64 * 16)
     real = cpu.library()
 
     class Sweep:

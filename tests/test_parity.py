@@ -5,7 +5,7 @@ import torch
 from oracle import unit, walk
 
 import emc2_kernels as emc2
-from emc2_kernels.backends import cpu
+from emc2_kernels.backends import cpu, tiles
 
 BACKENDS = ("reference", "cpu")
 SIZES = [(1, 1, 1), (1, 5, 3), (7, 4, 16), (8, 3, 17), (16, 63, 64), (17, 64, 33), (33, 65, 100), (65, 130, 8)]
@@ -44,8 +44,8 @@ def sweep_path(request, monkeypatch):
     if request.param != "small":
         monkeypatch.setattr(cpu, "SMALL_SWEEP_MULTIPLIES", -1)
     if request.param == "many tiles":
-        monkeypatch.setattr(cpu, "TILE_ROWS", 64)
-        monkeypatch.setattr(cpu, "TILE_ELEMENTS", 64 * 30)
+        monkeypatch.setattr(tiles, "TILE_ROWS", 64)
+        monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64 * 30)
 
 
 @pytest.mark.parametrize(("n", "m", "d"), SIZES)

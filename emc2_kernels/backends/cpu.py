@@ -8,35 +8,30 @@ import torch
 from torch import Tensor
 
 from .native import library
-from .scratch import tile_buffer
+from .tiles import score_tiles
 from .walk import Walk
 
-# A tile of scores stays in the second- and third-level cache between the product that writes it and the walk that reads
-# it.
-TILE_ELEMENTS = 1 << 19
-TILE_ROWS = 512
 SMALL_SWEEP_MULTIPLIES = 1 << 20  # n * m * d up to which one native call, products included, beats torch's product
-ROW_ALIGNMENT = 64  # of a tile's rows: a multiple of the lanes, so that the last group may read past the rows
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _unsigned(value: int | Tensor, bits: int) -> int:
+def unsigned(value: int | Tensor, bits: int) -> int:
     return int(value) & ((1 << bits) - 1)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def _dense(walk: Walk) -> Walk:
     """The walk with its vectors contiguous, as the core reads them; the caller keeps them alive."""
     names = ("chain_ids", "query_ids", "key_ids", "log_proposal", "positions")
-    dense = {name: _contiguous(value) for name in names if (value := getattr(walk, name)) is not None}
+    dense = {name: contiguous(value) for name in names if (value := getattr(walk, name)) is not None}
     if isinstance(walk.temperature, Tensor):
         dense["temperature"] = walk.temperature.contiguous()
     return walk._replace(**dense) if dense else walk
@@ -53,47 +48,27 @@ def _recorder(walk: Walk, step: tuple[int, ...] = (0,) * 9, transition: tuple[in
         walk.num_proposals,
         walk.burn_in,
         walk.num_samples,
-        _unsigned(walk.seed, 64),
-        _unsigned(walk.step, 32),
+        unsigned(walk.seed, 64),
+        unsigned(walk.step, 32),
         0.0 if per_row else walk.temperature,
         walk.temperature.data_ptr() if per_row else 0,
-        _address(walk.chain_ids),
-        _address(walk.query_ids),
-        _address(walk.key_ids),
-        _address(walk.log_proposal),
+        address(walk.chain_ids),
+        address(walk.query_ids),
+        address(walk.key_ids),
+        address(walk.log_proposal),
         torch.get_num_threads(),
         *step,
         *transition,
     )
 
 
-def _floats(operand: Tensor, first: int, count: int) -> Tensor:
-    """Rows of an operand in float32, so that half-precision products are exact."""
-    return (operand if count >= operand.shape[0] else operand[first : first + count]).float()
-
-
-def _sweep_by_tiles(walk: Walk, recorder: Any) -> None:
-    """Scores by tiles of (keys, rows): neighbouring rows, which share a vector, are neighbours in memory."""
-    n, m = walk.queries.shape[0], walk.keys.shape[0]
-    sweep = library().Sweep(recorder)
-    tile_rows = min(TILE_ROWS, n)
-    stride = -(-tile_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    tile_keys = min(m, TILE_ELEMENTS // stride)
-    buffer = tile_buffer(stride * tile_keys)
-    for row in range(0, n, tile_rows):
-        queries = _floats(walk.queries, row, tile_rows).T
-        for key in range(0, m, tile_keys):
-            keys = _floats(walk.keys, key, tile_keys)
-            dots = buffer.as_strided((keys.shape[0], queries.shape[1]), (stride, 1))
-            torch.mm(keys, queries, out=dots)
-            sweep.walk(buffer.data_ptr(), stride, row, row + queries.shape[1], key, key + keys.shape[0])
-
-
 def _run(walk: Walk, recorder: Any) -> None:
     queries, keys = walk.queries, walk.keys
     n, dim = queries.shape
     if walk.is_sweep and n * keys.shape[0] * dim > SMALL_SWEEP_MULTIPLIES:
-        _sweep_by_tiles(walk, recorder)
+        sweep = library().Sweep(recorder)
+        for tile in score_tiles(queries, keys):
+            sweep.walk(*tile)
         return
     operands = (queries.data_ptr(), keys.data_ptr(), queries.stride(0), keys.stride(0), dim, _DTYPES[queries.dtype])
     if walk.is_sweep:
@@ -101,7 +76,7 @@ def _run(walk: Walk, recorder: Any) -> None:
     else:
         positions = walk.positions
         library().walk_gathered(
-            recorder, *operands, _address(positions), 0 if positions is None else positions.stride(0)
+            recorder, *operands, address(positions), 0 if positions is None else positions.stride(0)
         )
 
 
@@ -118,14 +93,14 @@ def step(
     walk: Walk, key: Tensor, score: Tensor, key_labels: Tensor | None, return_accepts: bool, return_lse: bool
 ) -> list[Tensor]:
     """[samples, key, score, threshold], then accepted and lse if asked for; see ``emc2_kernels.mh_step``."""
-    walk, key, score, key_labels = _dense(walk), _contiguous(key), _contiguous(score), _contiguous(key_labels)
+    walk, key, score, key_labels = _dense(walk), contiguous(key), contiguous(score), contiguous(key_labels)
     n = walk.queries.shape[0]
     samples, new_key = torch.empty(n, walk.num_samples, dtype=torch.int32), torch.empty(n, dtype=torch.int64)
     new_score, threshold = torch.empty(n, dtype=torch.float32), torch.empty(n, dtype=torch.float32)
     accepted = torch.empty(n, dtype=torch.int32) if return_accepts else None
     lse = torch.empty(n, dtype=torch.float32) if return_lse else None
     out = (samples, new_key, new_score, threshold, accepted, lse)
-    _run(walk, _recorder(walk, step=tuple(map(_address, (key, score, key_labels, *out)))))
+    _run(walk, _recorder(walk, step=tuple(map(address, (key, score, key_labels, *out)))))
     return [tensor for tensor in out if tensor is not None]
 
 
@@ -133,5 +108,5 @@ def view_coin(items: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
     """(b,) int64 of 0 and 1; see ``emc2_kernels.rng.view_coin``."""
     items = items.contiguous()
     views = torch.empty_like(items)
-    library().view_coins(items.data_ptr(), items.numel(), _unsigned(seed, 64), _unsigned(step, 32), views.data_ptr())
+    library().view_coins(items.data_ptr(), items.numel(), unsigned(seed, 64), unsigned(step, 32), views.data_ptr())
     return views

@@ -14,7 +14,9 @@ from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..gumbel import MAX_SAMPLES, gumbel_sample
-from .encoding import Encode, check_encode, encode_distinct, encoded, rows_of_labels
+from .correction import correction, kept_rows
+from .encoding import Encode, check_encode, encoded
+from .negatives import by_label, mean_negative
 from .pairs import Anchors, batch_stats, check, stack
 
 DEFAULT_REFRESH = 0.01
@@ -86,7 +88,7 @@ class CachedSoftmaxLoss(nn.Module):
         self.num_samples = checks.at_least("num_samples", num_samples, 1)
         if num_samples >= MAX_SAMPLES:
             raise ValueError(f"num_samples must be below 2^16, got {num_samples}")
-        checks.one_of("carry", carry, ("cached", "recompute"))
+        checks.one_of("carry", carry, ("cached", "corrected", "recompute"))
         checks.one_of("gather", gather, ("none",))
         checks.one_of("backend", backend, NAMES)
         checks.boolean("bimodal", bimodal)
@@ -129,8 +131,9 @@ class CachedSoftmaxLoss(nn.Module):
         self._check_device(z0)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         labels = anchors.items * 2 + anchors.views
+        kept = kept_rows(anchors, self.bank)
         if not self.training:
-            return self._surrogate(anchors, labels, return_stats)
+            return self._surrogate(anchors, labels, kept, return_stats)
         with torch.no_grad():
             oldest = self._oldest(labels)
             fresh = encoded(self.encode, oldest, anchors.embeddings, self.normalize) if self.refresh_count else None
@@ -139,7 +142,7 @@ class CachedSoftmaxLoss(nn.Module):
                 if fresh is not None:
                     self.bank.update(oldest // 2, oldest % 2, fresh, self.step)
                 self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
-            result = self._surrogate(anchors, labels, return_stats)
+            result = self._surrogate(anchors, labels, kept, return_stats)
         self.step += 1
         return result
 
@@ -172,23 +175,28 @@ class CachedSoftmaxLoss(nn.Module):
             raise
 
     def _surrogate(
-        self, anchors: Anchors, labels: Tensor, return_stats: bool
+        self, anchors: Anchors, labels: Tensor, kept: Tensor, return_stats: bool
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         drawn = self._draw(anchors, labels)
-        rows = rows_of_labels(labels, drawn)
-        negatives = self._mean_negatives(anchors.embeddings, drawn, rows)
+        samples = by_label(drawn, torch.ones_like(drawn, dtype=torch.float32), labels)
+        again = self.encode if self.carry == "recompute" else None
+        negatives = mean_negative(anchors.embeddings, samples, self.bank, again, self.normalize)
         positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
         negative_similarity = (anchors.embeddings * negatives).sum(1)
-        loss = (negative_similarity - positive_similarity).mean() / self.temperature
+        terms = negative_similarity - positive_similarity
+        if self.carry == "corrected":
+            outside = samples.label_weights.sum(1)
+            terms = terms + correction(anchors, kept, outside, self.temperature, self.bimodal, self.backend)
+        loss = terms.mean() / self.temperature
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
         if not return_stats:
             return loss
         ages = self.bank.age(drawn.flatten())
         held = ages >= 0
-        return loss, batch_stats(anchors, self.temperature) | {
+        return loss, batch_stats(anchors, self.temperature, bimodal=self.bimodal) | {
             "cache_age": torch.where(held, ages, 0).sum() / held.sum().clamp_min(1),
-            "carry_share": (held & (rows < 0).flatten()).sum() / held.sum().clamp_min(1),
+            "carry_share": (samples.label_weights > 0).sum() / held.sum().clamp_min(1),
             "negative_similarity": negative_similarity.detach().mean(),
         }
 
@@ -215,22 +223,6 @@ class CachedSoftmaxLoss(nn.Module):
             positions = gumbel_sample(queries[rows], keys, **ids, **options)
             drawn.append(torch.where(positions >= 0, positions * 2 + (1 - view), -1))
         return torch.cat(drawn)
-
-    def _mean_negatives(self, embeddings: Tensor, drawn: Tensor, rows: Tensor) -> Tensor:
-        """(2b, d): each anchor's samples, averaged: those in the batch from there. Without any, zeros."""
-        in_batch = rows >= 0
-        counted = drawn >= 0
-        weights = counted.to(embeddings.dtype) / counted.sum(1, keepdim=True).clamp_min(1)
-        # -1 is no legal index of a bag: it points at row 0 with weight 0.
-        mean = nn.functional.embedding_bag(
-            rows.clamp_min(0), embeddings, mode="sum", per_sample_weights=weights * in_batch
-        )
-        if self.carry == "recompute":
-            anchor, sample = (counted & ~in_batch).nonzero(as_tuple=True)
-            others = encode_distinct(self.encode, drawn[anchor, sample], embeddings, self.normalize)
-            return mean.index_add(0, anchor, weights[anchor, sample, None] * others)
-        cached = self.bank.lookup(torch.where(in_batch, -1, drawn).flatten()).to(mean.dtype)
-        return mean + (weights[..., None] * cached.view(*drawn.shape, -1)).sum(1)
 
     def extra_repr(self) -> str:
         return (

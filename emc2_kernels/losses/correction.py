@@ -1,4 +1,4 @@
-"""What stands in, in EMC2's gradient, for the keys that are outside the batch and are not encoded again.
+"""What stands in, in a sampled gradient, for the keys that are outside the batch and are not encoded again.
 
 Such a key c is a kept embedding k_c: old, because the encoder has moved since, and without a gradient of its own. Both
 errors feed the same runaway. Attraction between positives acts on both ends, repulsion only on one: half of it is
@@ -22,27 +22,27 @@ from .pairs import Anchors
 
 
 def correction(
-    anchors: Anchors, weights: Tensor, bank: EmbeddingBank, temperature: float, bimodal: bool, backend: str
+    anchors: Anchors, kept: Tensor, weights: Tensor, temperature: float, bimodal: bool, backend: str
 ) -> Tensor:
     """(2b,): weights_i <q_i, sum_j p_ij (z_j - k_j)>, differentiable in q and z.
 
     Args:
-        weights: (2b,) of the anchors' samples outside the batch. bank: before it is written.
+        kept: (2b, d) ``kept_rows``, from before this step's are written.
+        weights: (2b,) of the anchors' samples outside the batch.
     """
     b = anchors.items.shape[0] // 2
     halves = (slice(0, b), slice(b, 2 * b))
     pairs = [(halves[0], halves[1]), (halves[1], halves[0])] if bimodal else [(slice(0, 2 * b), slice(0, 2 * b))]
-    moved = _moved(anchors, bank)
+    moved = anchors.embeddings.detach() - kept
     terms = [_of_part(anchors, rows, keys, weights[rows], moved[keys], temperature, backend) for rows, keys in pairs]
     return torch.cat(terms)
 
 
-def _moved(anchors: Anchors, bank: EmbeddingBank) -> Tensor:
-    """(2b, d): how far each row has moved since the bank was last told; 0 if it never was."""
+def kept_rows(anchors: Anchors, bank: EmbeddingBank) -> Tensor:
+    """(2b, d): what the bank has of the anchors themselves; where it has nothing, what they are now."""
     labels = anchors.items * 2 + anchors.views
     embeddings = anchors.embeddings.detach()
-    held = bank.age(labels) >= 0
-    return torch.where(held[:, None], embeddings - bank.lookup(labels).to(embeddings.dtype), 0)
+    return torch.where((bank.age(labels) >= 0)[:, None], bank.lookup(labels).to(embeddings.dtype), embeddings)
 
 
 def _of_part(

@@ -12,12 +12,13 @@ from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
 from ..transition import MHState
-from . import fused, negatives
-from .correction import correction
-from .negatives import Encode
+from . import fused
+from .correction import correction, kept_rows
+from .encoding import Encode, check_encode
+from .negatives import mean_negative
 from .pairs import Anchors, batch_stats, check, compute_dtype, stack
 from .sitting import SittingQueries
-from .visits import Visit, num_proposed, visit
+from .visits import num_proposed, visit
 
 CARRIES = ("cached", "corrected", "two_sided", "recompute", "drop")
 COLLAPSING = ("cached", "two_sided")  # carry, with proposals="bank"
@@ -171,15 +172,18 @@ class EMC2Loss(nn.Module):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         visited = visit(self, anchors, compute_dtype(z0), return_stats)
-        mean_negative = self._mean_negative(visited)
+        keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
+        again = self.encode if self.carry == "recompute" else None
+        negatives = mean_negative(keys, visited.samples, self.bank, again, self.normalize)
         positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
-        negative_similarity = (anchors.embeddings * mean_negative).sum(1)
+        negative_similarity = (anchors.embeddings * negatives).sum(1)
         terms = negative_similarity - positive_similarity
         if self.carry == "two_sided":
             terms = terms + self._key_side(anchors)
         elif self.carry == "corrected":
             outside = visited.samples.label_weights.sum(1)
-            terms = terms + correction(anchors, outside, self.bank, self.temperature, self.bimodal, self.backend)
+            kept = kept_rows(anchors, self.bank)
+            terms = terms + correction(anchors, kept, outside, self.temperature, self.bimodal, self.backend)
         loss = terms.mean() / self.temperature
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
@@ -217,17 +221,6 @@ class EMC2Loss(nn.Module):
             expected = f"at most {most} with this batch ({num_proposals} proposals, burn-in {burn_in})"
             raise ValueError(f"num_samples must be {expected}, got {self.num_samples}")
         return burn_in, self.num_samples
-
-    def _mean_negative(self, visited: Visit) -> Tensor:
-        """(2b, d): each anchor's samples, averaged; an anchor without any (a chain that has not started) gets zeros."""
-        keys, samples = visited.keys, visited.samples
-        inside = negatives.of_batch(keys.detach() if self.carry == "two_sided" else keys, samples)
-        if self.carry == "drop":
-            return inside
-        if self.carry == "recompute":
-            outside = negatives.of_encoder(self.encode, samples, self.bank.dim, self.normalize, keys.dtype)
-            return inside if outside is None else inside + outside
-        return inside + negatives.of_bank(self.bank, samples, keys.dtype)
 
     def _key_side(self, anchors: Anchors) -> Tensor:
         """(2b,): each row as the key of all the chains that sat on it before this step.
@@ -269,10 +262,9 @@ class EMC2Loss(nn.Module):
 
 
 def _check_carry(carry: str, encode: Encode | None, proposals: str) -> None:
+    check_encode(encode)
     if encode is None and carry == "recompute":
         raise ValueError('encode must be given with carry="recompute", got None')
-    if encode is not None and not callable(encode):
-        raise TypeError(f"encode must be a function, got {checks.describe(encode)}")
     if proposals == "bank" and carry == "drop":
         raise ValueError('carry must not be "drop" with proposals="bank", whose samples are all outside, got "drop"')
     if proposals == "bank" and carry in COLLAPSING:

@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..bank import EmbeddingBank
-from .pairs import unit
-from .visits import Samples
-
-Encode = Callable[[Tensor, Tensor], Tensor]
+from .encoding import Encode, encode_distinct, rows_of_labels
 
 
-def of_batch(keys: Tensor, samples: Samples) -> Tensor:
-    """(2b, d): the part inside the batch, differentiable in keys (m, d)."""
-    weights = samples.row_weights.to(keys.dtype)
-    return nn.functional.embedding_bag(samples.rows, keys, mode="sum", per_sample_weights=weights)
+class Samples(NamedTuple):
+    """The anchors' negatives as weighted means: the weights of an anchor sum to 1, or to 0 if it has no sample.
+
+    A sample is one of the batch's keys, which have a gradient, or else a label of the bank.
+    """
+
+    rows: Tensor  # (2b, S) int64 positions in the batch's keys
+    row_weights: Tensor  # (2b, S) float; 0 where ``rows`` means nothing
+    labels: Tensor  # (2b, S') int64
+    label_weights: Tensor  # (2b, S'); 0 where ``labels`` means nothing
 
 
-def of_bank(bank: EmbeddingBank, samples: Samples, dtype: torch.dtype) -> Tensor:
-    """(2b, d): the part outside the batch, from the bank, without gradient."""
-    n, width = samples.labels.shape
-    kept = bank.lookup(samples.labels.flatten()).to(dtype).view(n, width, -1)
-    return (samples.label_weights.to(dtype)[:, None] @ kept).squeeze(1)
+def by_label(labels: Tensor, weights: Tensor, batch: Tensor) -> Samples:
+    """Samples given by label: from the batch, whose rows have the labels ``batch`` (2b,), where it has them.
+
+    Args:
+        labels: (2b, S) int64, -1: none. weights: (2b, S), of any sum.
+    """
+    weights = weights * (labels >= 0)
+    total = weights.sum(1, keepdim=True)
+    weights = weights / torch.where(total > 0, total, 1)
+    rows = rows_of_labels(batch, labels)
+    inside = rows >= 0
+    return Samples(rows.clamp_min(0), weights * inside, labels, weights * ~inside)
 
 
-def of_encoder(encode: Encode, samples: Samples, dim: int, normalize: bool, dtype: torch.dtype) -> Tensor | None:
-    """(2b, d): the part outside the batch, each distinct sample encoded again, with gradient; None: there is none."""
-    rows, columns = samples.label_weights.nonzero(as_tuple=True)
-    if rows.numel() == 0:
-        return None
-    distinct, inverse = samples.labels[rows, columns].unique(return_inverse=True)
-    encoded = encode(distinct // 2, distinct % 2)
-    checks.tensor("encode's result", encoded)
-    checks.operand_dtype("encode's result", encoded)
-    if encoded.shape != (distinct.shape[0], dim) or encoded.device != distinct.device:
-        expected = f"shape ({distinct.shape[0]}, {dim}) on {distinct.device}"
-        raise ValueError(f"encode's result must have {expected}, got {checks.describe(encoded)}")
-    checks.finite("encode's result", encoded.detach())
-    again = unit(encoded, normalize).to(dtype)[inverse]
-    weights = samples.label_weights[rows, columns].to(dtype)
-    return again.new_zeros(samples.labels.shape[0], dim).index_add(0, rows, weights[:, None] * again)
+def mean_negative(
+    keys: Tensor, samples: Samples, bank: EmbeddingBank, encode: Encode | None, normalize: bool
+) -> Tensor:
+    """(2b, d), differentiable in keys (m, d); zeros for an anchor without samples.
+
+    Args:
+        encode: makes what is outside the batch, each distinct sample once, with gradient. None: the bank gives it,
+            without.
+    """
+    # A bag wants legal indices: one that means nothing points at row 0 with weight 0.
+    mean = nn.functional.embedding_bag(
+        samples.rows, keys, mode="sum", per_sample_weights=samples.row_weights.to(keys.dtype)
+    )
+    weights = samples.label_weights.to(keys.dtype)
+    if encode is None:
+        kept = bank.lookup(torch.where(weights > 0, samples.labels, -1).flatten()).to(keys.dtype)
+        return mean + (weights[..., None] * kept.view(*weights.shape, -1)).sum(1)  # no product for autocast to round
+    anchor, sample = weights.nonzero(as_tuple=True)
+    again = encode_distinct(encode, samples.labels[anchor, sample], keys, normalize)
+    return mean.index_add(0, anchor, weights[anchor, sample, None] * again)

@@ -11,22 +11,11 @@ from .. import ops, rng
 from ..backends.walk import sample_points
 from ..mh import mh_step
 from ..transition import MHState
+from .negatives import Samples, by_label
 from .pairs import Anchors
 
 if TYPE_CHECKING:
     from .emc2 import EMC2Loss
-
-
-class Samples(NamedTuple):
-    """The anchors' negatives as weighted means: the weights of an anchor sum to 1, or to 0 if it has no sample yet.
-
-    A sample is one of the batch's keys, which have a gradient, or else a label of the bank.
-    """
-
-    rows: Tensor  # (2b, S) int64 positions in the batch's keys
-    row_weights: Tensor  # (2b, S) float32; 0 where ``rows`` means nothing
-    labels: Tensor  # (2b, S') int64
-    label_weights: Tensor  # (2b, S'); 0 where ``labels`` means nothing
 
 
 class Visit(NamedTuple):
@@ -193,13 +182,7 @@ def _of_bank(
 ) -> Samples:
     """Samples by label, but by row where the label happens to be in the batch."""
     labels = torch.where(positions >= 0, part.labels[positions.clamp_min(0)], start[:, None])
-    weights = weights * (labels >= 0)
-    total = weights.sum(1, keepdim=True)
-    weights = weights / torch.where(total > 0, total, 1)
-    ordered, order = (anchors.items * 2 + anchors.views).sort()
-    place = torch.searchsorted(ordered, labels).clamp_max(ordered.shape[0] - 1)
-    inside = ordered[place] == labels
-    return Samples(order[place], weights * inside, labels, weights * ~inside)
+    return by_label(labels, weights, anchors.items * 2 + anchors.views)
 
 
 def _acceptance(anchors: Anchors, parts: list[Proposals], walked: list[_Walked]) -> Tensor:
