@@ -125,7 +125,7 @@ def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: tor
     """(n, d): the gradient of the owners' matrix."""
     (n, d), m = owners.matrix.shape, others.matrix.shape[0]
     generation, processors = settings.device(owners.matrix.device.index or 0)
-    chosen = settings.lse_gradient(generation, owners.matrix.dtype != torch.float32, d)
+    chosen = settings.lse_gradient(generation, owners.matrix.dtype != torch.float32)
     block_out = min(chosen.block_out, max(32, power_of_two(d)))
     blocks, chunks, tiles = -(-n // chosen.block_m), -(-d // block_out), -(-m // TILE.value)
     splits = settings.splits(max(1, blocks * chunks), tiles, processors)
