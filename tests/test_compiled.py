@@ -37,7 +37,7 @@ BOUNDS = {
     **{
         (case, (80, 90, 100)): {
             "lse_kernel": (255, 128, 140_000, None),
-            "lse_gradient_kernel": (255, 128, 60_000, None),
+            "lse_gradient_kernel": (255, {80: 128, 90: 128, 100: 256}, 60_000, None),
         }
         for case in ("lse d=128", "lse d=1024", "lse float32", "lse, split", "lse, symmetric", "lse, symmetric d=512")
     },
