@@ -35,7 +35,7 @@ class Case(NamedTuple):
     accepts: bool = False
     lse: bool = False
     ids: bool = True  # chain, query and key ids, and labels
-    symmetric: bool = False  # keys are the queries
+    symmetric: bool = False  # the keys are the queries
     all_tensors: bool = False  # per-row temperatures, proposal weights, seed and step too
     samples: int = 16
 

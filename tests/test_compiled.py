@@ -37,6 +37,13 @@ BOUNDS = {
     ("drawn", (80, 90, 100)): {"gathered_kernel": (128, 0, 1024, None)},
     ("given", (90,)): {"gathered_kernel": (128, 0, 1024, None)},
     **{
+        (case, (80, 90, 100)): {
+            "lse_kernel": (255, 128, 140_000, None),
+            "lse_gradient_kernel": (255, {80: 128, 90: 128, 100: 256}, 60_000, None),
+        }
+        for case in ("lse d=128", "lse d=1024", "lse float32", "lse, split", "lse, symmetric", "lse, symmetric d=512")
+    },
+    **{
         (case, (90,)): {
             f"{name}_kernel": (64, 0, 9000, None) for name in ("prepare", "negatives", "remember", "gradient")
         }

@@ -78,7 +78,8 @@ class _ScoreTiles:
         self.scores = scores
         self.keys = scores.keys.float()
         n, m = scores.queries.shape[0], scores.keys.shape[0]
-        self.buffer = tile_buffer(math.prod(_sides(n, m)))
+        self.rows, columns = _sides(n, m)
+        self.buffer = tile_buffer(self.rows * columns)
         excludes = scores.query_ids is not None
         self.places = _excluded_places(scores.query_ids, scores.key_ids) if excludes else None
 
@@ -137,17 +138,19 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple
 
 
 def _gradients(grad: Tensor, lse: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Of queries and of keys, float32."""
+    """Of queries and of keys, float32; of queries that are the keys, and whose temperature is a number, both in one."""
     tiles = _ScoreTiles(scores)
     coefficients = (grad / scores.temperature)[:, None]
     level = (lse * LOG2_E).clamp_min_(LOWEST)[:, None]
-    weighted = scores.queries * coefficients
-    d_queries, d_keys = torch.zeros_like(weighted), torch.zeros_like(tiles.keys)
+    d_keys = torch.zeros_like(tiles.keys)
+    one = scores.symmetric and not isinstance(scores.temperature, Tensor)
+    d_queries = d_keys if one else d_keys.new_zeros(scores.queries.shape)
+    means = d_keys.new_empty(tiles.rows, d_keys.shape[1])  # autocast leaves products alone that have a place to go
     for tile, values in tiles:
-        shares = values.sub_(level[tile.rows]).exp2_()
-        d_queries[tile.rows].addmm_(shares, tiles.keys[tile.keys])
-        d_keys[tile.keys].addmm_(shares.T, weighted[tile.rows])
-    return d_queries.mul_(coefficients), d_keys
+        shares, own = values.sub_(level[tile.rows]).exp2_(), coefficients[tile.rows]
+        d_queries[tile.rows].addcmul_(torch.mm(shares, tiles.keys[tile.keys], out=means[: len(own)]), own)
+        d_keys[tile.keys].addmm_(shares.T, scores.queries[tile.rows] * own)
+    return d_queries, d_keys.new_zeros(0) if one else d_keys
 
 
 def _small_scores(scores: Scores) -> Tensor:
@@ -167,6 +170,6 @@ def _small_gradients(grad: Tensor, lse: Tensor, scores: Scores) -> tuple[Tensor,
     weights *= (grad / scores.temperature)[:, None]
     d_queries = torch.empty_like(queries)
     if scores.symmetric and not isinstance(scores.temperature, Tensor):
-        return torch.mm(weights + weights.T, keys, out=d_queries), queries.new_zeros(0)
+        return torch.mm(weights + weights.T, keys, out=d_queries), grad.new_zeros(0)
     d_keys = torch.empty_like(keys)
     return torch.mm(weights, keys, out=d_queries), torch.mm(weights.T, queries, out=d_keys)

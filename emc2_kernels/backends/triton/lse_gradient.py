@@ -125,10 +125,14 @@ def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: tor
     """(n, d): the gradient of the owners' matrix."""
     (n, d), m = owners.matrix.shape, others.matrix.shape[0]
     generation, processors = settings.device(owners.matrix.device.index or 0)
-    chosen = settings.lse_gradient(generation, owners.matrix.dtype != torch.float32, d)
+    chosen = settings.lse_gradient(generation, owners.matrix.dtype != torch.float32)
     block_out = min(chosen.block_out, max(32, power_of_two(d)))
     blocks, chunks, tiles = -(-n // chosen.block_m), -(-d // block_out), -(-m // TILE.value)
-    splits = settings.splits(max(1, blocks * chunks), tiles, processors)
+    # Splits leave a float32 result each: there are none where the GPU is full without them.
+    programs = max(1, blocks * chunks)
+    most = max(1, settings.PROGRAMS_PER_PROCESSOR * processors // programs)
+    splits = min(most, settings.splits(programs, tiles, processors))
+    split_length = TILE.value * -(-tiles // splits)
     out = owners.matrix.new_empty(splits, n, d, dtype=dtype if splits == 1 else torch.float32)
     arguments = {
         "owners_ptr": owners.matrix,
@@ -142,7 +146,7 @@ def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: tor
         **queries,
         "owner_ids_ptr": owners.ids,
         "other_ids_ptr": others.ids,
-        "split_length": TILE.value * -(-tiles // splits),
+        "split_length": split_length,
         "out_ptr": out,
         "BLOCK_M": chosen.block_m,
         **_dimensions(d, chosen.block_d),

@@ -66,20 +66,16 @@ SWEEPS: dict[tuple[int, bool, int, int], Sweep] = {
 }
 GATHERED: dict[int, Gathered] = {8: Gathered(32, 256, 2, NOT_MEASURED)}
 
-# By (generation, half precision?), as above; gradients by the largest d too. On Hopper and Ampere a program that holds
-# whole rows, up to d = 128, loads each key once for both of its products.
+# By (generation, half precision?), as above. A gradient has two accumulators: with fewer warps they spill.
 LSES: dict[tuple[int, bool], Lse] = {
     (8, True): Lse(128, 128, 8, 2, NOT_MEASURED),
     (8, False): Lse(64, 32, 4, 2, NOT_MEASURED),
     (10, True): Lse(64, 64, 4, 3, NOT_MEASURED),
     (10, False): Lse(64, 32, 4, 2, NOT_MEASURED),
 }
-LSE_GRADIENTS: dict[tuple[int, bool, int], LseGradient] = {
-    (8, True, 128): LseGradient(64, 128, 128, 4, 2, NOT_MEASURED),
-    (8, True, ANY): LseGradient(64, 64, 128, 8, 2, NOT_MEASURED),
-    (8, False, ANY): LseGradient(32, 32, 64, 4, 2, NOT_MEASURED),
-    (10, True, ANY): LseGradient(64, 64, 128, 8, 2, NOT_MEASURED),
-    (10, False, ANY): LseGradient(32, 32, 64, 4, 2, NOT_MEASURED),
+LSE_GRADIENTS: dict[tuple[int, bool], LseGradient] = {
+    (8, True): LseGradient(64, 64, 128, 8, 2, NOT_MEASURED),
+    (8, False): LseGradient(32, 32, 64, 4, 2, NOT_MEASURED),
 }
 
 PROGRAMS_PER_PROCESSOR = 2  # of the sweep, at once
@@ -106,10 +102,9 @@ def lse(generation: int, half: bool) -> Lse:
     return LSES[_newest(LSES, generation), half]
 
 
-@lru_cache(maxsize=64)
-def lse_gradient(generation: int, half: bool, d: int) -> LseGradient:
-    newest = _newest(LSE_GRADIENTS, generation)
-    return LSE_GRADIENTS[min(row for row in LSE_GRADIENTS if row[:2] == (newest, half) and d <= row[2])]
+@lru_cache(maxsize=16)
+def lse_gradient(generation: int, half: bool) -> LseGradient:
+    return LSE_GRADIENTS[_newest(LSE_GRADIENTS, generation), half]
 
 
 def _newest(table: dict, generation: int) -> int:
