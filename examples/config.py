@@ -14,12 +14,14 @@ from data import DATASETS
 
 # Of the losses that losses.get knows, those for two views of one modality.
 METHODS = ("emc2", "simclr", "sogclr", "isogclr", "cached")
-CARRIES = ("cached", "recompute", "drop")
-# Detached negatives from a cache alone let all embeddings drift to one point: cached has to encode them again.
-DEFAULT_CARRY = {"emc2": "cached", "cached": "recompute"}
+CARRIES = ("auto", "cached", "corrected", "two_sided", "recompute", "drop")
+PROPOSALS = ("batch", "bank")
+ESTIMATORS = ("states", "recycled")
 VIEWS = ("one", "both")
 # Options that mean something to some of the methods only. Their names are those of the loss's arguments.
 ONLY_WITH = {
+    "proposals": ("emc2",),
+    "estimator": ("emc2",),
     "burn_in": ("emc2",),
     "carry": ("emc2", "cached"),
     "views": ("emc2",),
@@ -32,8 +34,7 @@ ONLY_WITH = {
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are one reasonable setting for all methods, tuned for none. `out` None: see `directory`; `carry` None:
-    the method's in DEFAULT_CARRY."""
+    """Defaults are one reasonable setting for all methods, tuned for none. `out` None: see `directory`."""
 
     data: str = "digits"
     method: str = "emc2"
@@ -44,7 +45,9 @@ class Config:
     temperature: float = 0.2
     dim: int = 64
     burn_in: float = 0.5
-    carry: str | None = None
+    proposals: str = "batch"
+    estimator: str = "states"
+    carry: str = "auto"
     views: str = "one"
     gamma: float = 0.9
     rho: float = 1.0
@@ -60,7 +63,9 @@ class Config:
     def __post_init__(self) -> None:
         expect_one_of("data", self.data, tuple(DATASETS))
         expect_one_of("method", self.method, METHODS)
-        expect_one_of("carry", DEFAULT_CARRY["emc2"] if self.carry is None else self.carry, CARRIES)
+        expect_one_of("proposals", self.proposals, PROPOSALS)
+        expect_one_of("estimator", self.estimator, ESTIMATORS)
+        expect_one_of("carry", self.carry, CARRIES)
         expect_one_of("views", self.views, VIEWS)
         expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
         expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
@@ -95,10 +100,7 @@ class Config:
 
     def own_options(self) -> dict[str, Any]:
         """Those that only some methods have and this one does."""
-        options = {name: getattr(self, name) for name, methods in ONLY_WITH.items() if self.method in methods}
-        if options.get("carry", "") is None:
-            options["carry"] = DEFAULT_CARRY[self.method]
-        return options
+        return {name: getattr(self, name) for name, methods in ONLY_WITH.items() if self.method in methods}
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it continues."""
@@ -134,8 +136,9 @@ HELP = {
     "temperature": "similarities are divided by this",
     "dim": "size of the projections",
     "burn_in": "emc2 only: share of a visit's proposals that give no sample",
-    "carry": "emc2 and cached only: samples outside the batch are taken from the bank (cached), encoded again "
-    "(recompute) or, by emc2, left out (drop, biased); the method cached collapses with carry cached",
+    "proposals": "emc2 only: what is proposed to the chains, the batch or draws from the bank of all embeddings",
+    "estimator": "emc2 only: chains' states, or recycled, which also counts what was rejected",
+    "carry": "emc2 and cached only: what stands for samples outside the batch, see EMC2Loss; auto is the loss's choice",
     "views": "emc2 only: views of an image that are proposed, one or both (both is the paper's choice, biased)",
     "gamma": "sogclr and isogclr only: weight of the present batch in an image's running denominator",
     "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",
@@ -151,7 +154,6 @@ HELP = {
 
 UNSET = {
     "out": "runs/DATA-METHOD-bBATCH_SIZE",
-    "carry": ", ".join(f"{carry} with --method {method}" for method, carry in DEFAULT_CARRY.items()),
 }
 
 

@@ -161,8 +161,8 @@ def build_loss(settings: Settings, method: str, num_items: int, encode: Any) -> 
     }
     takes = losses.TABLE[method].options()
     options = {name: value for name, value in common.items() if name in takes}
-    if method == "cached":  # detached negatives from a cache alone would let all embeddings drift to one point
-        options |= {"encode": encode, "carry": "recompute", "num_samples": 4}
+    if method == "cached":
+        options["encode"] = encode
     return losses.get(method, **options)
 
 

@@ -129,7 +129,7 @@ def test_value_gradients_statistics_and_cache_are_those_of_the_slow_version(opti
             encoder(weights[torch.float32]),
         )
     slow = SlowCached(**slow_options)
-    loss = CachedSoftmaxLoss(ITEMS, DIM, bank_dtype=torch.float32, **loss_options)
+    loss = CachedSoftmaxLoss(ITEMS, DIM, bank_dtype=torch.float32, **({"carry": "cached"} | loss_options))
     for step, index in enumerate([*batches(6), int64(3, 3, 5, 3)]):
         values, gradients = [], []
         for function, dtype in ((loss, torch.float32), (slow, torch.float64)):
@@ -198,7 +198,7 @@ def test_the_mean_gradient_is_that_of_the_softmax_over_the_cache(wrong_temperatu
     """Fixed embeddings, a full cache, many draws: within 5 standard errors, and a wrong temperature is not."""
     temperature, draws = 0.2, 400
     loss = CachedSoftmaxLoss(
-        ITEMS, DIM, temperature=wrong_temperature or temperature, num_samples=64, normalize=False,
+        ITEMS, DIM, temperature=wrong_temperature or temperature, num_samples=64, normalize=False, carry="cached",
         bank_dtype=torch.float32,
     )  # fmt: skip
     keys = torch.nn.functional.normalize(normal(4, 2 * ITEMS, DIM), dim=1)
@@ -249,7 +249,31 @@ def test_casting_the_loss_leaves_its_cache_alone():
     loss = warm()
     before = snapshot(loss)
     assert_unchanged(loss.half(), before)
-    assert set(before) == {"step", "bank.embeddings", "bank.written_at", "bank.last_step"}
+    assert set(before) == {"step", "bank.embeddings", "bank.written_at", "bank.last_step", "batch_means.means"}
+
+
+def test_setting_that_collapses_warns():
+    with pytest.warns(UserWarning, match="CachedSoftmaxLoss.*collapses.*corrected"):
+        CachedSoftmaxLoss(ITEMS, DIM, carry="cached")
+
+
+def test_corrected_takes_what_it_kept_with_the_drift_of_the_batch_means():
+    """All embeddings shifted alike between two batches: a kept negative is then where it is now, up to its norm."""
+    loss = CachedSoftmaxLoss(ITEMS, DIM, temperature=0.2, num_samples=400, normalize=False, bank_dtype=torch.float32)
+    rows = normal(5, 6, DIM)
+    centred = rows - rows.mean(0)
+    loss(centred[:3], centred[3:], int64(0, 1, 2))
+    shift = normal(6, DIM)
+    z0, z1 = (centred[:3] + shift).requires_grad_(), (centred[3:] + shift).requires_grad_()
+    loss.eval()
+    value = loss(z0, z1, int64(3, 4, 5))  # draws are all from outside the batch
+    draw_scores = torch.cat((z0, z1)).detach() @ loss.bank.embeddings[:6].T / 0.2
+    mean = draw_scores.softmax(1) @ (loss.bank.embeddings[:6] + shift)
+    positives = torch.cat((z1, z0)).detach()
+    expected = (torch.cat((z0, z1)).detach() * (mean - positives)).sum(1).mean() / 0.2
+    torch.testing.assert_close(value.detach(), expected, rtol=0.1, atol=0.5)
+    plain = (torch.cat((z0, z1)).detach() * (mean - shift - positives)).sum(1).mean() / 0.2
+    assert (value - expected).abs() < 0.1 * (plain - expected).abs()
 
 
 def warm(**options):

@@ -14,7 +14,7 @@ from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..gumbel import MAX_SAMPLES, gumbel_sample
-from .correction import correction, kept_rows
+from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
 from .negatives import by_label, mean_negative
 from .pairs import Anchors, batch_stats, check, stack
@@ -43,8 +43,10 @@ class CachedSoftmaxLoss(nn.Module):
             ``encode``. Without it the batches alone refresh the cache, and refresh must be 0 or left alone.
         num_samples: R, negatives of an anchor.
         carry: where a sample is not in the batch, "cached" takes the cache's embedding, detached, so the key's side of
-            the gradient is lost; "recompute" encodes it again, each distinct one once, with gradient, and waits for a
-            GPU to know which. A sample that is in the batch is the batch's embedding, with gradient.
+            the gradient is lost; "corrected" (which "auto" stands for) has its drift and the lost side estimated from
+            the keys of the batch (losses/correction.py); "recompute" encodes it again, each distinct one once, with
+            gradient, and waits for a GPU to know which. A sample that is in the batch is the batch's embedding, with
+            gradient.
         encode: encode(items (k,), views (k,)) -> (k, dim) embeddings, as the loss takes them. To refresh it is called
             without gradient, in whatever mode the encoder is in.
         gather: "none".
@@ -55,7 +57,11 @@ class CachedSoftmaxLoss(nn.Module):
         bank_dtype: of the cache. The anchors are rounded to it for the draw.
         backend: of ``gumbel_sample``.
 
-    State: ``bank`` and ``step`` are buffers, in ``state_dict``. They change in training mode only.
+    Warns:
+        UserWarning: carry="cached": training from scratch collapses, all embeddings to one point.
+
+    State: ``bank``, ``step``, and ``batch_means`` with carry="corrected", are in ``state_dict``. They change in
+    training mode only.
 
     Example:
         >>> loss = CachedSoftmaxLoss(len(dataset), 128, temperature=0.2, encode=encode_items)
@@ -72,7 +78,7 @@ class CachedSoftmaxLoss(nn.Module):
         temperature: float = 0.07,
         refresh: float = DEFAULT_REFRESH,
         num_samples: int = 16,
-        carry: str = "cached",
+        carry: str = "auto",
         encode: Encode | None = None,
         seed: int = 0,
         bimodal: bool = False,
@@ -88,13 +94,16 @@ class CachedSoftmaxLoss(nn.Module):
         self.num_samples = checks.at_least("num_samples", num_samples, 1)
         if num_samples >= MAX_SAMPLES:
             raise ValueError(f"num_samples must be below 2^16, got {num_samples}")
-        checks.one_of("carry", carry, ("cached", "corrected", "recompute"))
+        checks.one_of("carry", carry, ("auto", "cached", "corrected", "recompute"))
+        carry = "corrected" if carry == "auto" else carry
         checks.one_of("gather", gather, ("none",))
         checks.one_of("backend", backend, NAMES)
         checks.boolean("bimodal", bimodal)
         checks.boolean("normalize", normalize)
         checks.embedding_dtype("bank_dtype", bank_dtype)
         check_encode(encode)
+        if carry == "cached":
+            warn_of_collapse('CachedSoftmaxLoss: carry="cached"')
         if encode is None and carry == "recompute":
             raise ValueError('encode must be given with carry="recompute", got None')
         if encode is None and refresh not in (0, DEFAULT_REFRESH):
@@ -105,6 +114,8 @@ class CachedSoftmaxLoss(nn.Module):
         object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
         self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
         self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype)
+        if carry == "corrected":
+            self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         self.refresh_count = 0 if encode is None else math.ceil(refresh * self.bank.num_slots)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -131,9 +142,8 @@ class CachedSoftmaxLoss(nn.Module):
         self._check_device(z0)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         labels = anchors.items * 2 + anchors.views
-        kept = kept_rows(anchors, self.bank)
         if not self.training:
-            return self._surrogate(anchors, labels, kept, return_stats)
+            return self._surrogate(anchors, labels, return_stats)
         with torch.no_grad():
             oldest = self._oldest(labels)
             fresh = encoded(self.encode, oldest, anchors.embeddings, self.normalize) if self.refresh_count else None
@@ -142,7 +152,9 @@ class CachedSoftmaxLoss(nn.Module):
                 if fresh is not None:
                     self.bank.update(oldest // 2, oldest % 2, fresh, self.step)
                 self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
-            result = self._surrogate(anchors, labels, kept, return_stats)
+                if self.carry == "corrected":
+                    self.batch_means.update(torch.cat((oldest, labels)), anchors, self.bimodal)
+            result = self._surrogate(anchors, labels, return_stats)
         self.step += 1
         return result
 
@@ -165,17 +177,20 @@ class CachedSoftmaxLoss(nn.Module):
     @contextmanager
     def _restored_on_error(self, labels: Tensor) -> Iterator[None]:
         """Puts the cache's entries of these labels back if anything goes wrong."""
-        bank = self.bank
-        before = bank.embeddings[labels], bank.written_at[labels], bank.last_step.clone()
+        kept = [self.bank.embeddings, self.bank.written_at]
+        if self.carry == "corrected":
+            kept.append(self.batch_means.means)
+        before, last_step = [buffer[labels] for buffer in kept], self.bank.last_step.clone()
         try:
             yield
         except BaseException:
-            bank.embeddings[labels], bank.written_at[labels] = before[:2]
-            bank.last_step.copy_(before[2])
+            for buffer, values in zip(kept, before, strict=True):
+                buffer[labels] = values
+            self.bank.last_step.copy_(last_step)
             raise
 
     def _surrogate(
-        self, anchors: Anchors, labels: Tensor, kept: Tensor, return_stats: bool
+        self, anchors: Anchors, labels: Tensor, return_stats: bool
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         drawn = self._draw(anchors, labels)
         samples = by_label(drawn, torch.ones_like(drawn, dtype=torch.float32), labels)
@@ -185,8 +200,8 @@ class CachedSoftmaxLoss(nn.Module):
         negative_similarity = (anchors.embeddings * negatives).sum(1)
         terms = negative_similarity - positive_similarity
         if self.carry == "corrected":
-            outside = samples.label_weights.sum(1)
-            terms = terms + correction(anchors, kept, outside, self.temperature, self.bimodal, self.backend)
+            options = (self.temperature, self.bimodal, self.backend)
+            terms = terms + correction(anchors, samples, self.batch_means, *options)
         loss = terms.mean() / self.temperature
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())

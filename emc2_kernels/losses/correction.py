@@ -1,69 +1,92 @@
 """What stands in, in a sampled gradient, for the keys that are outside the batch and are not encoded again.
 
-Such a key c is a kept embedding k_c: old, because the encoder has moved since, and without a gradient of its own. Both
-errors feed the same runaway. Attraction between positives acts on both ends, repulsion only on one: half of it is
-missing, so the component that all embeddings share grows. And a positive is fresh where negatives are old, so whatever
-direction the embeddings drift in is pushed further. Training from proposals out of the bank collapses.
+Such a key c is a kept embedding k_c: old, because the encoder has moved since, and without a gradient of its own.
+Either is enough for a runaway. Attraction between positives acts on both ends, repulsion from k_c on one: half of it is
+missing, so the component that all embeddings share grows. And positives are fresh where negatives are old, so whichever
+way the embeddings drift together, they are pushed on. Training ends with all embeddings at one point.
 
-The batch's own keys j show both: their kept embeddings k_j too are replaced by new ones z_j, with a gradient. So each
-kept negative of anchor i becomes k_c + sum_j p_ij (z_j - k_j), p_i the softmax of anchor i over the batch's keys, held
-constant. That is a control variate for the drift, and the in-batch estimate (NT-Xent's) of the lost side of the
-gradient.
+So each side is mended from the batch, which has both fresh embeddings and gradients:
+
+- the drift: k_c is kept with the mean m_c of the batch that it came with, and is taken as k_c + m - m_c, with the mean
+  m of the present batch. Both have to be of one batch each: a running mean lags, which feeds the runaway again, and the
+  batch's own kept embeddings are older than k_c is, so that what these have moved by overshoots.
+- the lost gradient: the batch's keys j get the one that they would have as negatives, p_ij q_i / temperature, with the
+  softmax p_i over the batch (NT-Xent's), times the weight of the anchor's samples outside the batch.
+
+At fixed parameters m - m_c is noise around 0, so the query side stays unbiased; the key side has NT-Xent's bias.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from ..bank import EmbeddingBank
 from ..lse import contrastive_lse
+from ..slots import SlotStore, last_duplicates
+from .negatives import Samples
 from .pairs import Anchors
 
 
+class BatchMeans(SlotStore):
+    """For each label, the mean of the keys of the batch with which its embedding was kept."""
+
+    means: Tensor  # (num_items * 2, dim)
+
+    def __init__(self, num_items: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__(num_items, views=2)
+        self.register_buffer("means", torch.zeros(self.num_slots, dim, dtype=dtype))
+
+    def update(self, labels: Tensor, anchors: Anchors, bimodal: bool) -> None:
+        """Of labels (k,) whose embeddings are kept now."""
+        means = batch_means(anchors, bimodal)[labels % 2]
+        self.means[labels] = means[last_duplicates(labels)].to(self.means.dtype)
+
+
+def batch_means(anchors: Anchors, bimodal: bool) -> Tensor:
+    """(2, d) detached means of the batch's rows, by view; of one modality both are of all rows."""
+    by_view = anchors.embeddings.detach().unflatten(0, (2, -1)).mean(1)
+    return by_view if bimodal else by_view.mean(0).expand(2, -1)
+
+
 def correction(
-    anchors: Anchors, kept: Tensor, weights: Tensor, temperature: float, bimodal: bool, backend: str
+    anchors: Anchors, samples: Samples, kept: BatchMeans, temperature: float, bimodal: bool, backend: str
 ) -> Tensor:
-    """(2b,): weights_i <q_i, sum_j p_ij (z_j - k_j)>, differentiable in q and z.
+    """(2b,) to be added to <q, mean negative>: both sides of it, differentiable."""
+    embeddings, items = anchors.embeddings, anchors.items
+    weights = samples.label_weights.to(embeddings.dtype)
+    outside = weights.sum(1)
+    labels = torch.where(weights > 0, samples.labels, 0)
+    then = (weights[..., None] * kept.means[labels].to(embeddings.dtype)).sum(1)
+    now = batch_means(anchors, bimodal)[1 - anchors.views]
+    drift = (embeddings * (outside[:, None] * now - then)).sum(1)
 
-    Args:
-        kept: (2b, d) ``kept_rows``, from before this step's are written.
-        weights: (2b,) of the anchors' samples outside the batch.
-    """
-    b = anchors.items.shape[0] // 2
-    halves = (slice(0, b), slice(b, 2 * b))
-    pairs = [(halves[0], halves[1]), (halves[1], halves[0])] if bimodal else [(slice(0, 2 * b), slice(0, 2 * b))]
-    moved = anchors.embeddings.detach() - kept
-    terms = [_of_part(anchors, rows, keys, weights[rows], moved[keys], temperature, backend) for rows, keys in pairs]
-    return torch.cat(terms)
+    b = items.shape[0] // 2
+    halves = slice(0, b), slice(b, 2 * b)
+    sides = [(halves[0], halves[1]), (halves[1], halves[0])] if bimodal else [(slice(0, 2 * b), slice(0, 2 * b))]
+    lse = torch.cat(
+        [
+            contrastive_lse(
+                embeddings[rows].detach(),
+                embeddings[keys],
+                temperature=temperature,
+                query_ids=items[rows],
+                key_ids=items[keys],
+                backend=backend,
+            )
+            for rows, keys in sides
+        ]
+    )
+    lse = torch.where(lse > -torch.inf, lse, 0)  # an anchor whose batch has no other item
+    key_side = outside * lse
+    return drift + temperature * (key_side - key_side.detach())
 
 
-def kept_rows(anchors: Anchors, bank: EmbeddingBank) -> Tensor:
-    """(2b, d): what the bank has of the anchors themselves; where it has nothing, what they are now."""
-    labels = anchors.items * 2 + anchors.views
-    embeddings = anchors.embeddings.detach()
-    return torch.where((bank.age(labels) >= 0)[:, None], bank.lookup(labels).to(embeddings.dtype), embeddings)
-
-
-def _of_part(
-    anchors: Anchors, rows: slice, keys: slice, weights: Tensor, moved: Tensor, temperature: float, backend: str
-) -> Tensor:
-    """Both sides by ``contrastive_lse``, so that nothing of size (2b, 2b) is kept.
-
-    Its gradient in the keys is p_ij q_i / temperature, the key side. Its gradient in the queries is sum_j p_ij k_j /
-    temperature; with ``moved`` appended to the keys, and zeros to the queries, the new columns have sum_j p_ij moved_j.
-    """
-    queries, embeddings = anchors.embeddings[rows], anchors.embeddings[keys]
-    options = {
-        "temperature": temperature,
-        "query_ids": anchors.items[rows],
-        "key_ids": anchors.items[keys],
-        "backend": backend,
-    }
-    with torch.enable_grad():
-        wide = torch.cat((queries.detach(), torch.zeros_like(queries)), 1).requires_grad_()
-        wide_keys = torch.cat((embeddings.detach(), moved), 1)
-        (gradient,) = torch.autograd.grad(contrastive_lse(wide, wide_keys, **options).sum(), wide)
-    drift = gradient[:, queries.shape[1] :] * temperature
-    key_side = torch.where(weights > 0, weights * contrastive_lse(queries.detach(), embeddings, **options), 0)
-    return weights * (queries * drift).sum(1) + temperature * (key_side - key_side.detach())
+def warn_of_collapse(setting: str) -> None:
+    """For a loss's constructor; the warning points at its caller."""
+    warnings.warn(
+        f'{setting} collapses when it trains from scratch, all embeddings to one point: use carry="corrected", or '
+        '"recompute" with an encoder, and watch the statistic mean_cosine',
+        stacklevel=3,
+    )

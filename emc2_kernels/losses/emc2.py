@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +11,7 @@ from ..bank import EmbeddingBank
 from ..chains import ChainStore
 from ..transition import MHState
 from . import fused
-from .correction import correction, kept_rows
+from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode
 from .negatives import mean_negative
 from .pairs import Anchors, batch_stats, check, compute_dtype, stack
@@ -48,7 +46,8 @@ class EMC2Loss(nn.Module):
         carry: what stands for a sample that is outside the batch: the key that a chain brought along or, with
             proposals="bank", nearly every sample. "auto": "cached", and "corrected" with proposals="bank".
             "cached": its latest embedding from the bank, detached, so the key's side of the gradient is lost.
-            "corrected": that, its drift and the lost side estimated from the keys of the batch (losses/correction.py).
+            "corrected": that, its drift and the lost side estimated from the keys of the batch (losses/correction.py);
+            keeps a second vector a view.
             "two_sided": that, and each of the batch's keys is pushed by the kept queries of all the chains that sit on
             it, scaled by N / b: unbiased at fixed parameters, but old on both sides.
             "recompute": encoded again, each distinct one once; the reference. Waits for a GPU to know what it has to
@@ -67,8 +66,8 @@ class EMC2Loss(nn.Module):
         backend: of ``mh_step``.
         gather: "none".
 
-    State: ``chains``, ``bank``, ``step``, and ``sitting`` with carry="two_sided", are in ``state_dict``. They change in
-    training mode only.
+    State: ``chains``, ``bank``, ``step``, and with a carry that needs them ``batch_means`` or ``sitting``, are in
+    ``state_dict``. They change in training mode only.
 
     Warns:
         UserWarning: proposals="bank" with carry="cached" or "two_sided": training from scratch collapses there, all
@@ -121,6 +120,8 @@ class EMC2Loss(nn.Module):
             checks.at_least("num_samples", num_samples, 1)
         _check_carry(carry, encode, proposals)
         _check_proposals(proposals, num_proposals, views, bimodal)
+        if proposals == "bank" and carry in COLLAPSING:
+            warn_of_collapse(f'EMC2Loss: proposals="bank" with carry="{carry}"')
         self.proposals = proposals
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
         self.estimator = estimator
@@ -137,6 +138,8 @@ class EMC2Loss(nn.Module):
         self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype)
         if proposals == "bank":
             self._number_slots()
+        if carry == "corrected":
+            self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         if carry == "two_sided":
             self.sitting = SittingQueries(num_items, dim)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -181,9 +184,8 @@ class EMC2Loss(nn.Module):
         if self.carry == "two_sided":
             terms = terms + self._key_side(anchors)
         elif self.carry == "corrected":
-            outside = visited.samples.label_weights.sum(1)
-            kept = kept_rows(anchors, self.bank)
-            terms = terms + correction(anchors, kept, outside, self.temperature, self.bimodal, self.backend)
+            options = (self.temperature, self.bimodal, self.backend)
+            terms = terms + correction(anchors, visited.samples, self.batch_means, *options)
         loss = terms.mean() / self.temperature
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
@@ -239,6 +241,8 @@ class EMC2Loss(nn.Module):
                 self.sitting.leave(slots, self.chains, self.bank)
             self.chains.write(anchors.items, anchors.views, MHState(state.key, state.score.float()))
             self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
+            if self.carry == "corrected":
+                self.batch_means.update(slots, anchors, self.bimodal)
             if self.carry == "two_sided":
                 self.sitting.sit_down(slots, self.chains, self.bank)
             self.step += 1
@@ -267,12 +271,6 @@ def _check_carry(carry: str, encode: Encode | None, proposals: str) -> None:
         raise ValueError('encode must be given with carry="recompute", got None')
     if proposals == "bank" and carry == "drop":
         raise ValueError('carry must not be "drop" with proposals="bank", whose samples are all outside, got "drop"')
-    if proposals == "bank" and carry in COLLAPSING:
-        warnings.warn(
-            f'EMC2Loss: proposals="bank" with carry="{carry}" collapses when it trains from scratch, all embeddings to '
-            'one point: use carry="corrected", or "recompute" with an encoder, and watch the statistic mean_cosine',
-            stacklevel=3,
-        )
 
 
 def _check_proposals(proposals: str, num_proposals: int | None, views: str, bimodal: bool) -> None:
