@@ -25,7 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 HIDDEN = 64
-RATES = (0.1, 0.3, 1.0)
+RATES = (0.03, 0.1, 0.3, 1.0)
 
 
 class Encoder(nn.Module):
