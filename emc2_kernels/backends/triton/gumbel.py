@@ -18,11 +18,10 @@ from ..scores import Scores
 from ..walk import Walk
 from . import settings
 from .gumbel_combine import combine, lowest_of_best
-from .launch import NUMBERS, Kernel, on_device, power_of_two, walk_arguments
+from .launch import NUMBERS, Kernel, dimensions, on_device, power_of_two, precision, walk_arguments
 from .philox import GUMBEL, chain_words, gumbel_log2, seed_words, step_word, words, zeros_like
 from .positions import chain_of, temperature_of
-from .run import _dimensions, _precision
-from .sweep import LOG2_E, SEGMENTS, STEPS, TILE, _load_rows, _products, _sixteen_steps
+from .scores import LOG2_E, SEGMENTS, STEPS, TILE, load_rows, multiply, sixteen_steps
 from .walk import NEVER
 
 SAMPLES_AT_ONCE = 2  # of a program: four spill 120 to 560 bytes of a thread with Triton 3.6 and 3.9
@@ -46,7 +45,7 @@ def _race_tile(races, products, key, m, rows, draws, ids, first_sample, SAMPLES:
     scale, chain_low, tag = rows
     random_step, key_0, key_1 = draws
     query_id, key_ids_ptr = ids
-    groups = _sixteen_steps(products)
+    groups = sixteen_steps(products)
     segment = key + STEPS * tl.arange(0, SEGMENTS)  # its first key
     for group in tl.static_range(4):
         block = ((segment + 4 * group) // 4).to(tl.uint32)
@@ -108,12 +107,12 @@ def gumbel_kernel(
         races = races + (nobody,)
     queries = row
     if WHOLE_D:
-        queries = _load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
+        queries = load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
     column = tl.arange(0, TILE)
     key_of_column = split * split_length + STEPS * (column % SEGMENTS) + column // SEGMENTS
     for tile in range(0, (split_length // TILE).to(tl.int32)):
         key = key_of_column + tile * TILE
-        products = _products(
+        products = multiply(
             queries, queries_ptr, keys_ptr, row, row_ok, key, key < m, (stride_query, stride_key), d, BLOCK_D,
             WHOLE_D, EVEN_D, PRECISION,
         )  # fmt: skip
@@ -162,8 +161,8 @@ def gumbel_sample(
         "values_ptr": values,
         "numbers_ptr": numbers,
         "BLOCK_M": chosen.block_m,
-        **_dimensions(d, chosen.block_d),
-        "PRECISION": _precision(),
+        **dimensions(d, chosen.block_d),
+        "PRECISION": precision(),
         "SAMPLES": at_once,
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}

@@ -133,3 +133,22 @@ def on_device(operand: Tensor) -> AbstractContextManager:
     if not operand.is_cuda or index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(index)
+
+
+def dimensions(d: int, largest: int) -> Arguments:
+    """How rows of d elements are cut; a binary serves every d with the same answers.
+
+    d comes as a multiple of ALIGN_D, so that the compiler knows how wide its loads may be.
+    """
+    block, align = min(largest, max(32, power_of_two(d))), min(16, d & -d) or 16
+    return {
+        "d_over_align": d // align,
+        "BLOCK_D": block,
+        "WHOLE_D": d <= block,
+        "EVEN_D": d > 0 and d % block == 0,
+        "ALIGN_D": align,
+    }
+
+
+def precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

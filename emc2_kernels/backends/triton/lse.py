@@ -10,11 +10,10 @@ from torch import Tensor
 from ..scores import Scores
 from . import settings
 from .finish import LN_2
-from .launch import NUMBERS, Kernel, dense, on_device
+from .launch import NUMBERS, Kernel, dense, dimensions, on_device, precision
 from .lse_gradient import contrastive_lse_backward
 from .positions import temperature_of
-from .run import _dimensions, _precision
-from .sweep import LOG2_E, TILE, _load_rows, _products
+from .scores import LOG2_E, TILE, load_rows, multiply
 from .walk import NEVER
 
 __all__ = ["contrastive_lse", "contrastive_lse_backward"]
@@ -39,14 +38,14 @@ def lse_kernel(
         query_id = tl.load(query_ids_ptr + row, row_ok, other=0)
     queries = row
     if WHOLE_D:
-        queries = _load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
+        queries = load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
     # The running maximum and sum of exponentials over it, in powers of two.
     largest, total = tl.full((BLOCK_M,), NEVER, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     column = split * split_length + tl.arange(0, TILE)
     for tile in range(0, (split_length // TILE).to(tl.int32)):
         key = column + tile * TILE
         there = key < m
-        products = _products(
+        products = multiply(
             queries, queries_ptr, keys_ptr, row, row_ok, key, there, (stride_query, stride_key), d, BLOCK_D, WHOLE_D,
             EVEN_D, PRECISION,
         )  # fmt: skip
@@ -88,8 +87,8 @@ def contrastive_lse(scores: Scores) -> Tensor:
         "split_length": TILE.value * -(-tiles // splits),
         "lse_ptr": parts,
         "BLOCK_M": chosen.block_m,
-        **_dimensions(d, chosen.block_d),
-        "PRECISION": _precision(),
+        **dimensions(d, chosen.block_d),
+        "PRECISION": precision(),
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
     with on_device(scores.queries):

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from ..scores import Scores
 from . import settings
-from .launch import NUMBERS, Arguments, Kernel, dense, on_device, power_of_two
+from .launch import NUMBERS, Arguments, Kernel, dense, dimensions, on_device, power_of_two, precision
 from .positions import temperature_of
 from .rows import store_rounded
-from .run import _dimensions, _precision
-from .sweep import LOG2_E, TILE, _load_rows, _products
+from .scores import LOG2_E, TILE, load_rows, multiply
 from .walk import NEVER
 
 # Weights are at most 1 and most are far below. float16 has no small numbers, but room above 1.
@@ -76,7 +75,7 @@ def lse_gradient_kernel(
         row_id = tl.load(owner_ids_ptr + row, row_ok, other=0)
     owners = row
     if WHOLE_D:
-        owners = _load_rows(owners_ptr, row, row_ok, stride_owner, 0, d, BLOCK_D, EVEN_D)
+        owners = load_rows(owners_ptr, row, row_ok, stride_owner, 0, d, BLOCK_D, EVEN_D)
     WHOLE_OUT: tl.constexpr = WHOLE_D and BLOCK_OUT == BLOCK_D
     total = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     column = split * split_length + tl.arange(0, TILE)
@@ -84,14 +83,14 @@ def lse_gradient_kernel(
         other = column + tile * TILE
         there = other < m
         if WHOLE_OUT:
-            others = _load_rows(others_ptr, other, there, stride_other, 0, d, BLOCK_D, EVEN_D)
+            others = load_rows(others_ptr, other, there, stride_other, 0, d, BLOCK_D, EVEN_D)
             products = tl.dot(owners, tl.trans(others), input_precision=PRECISION)
         else:
-            products = _products(
+            products = multiply(
                 owners, owners_ptr, others_ptr, row, row_ok, other, there, (stride_owner, stride_other), d, BLOCK_D,
                 WHOLE_D, EVEN_D, PRECISION,
             )  # fmt: skip
-            others = _load_rows(others_ptr, other, there, stride_other, first_column, d, BLOCK_OUT, False)
+            others = load_rows(others_ptr, other, there, stride_other, first_column, d, BLOCK_OUT, False)
         bias = tl.load(other_bias_ptr + other, there, other=NEVER).to(tl.float32)
         counted = row_ok[:, None]
         if other_ids_ptr is not None:
@@ -149,8 +148,8 @@ def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: tor
         "split_length": split_length,
         "out_ptr": out,
         "BLOCK_M": chosen.block_m,
-        **_dimensions(d, chosen.block_d),
-        "PRECISION": _precision(),
+        **dimensions(d, chosen.block_d),
+        "PRECISION": precision(),
         "BLOCK_OUT": block_out,
         **roles,
     }

@@ -8,11 +8,22 @@ import torch
 from torch import Tensor
 
 from ..walk import Walk
-from . import positions, settings, sweep
+from . import positions, scores, settings, sweep
 from .coin import coin_kernel
 from .finish import close_kernel
 from .gathered import gathered_kernel
-from .launch import Arguments, Kernel, dense, on_device, power_of_two, random_arguments, transitions, walk_arguments
+from .launch import (
+    Arguments,
+    Kernel,
+    dense,
+    dimensions,
+    on_device,
+    power_of_two,
+    precision,
+    random_arguments,
+    transitions,
+    walk_arguments,
+)
 from .walk import room_for
 
 SWEEP_KERNEL = Kernel(sweep.sweep_kernel)
@@ -21,7 +32,7 @@ CLOSE_KERNEL = Kernel(close_kernel)
 COIN_KERNEL = Kernel(coin_kernel)
 
 SWEEP, DRAWN, GIVEN = positions.SWEEP.value, positions.DRAWN.value, positions.GIVEN.value
-SEGMENTS, STEPS, TILE = sweep.SEGMENTS.value, sweep.STEPS.value, sweep.TILE.value
+SEGMENTS, STEPS, TILE = scores.SEGMENTS.value, scores.STEPS.value, scores.TILE.value
 
 COIN_BLOCK = 256
 CLOSE_ELEMENTS = 1024  # transitions that a program of the close holds at a time
@@ -42,25 +53,6 @@ class Plan(NamedTuple):
     segments: int  # of a split, each walked from the identity; 0: the split is one itself
 
 
-def _dimensions(d: int, largest: int) -> Arguments:
-    """How rows of d elements are cut; a binary serves every d with the same answers.
-
-    d comes as a multiple of ALIGN_D, so that the compiler knows how wide its loads may be.
-    """
-    block, align = min(largest, max(32, power_of_two(d))), min(16, d & -d) or 16
-    return {
-        "d_over_align": d // align,
-        "BLOCK_D": block,
-        "WHOLE_D": d <= block,
-        "EVEN_D": d > 0 and d % block == 0,
-        "ALIGN_D": align,
-    }
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
     (n, d), m = walk.queries.shape, walk.keys.shape[0]
     generation, processors = settings.device(walk.queries.device.index or 0)
@@ -74,8 +66,8 @@ def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
         if wants_lse and splits > 1
         else None,
         "BLOCK_M": chosen.block_m,
-        **_dimensions(d, chosen.block_d),
-        "PRECISION": _precision(),
+        **dimensions(d, chosen.block_d),
+        "PRECISION": precision(),
         "COUNT": False,
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}
@@ -94,7 +86,7 @@ def _plan_gathered(walk: Walk) -> Plan:
     arguments = {
         "split_length": length,
         "BLOCK_K": chosen.block_k,
-        **_dimensions(d, chosen.block_d),
+        **dimensions(d, chosen.block_d),
         "RECORD": True,
     }
     kind = DRAWN if walk.positions is None else GIVEN

@@ -15,8 +15,9 @@ import triton.language as tl
 
 from .finish import LN_2, emit, finish, log_sum_exp
 from .launch import NUMBERS
-from .philox import ACCEPTANCE, INTERPRETED, chain_words, seed_words, step_word, words, zeros_like
+from .philox import ACCEPTANCE, chain_words, seed_words, step_word, words, zeros_like
 from .positions import SWEEP, chain_of, temperature_of
+from .scores import LOG2_E, SEGMENTS, STEPS, TILE, load_rows, multiply, sixteen_steps
 from .walk import (
     NEVER,
     compose,
@@ -30,80 +31,7 @@ from .walk import (
     threshold_of,
 )
 
-SEGMENTS = tl.constexpr(8)  # of a program: the columns of one step
-STEPS = tl.constexpr(16)  # of each segment in one product
-TILE = tl.constexpr(128)  # keys of a product
 FAR = tl.constexpr(1 << 61)  # the next sample point where none is left
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _halves(scores, COUNT: tl.constexpr):
-    """(BLOCK_M, COUNT, 8) into its first and its last COUNT / 2 steps. Bits of a register's number: nothing moves."""
-    ROWS: tl.constexpr = scores.shape[0]
-    pairs = tl.reshape(scores, (ROWS, 2, COUNT // 2, SEGMENTS))
-    return tl.split(tl.permute(pairs, (0, 2, 3, 1)))
-
-
-@triton.jit
-def _four_steps(scores):
-    """(BLOCK_M, 4, 8) as four (BLOCK_M, 8)."""
-    ROWS: tl.constexpr = scores.shape[0]
-    low, high = _halves(scores, 4)
-    s0, s1 = _halves(low, 2)
-    s2, s3 = _halves(high, 2)
-    return (
-        tl.reshape(s0, (ROWS, SEGMENTS)),
-        tl.reshape(s1, (ROWS, SEGMENTS)),
-        tl.reshape(s2, (ROWS, SEGMENTS)),
-        tl.reshape(s3, (ROWS, SEGMENTS)),
-    )
-
-
-@triton.jit
-def _sixteen_steps(products):
-    """(BLOCK_M, 128) as four groups of four (BLOCK_M, 8), one a step of all segments."""
-    ROWS: tl.constexpr = products.shape[0]
-    low, high = _halves(tl.reshape(products, (ROWS, STEPS, SEGMENTS)), 16)
-    g0, g1 = _halves(low, 8)
-    g2, g3 = _halves(high, 8)
-    return _four_steps(g0), _four_steps(g1), _four_steps(g2), _four_steps(g3)
-
-
-@triton.jit
-def _load_rows(ptr, row, row_ok, stride, begin, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
-    """(rows, BLOCK_D) of a matrix with d columns, from column ``begin`` on; zeros where there is nothing."""
-    dim = begin + tl.arange(0, BLOCK_D)
-    at = ptr + row[:, None] * stride + dim[None, :]
-    if EVEN_D:
-        block = tl.load(at, row_ok[:, None], other=0.0)
-    else:
-        block = tl.load(at, row_ok[:, None] & (dim < d)[None, :], other=0.0)
-    if INTERPRETED:  # which would multiply the bits of bfloat16
-        block = block.to(tl.float32)
-    return block
-
-
-@triton.jit
-def _products(
-    queries, queries_ptr, keys_ptr, row, row_ok, key, key_ok, strides, d, BLOCK_D: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_M, 128) float32 inner products. ``queries`` are the rows themselves, where a block holds them whole.
-
-    Longer rows come in chunks, queries too: all of 512 dimensions would not fit into shared memory.
-    """
-    products = tl.zeros((row.shape[0], TILE), tl.float32)
-    if WHOLE_D:
-        keys = _load_rows(keys_ptr, key, key_ok, strides[1], 0, d, BLOCK_D, EVEN_D)
-        products = tl.dot(queries, tl.trans(keys), products, input_precision=PRECISION)
-    else:
-        for begin in range(0, d, BLOCK_D):
-            chunk = _load_rows(queries_ptr, row, row_ok, strides[0], begin, d, BLOCK_D, EVEN_D)
-            keys = _load_rows(keys_ptr, key, key_ok, strides[1], begin, d, BLOCK_D, EVEN_D)
-            products = tl.dot(chunk, tl.trans(keys), products, input_precision=PRECISION)
-    return products
 
 
 @triton.jit
@@ -162,7 +90,7 @@ def _walk_tile(
     row, row_ok, inverse_temperature, chain_low, tag = rows
     random_step, key_0, key_1 = draws
     query_id, key_ids_ptr = ids
-    groups = _sixteen_steps(products)
+    groups = sixteen_steps(products)
     if RECORD:
         upcoming = _first_sample(schedule[0] + first_key + step, schedule)
     for group in tl.static_range(4):
@@ -282,12 +210,12 @@ def sweep_kernel(
 
     queries = row
     if WHOLE_D:
-        queries = _load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
+        queries = load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
     column = tl.arange(0, TILE)
     key_of_column = (split * SEGMENTS + column % SEGMENTS) * segment_length - lead + column // SEGMENTS
     for tile in range(0, (segment_length // STEPS).to(tl.int32)):
         key = key_of_column + tile * STEPS
-        products = _products(
+        products = multiply(
             queries, queries_ptr, keys_ptr, row, row_ok, key, (key >= 0) & (key < m), (stride_query, stride_key), d,
             BLOCK_D, WHOLE_D, EVEN_D, PRECISION,
         )  # fmt: skip
@@ -319,7 +247,7 @@ def sweep_kernel(
             before = load_transition(records_ptr, to, row_ok[:, None] & (ahead < STEPS)[None, :])
             tl.debug_barrier()
             key_again = key_of_column + again * STEPS
-            products_again = _products(
+            products_again = multiply(
                 queries, queries_ptr, keys_ptr, row, row_ok, key_again, (key_again >= 0) & (key_again < m),
                 (stride_query, stride_key), d, BLOCK_D, WHOLE_D, EVEN_D, PRECISION,
             )  # fmt: skip

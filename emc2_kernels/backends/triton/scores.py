@@ -1,0 +1,82 @@
+"""Scores of a block of rows and a tile of keys on the matrix units, and their columns as steps of eight segments."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .philox import INTERPRETED
+
+SEGMENTS = tl.constexpr(8)  # of a program: the columns of one step
+STEPS = tl.constexpr(16)  # of each segment in one product
+TILE = tl.constexpr(128)  # keys of a product
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _halves(scores, COUNT: tl.constexpr):
+    """(BLOCK_M, COUNT, 8) into its first and its last COUNT / 2 steps. Bits of a register's number: nothing moves."""
+    ROWS: tl.constexpr = scores.shape[0]
+    pairs = tl.reshape(scores, (ROWS, 2, COUNT // 2, SEGMENTS))
+    return tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+
+
+@triton.jit
+def _four_steps(scores):
+    """(BLOCK_M, 4, 8) as four (BLOCK_M, 8)."""
+    ROWS: tl.constexpr = scores.shape[0]
+    low, high = _halves(scores, 4)
+    s0, s1 = _halves(low, 2)
+    s2, s3 = _halves(high, 2)
+    return (
+        tl.reshape(s0, (ROWS, SEGMENTS)),
+        tl.reshape(s1, (ROWS, SEGMENTS)),
+        tl.reshape(s2, (ROWS, SEGMENTS)),
+        tl.reshape(s3, (ROWS, SEGMENTS)),
+    )
+
+
+@triton.jit
+def sixteen_steps(products):
+    """(BLOCK_M, 128) as four groups of four (BLOCK_M, 8), one a step of all segments."""
+    ROWS: tl.constexpr = products.shape[0]
+    low, high = _halves(tl.reshape(products, (ROWS, STEPS, SEGMENTS)), 16)
+    g0, g1 = _halves(low, 8)
+    g2, g3 = _halves(high, 8)
+    return _four_steps(g0), _four_steps(g1), _four_steps(g2), _four_steps(g3)
+
+
+@triton.jit
+def load_rows(ptr, row, row_ok, stride, begin, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
+    """(rows, BLOCK_D) of a matrix with d columns, from column ``begin`` on; zeros where there is nothing."""
+    dim = begin + tl.arange(0, BLOCK_D)
+    at = ptr + row[:, None] * stride + dim[None, :]
+    if EVEN_D:
+        block = tl.load(at, row_ok[:, None], other=0.0)
+    else:
+        block = tl.load(at, row_ok[:, None] & (dim < d)[None, :], other=0.0)
+    if INTERPRETED:  # which would multiply the bits of bfloat16
+        block = block.to(tl.float32)
+    return block
+
+
+@triton.jit
+def multiply(
+    queries, queries_ptr, keys_ptr, row, row_ok, key, key_ok, strides, d, BLOCK_D: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, 128) float32 inner products. ``queries`` are the rows themselves, where a block holds them whole.
+
+    Longer rows come in chunks, queries too: all of 512 dimensions would not fit into shared memory.
+    """
+    products = tl.zeros((row.shape[0], TILE), tl.float32)
+    if WHOLE_D:
+        keys = load_rows(keys_ptr, key, key_ok, strides[1], 0, d, BLOCK_D, EVEN_D)
+        products = tl.dot(queries, tl.trans(keys), products, input_precision=PRECISION)
+    else:
+        for begin in range(0, d, BLOCK_D):
+            chunk = load_rows(queries_ptr, row, row_ok, strides[0], begin, d, BLOCK_D, EVEN_D)
+            keys = load_rows(keys_ptr, key, key_ok, strides[1], begin, d, BLOCK_D, EVEN_D)
+            products = tl.dot(chunk, tl.trans(keys), products, input_precision=PRECISION)
+    return products
