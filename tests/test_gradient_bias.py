@@ -1,97 +1,109 @@
 """At fixed parameters the mean EMC2 gradient approaches the exact global one; NT-Xent's does not. Nothing is rescaled.
 
-400 real digits with two fixed views each, batches of 4, a linear encoder: the exact gradient is a softmax over 798
-negatives for each of 800 anchors.
+The setting is that of examples/gradient_bias.py: 400 real digits with two fixed views each, batches of 4.
 """
 
+import csv
+import sys
+from functools import partial
+from pathlib import Path
+
 import pytest
-import torch
-from sklearn.datasets import load_digits
-from torch.nn import functional
 
-from emc2_kernels.losses import EMC2Loss, NTXentLoss
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-ITEMS, DIM, BATCH, TEMPERATURE = 400, 16, 4, 0.2
+import global_loss
+import gradient_bias
 
 
-@pytest.fixture(scope="module")
-def views():
-    """(400, 2, 64): each digit seen twice through fixed noise, centred so that similarities spread."""
-    images = torch.tensor(load_digits().data[:ITEMS], dtype=torch.float32) / 16
-    noise = 0.2 * torch.randn(ITEMS, 2, 64, generator=torch.Generator().manual_seed(0))
-    return images[:, None] + noise - images.mean(0)
+@pytest.fixture(autouse=True)
+def threads():
+    """The studies take one thread a process; what runs after them here gets its own back."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def weight():
-    return (torch.randn(64, DIM, generator=torch.Generator().manual_seed(1)) / 8).requires_grad_()
+def errors(method, batches):
+    stream = gradient_bias.run(method, 4, batches, seed=2)
+    exact = gradient_bias.exact_gradient()
+    return [((mean - exact).norm() / exact.norm()).item() for mean in stream.means]
 
 
-def exact_gradient(views):
-    """Of the mean over all anchors of -s+ + log sum over the other items' views of exp(s), in float64."""
-    w = weight().detach().double().requires_grad_()
-    z = functional.normalize(views.double().transpose(0, 1).reshape(2 * ITEMS, 64) @ w, dim=1)
-    scores = z @ z.T / TEMPERATURE
-    item = torch.arange(ITEMS).repeat(2)
-    negatives = scores.masked_fill(item[:, None] == item, -torch.inf)
-    positive = scores[torch.arange(2 * ITEMS), torch.arange(2 * ITEMS).roll(ITEMS)]
-    (negatives.logsumexp(1) - positive).mean().backward()
-    return w.grad
+def test_recompute_approaches_the_exact_gradient_and_ntxent_does_not():
+    found = errors("EMC², recompute", 4000)
+    early = found[-4]  # after 503
+    assert found[-1] < 0.6 * early, found
+    assert found[-1] < 0.2, found
+    assert errors("NT-Xent", 2000)[-1] > 0.5
 
 
-def errors_of_the_mean(views, make_loss, batches, marks):
-    """Relative errors of the mean gradient after each of ``marks`` batches; a tenth of them come first, unused."""
-    w = weight()
-    loss = make_loss(lambda items, which: views[items, which] @ w)
-    generator = torch.Generator().manual_seed(2)
-    exact, errors = exact_gradient(views), []
-    for t in range(-batches // 10, batches):
-        if t == 0:
-            w.grad = None  # the chains have left their starts
-        index = torch.randperm(ITEMS, generator=generator)[:BATCH]
-        loss(views[index, 0] @ w, views[index, 1] @ w, index).backward()
-        if t + 1 in marks:
-            errors.append(float((w.grad / (t + 1) - exact).norm() / exact.norm()))
-    return errors
+def test_correcting_and_recomputing_what_is_proposed_from_the_bank_is_less_biased_than_keeping_it():
+    kept, corrected, again = (
+        errors(f"EMC² from the bank, {carry}", 1200)[-1] for carry in ("cached", "corrected", "recompute")
+    )
+    assert again < 0.6 * kept and corrected < 0.8 * kept, (kept, corrected, again)
 
 
-def emc2(**options):
-    def make(encode):
-        encode_option = {"encode": encode} if options.get("carry") == "recompute" else {}
-        settings = {"temperature": TEMPERATURE, "bank_dtype": torch.float32} | options | encode_option
-        return EMC2Loss(ITEMS, DIM, **settings)
+def test_bias_is_told_apart_from_noise():
+    """Streams that differ from the exact gradient by a common error, and each by its own noise."""
+    import torch
 
-    return make
+    exact = gradient_bias.exact_gradient()
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(exact.shape, generator=generator, dtype=exact.dtype) for _ in range(2)]
+    common = torch.randn(exact.shape, generator=generator, dtype=exact.dtype)
+    common *= 0.3 * exact.norm() / common.norm()
+    streams = [gradient_bias.Stream([exact + common + 0.5 * exact.norm() * n / n.norm()], 4.0) for n in noise]
+    found = gradient_bias.summary(streams)
+    assert found.bias == pytest.approx(0.3, abs=0.05) and found.errors[0] > 0.5
+    assert found.deviation == pytest.approx(2 / exact.norm().item())
 
 
-def ntxent(encode):
-    return NTXentLoss(temperature=TEMPERATURE)
+def test_the_study_prints_plots_and_writes(tmp_path, capsys):
+    out = tmp_path / "bias.png"
+    arguments = ["--batches", "20", "--batch-sizes", "4", "8", "--jobs", "1", "--out", str(out), "--methods"]
+    assert gradient_bias.main([*arguments, "NT-Xent", "EMC², cached"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("NT-Xent") == 2 and "mean pairwise cosine" in printed
+    assert out.stat().st_size > 10_000
+    with out.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["batch_size"] for row in rows} == {"4", "8"} and all(float(row["error"]) > 0 for row in rows)
+    with pytest.raises(SystemExit):
+        gradient_bias.main([*arguments[:2], "--batch-sizes", "1"])
 
 
-def test_recompute_approaches_the_exact_gradient_and_ntxent_does_not(views):
-    marks = [500, 4000]
-    early, late = errors_of_the_mean(views, emc2(carry="recompute"), 4000, marks)
-    _, in_batch = errors_of_the_mean(views, ntxent, 4000, marks)
-    assert late < 0.6 * early, (early, late)
-    assert late < 0.2, late
-    assert in_batch > 0.5, in_batch
+def test_every_method_of_the_study_trains():
+    for method in gradient_bias.METHODS:
+        trained = global_loss.train(method, 16, 60, 0.1, seed=0)
+        assert 0 < trained.per_step < 8 and -1 < trained.mean_cosine < 1
+        assert (trained.encodings > 1) == ("recompute" in method), method
+
+
+def test_the_global_loss_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(global_loss, "RATES", (0.1, 0.3))
+    out = tmp_path / "loss.csv"
+    arguments = ["--steps", "5", "--seeds", "2", "--batch-sizes", "4", "--jobs", "1", "--out", str(out)]
+    assert global_loss.main([*arguments, "--methods", "NT-Xent", "EMC² from the bank, corrected"]) == 0
+    assert "b = 4   EMC² from the bank, corrected" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 1 + 2 * 2 * 2
 
 
 @pytest.mark.slow
-def test_bias_in_long_runs(views, capsys):
+def test_bias_in_long_runs(capsys, monkeypatch):
     """With one view per item the error keeps falling; with both it stays, as where the carried key is dropped."""
-    settings = {
-        "recompute, one view": emc2(carry="recompute"),
-        "recompute, both views": emc2(carry="recompute", views="both"),
-        "cached": emc2(carry="cached"),
-        "drop": emc2(carry="drop"),
-        "NT-Xent": ntxent,
-    }
-    marks = [4_000, 60_000]
-    found = {name: errors_of_the_mean(views, make, marks[-1], marks) for name, make in settings.items()}
+    more = {"both views": {"carry": "recompute", "views": "both"}, "drop": {"carry": "drop"}}
+    for name, options in more.items():
+        monkeypatch.setitem(gradient_bias.METHODS, f"EMC², {name}", partial(gradient_bias.emc2, **options))
+    names = ("EMC², recompute", "EMC², both views", "EMC², cached", "EMC², drop", "NT-Xent")
+    found = {name: errors(name, 60_000) for name in (*names, "EMC² from the bank, recompute")}
     with capsys.disabled():
-        print("\nrelative error of the mean gradient after 4,000 and 60,000 batches of 4")
-        for name, errors in found.items():
-            print(f"{name:24}" + "".join(f"{error:8.3f}" for error in errors))
-    one, both = found["recompute, one view"], found["recompute, both views"]
-    assert one[1] < 0.06 and both[1] > 1.5 * one[1]
-    assert found["drop"][1] > 0.3 and found["NT-Xent"][1] > 0.5
+        print(f"\nrelative error of the mean gradient after {gradient_bias.marks(60_000)} batches of 4")
+        for name, values in found.items():
+            print(f"{name:32}" + "".join(f"{value:8.3f}" for value in values))
+    one, both = found["EMC², recompute"][-1], found["EMC², both views"][-1]
+    assert one < 0.06 and both > 1.5 * one and found["EMC² from the bank, recompute"][-1] < 0.06
+    assert found["EMC², drop"][-1] > 0.3 and found["NT-Xent"][-1] > 0.5
