@@ -399,3 +399,21 @@ def test_demo_compares_runs_that_differ_in_the_loss_alone(tmp_path: Path) -> Non
     for name in replace(TINY, method="emc2").own_options():
         del settings[1][name]
     assert settings[0] == settings[1]
+
+
+def test_compare_prints_a_row_for_each_method_and_batch_size(tmp_path, capsys):
+    import compare
+
+    out = tmp_path / "compare.csv"
+    arguments = ["--epochs", "1", "--seeds", "2", "--batch-sizes", "256", "--methods", "SimCLR", "--jobs", "1"]
+    assert compare.main([*arguments, "--out", str(out)]) == 0
+    assert "b = 256  SimCLR" in capsys.readouterr().out
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["0", "1"] and all(float(row["few_probe"]) > 10 for row in rows)
+
+
+def test_every_variant_that_is_compared_is_a_legal_run():
+    import compare
+
+    assert {config.Config(**options).method for options in compare.VARIANTS.values()} == set(config.METHODS)
