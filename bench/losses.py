@@ -1,7 +1,8 @@
 """Losses, forward and backward, beside plain torch: time in turns in one process, peak memory in fresh ones.
 
 `python bench/losses.py` prints, for each batch size, the median time of each loss and its ratio to plain NT-Xent, which
-materialises all scores, and the peak extra memory of both at the largest batch.
+materialises all scores, and the peak extra memory of each at the largest batch. Data sets have four times as many items
+as a batch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import emc2_kernels
-from emc2_kernels.losses import ClipLoss, EMC2Loss, NTXentLoss
+from emc2_kernels.losses import CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
 
 TEMPERATURE = 0.1
 HOW = memory.HOW["cpu"]
@@ -43,7 +44,11 @@ LOSSES: dict[str, Callable[[int, int], nn.Module]] = {
     "plain": lambda b, d: PlainNTXent(),
     "NTXentLoss": lambda b, d: NTXentLoss(temperature=TEMPERATURE),
     "ClipLoss": lambda b, d: ClipLoss(temperature=TEMPERATURE),
+    "SogCLRLoss": lambda b, d: SogCLRLoss(4 * b, temperature=TEMPERATURE),
+    "iSogCLR": lambda b, d: SogCLRLoss(4 * b, temperature=TEMPERATURE, individual_temperature=True),
     "EMC2Loss": lambda b, d: EMC2Loss(4 * b, d, temperature=TEMPERATURE),
+    "EMC2, bank": lambda b, d: EMC2Loss(4 * b, d, temperature=TEMPERATURE, proposals="bank"),
+    "cache": lambda b, d: CachedSoftmaxLoss(4 * b, d, temperature=TEMPERATURE),
 }
 
 
@@ -119,7 +124,7 @@ def main() -> None:
                 f"b = {b:6}  {name:12}{row['time_ms']:10.3f} ms  {row['ratio_to_plain']:6.2f} ({low:.2f} to {high:.2f})"
             )
     largest = max(options.batches)
-    taken = {name: growth_in_fresh_process(name, largest, options.dim) for name in ("plain", "NTXentLoss", "ClipLoss")}
+    taken = {name: growth_in_fresh_process(name, largest, options.dim) for name in LOSSES}
     for name, size in taken.items():
         print(f"b = {largest:6}  {name:12}{size / 1e6:10.1f} MB extra, {size / taken['plain']:.3f} of plain")
     print(f"memory: {HOW}")

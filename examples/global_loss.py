@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gradient_bias import DIM, ITEMS, METHODS, PIXELS, global_loss, views
+from gradient_bias import DIM, ITEMS, METHODS, PIXELS, global_loss, make_loss, views
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -64,7 +64,7 @@ def evaluate(encoder: Encoder) -> tuple[float, float]:
 def train(method: str, batch_size: int, steps: int, rate: float, seed: int) -> Trained:
     torch.set_num_threads(1)
     images, encoder = views(), Encoder(seed)
-    loss = METHODS[method](lambda items, which: encoder(images[items, which]))
+    loss = make_loss(method, lambda items, which: encoder(images[items, which]))
     optimizer = torch.optim.SGD(encoder.parameters(), lr=rate)
     generator = torch.Generator().manual_seed(seed + 10)
     budget, per_encoding = 2 * batch_size * steps, None

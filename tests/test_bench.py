@@ -313,3 +313,21 @@ def test_measured_sweep_needs_the_memory_it_reports() -> None:
     assert record["score_matrix_mb"] == pytest.approx(4.19, abs=0.01)
     assert record["peak_extra_mb"] > 0.9 * record["score_matrix_mb"]
     assert "ru_maxrss" in record["how"]
+
+
+def test_losses_are_timed_beside_plain_ntxent_which_is_ntxent() -> None:
+    import losses
+
+    rows = losses.time_batch(4, 8, 2)
+    assert set(rows) == set(losses.LOSSES) and rows["plain"]["ratio_to_plain"] == 1
+    plain, ours = (losses.Step(name, 6, 8)() for name in ("plain", "NTXentLoss"))
+    torch.testing.assert_close(plain, ours, atol=1e-6, rtol=1e-4)
+
+
+def test_draws_are_timed_beside_naive_ones(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gumbel
+
+    monkeypatch.setattr(gumbel, "SIZES", [(8, 32, 4)])
+    monkeypatch.setattr(sys, "argv", ["gumbel.py", "--rounds", "2"])
+    gumbel.main()
+    assert "gumbel_sample" in capsys.readouterr().out

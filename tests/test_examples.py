@@ -232,7 +232,7 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch
         (["--temperature=0"], "--temperature: expected a finite number above 0, got 0.0"),
         (["--dim=1"], "--dim: expected an integer of at least 2, got 1"),
         (["--burn-in=1"], "--burn-in: expected a share from 0 to below 1, got 1.0"),
-        (["--carry=keep"], "--carry: expected one of cached, recompute, drop, got 'keep'"),
+        (["--carry=keep"], "--carry: expected one of auto, cached, corrected, two_sided, recompute, drop, got 'keep'"),
         (["--views=two"], "--views: expected one of one, both, got 'two'"),
         (["--method=simclr", "--burn-in=0.5"], "--burn-in: expected only with --method emc2, got --method simclr"),
         (["--gamma=0.5"], "--gamma: expected only with --method sogclr or isogclr, got --method emc2"),
