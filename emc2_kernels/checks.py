@@ -204,14 +204,6 @@ def chain_ids(queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids
     return query_ids if given is None else given
 
 
-def positive(name: str, value: Any) -> None:
-    """A number > 0, finite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be > 0 and finite, got {value}")
-
-
 def one_temperature(value: Any) -> float:
     """Of a loss: a number, or a 0-d tensor that is read once."""
     if isinstance(value, Tensor) and value.dim() > 0:

@@ -9,6 +9,7 @@ from torch.autograd.function import FunctionCtx
 from . import checks
 from .backends import NAMES, resolve
 from .backends.scores import Scores
+from .once import not_twice
 from .ops import LIBRARY, nothing_to_dispatch, registered
 
 _SCORES = "Tensor queries, Tensor? keys, float temperature, Tensor? temperatures, Tensor? query_ids, Tensor? key_ids"
@@ -129,22 +130,7 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(output, queries, keys, temperatures, query_ids, key_ids)
 
 
-class _NotTwice(torch.autograd.Function):
-    """Gradients whose own gradient is an error: else a penalty on them would have none, and nobody would know."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.view_as(gradient) for gradient in gradients)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
-        raise NotImplementedError("contrastive_lse has no second derivative")
-
-
-def not_twice(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients for create_graph=True."""
-    given = iter(_NotTwice.apply(*(gradient.requires_grad_() for gradient in gradients if gradient is not None)))
-    return tuple(None if gradient is None else next(given) for gradient in gradients)
+NO_SECOND_DERIVATIVE = "contrastive_lse has no second derivative"
 
 
 def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple:
@@ -153,8 +139,7 @@ def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple:
     d_queries, d_keys, d_temperatures = lse_gradients(
         queries, keys, ctx.temperature, temperatures, query_ids, key_ids, grad.detach(), lse.detach(), ctx.backend
     )
-    if torch.is_grad_enabled():  # create_graph=True
-        d_queries, d_keys, d_temperatures = not_twice(d_queries, d_keys, d_temperatures)
+    d_queries, d_keys, d_temperatures = not_twice(NO_SECOND_DERIVATIVE, d_queries, d_keys, d_temperatures)
     d_keys, d_temperatures = None if keys is None else d_keys, None if temperatures is None else d_temperatures
     return d_queries, d_keys, None, d_temperatures, None, None, None
 

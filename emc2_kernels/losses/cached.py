@@ -89,8 +89,7 @@ class CachedSoftmaxLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = checks.one_temperature(temperature)
-        if isinstance(refresh, bool) or not isinstance(refresh, (int, float)) or not 0 <= refresh <= 1:
-            raise ValueError(f"refresh must be a share of the cache in [0, 1], got {refresh!r}")
+        checks.number_in("refresh", refresh, 0, 1)
         self.num_samples = checks.at_least("num_samples", num_samples, 1)
         if num_samples >= MAX_SAMPLES:
             raise ValueError(f"num_samples must be below 2^16, got {num_samples}")
@@ -200,8 +199,7 @@ class CachedSoftmaxLoss(nn.Module):
         negative_similarity = (anchors.embeddings * negatives).sum(1)
         terms = negative_similarity - positive_similarity
         if self.carry == "corrected":
-            options = (self.temperature, self.bimodal, self.backend)
-            terms = terms + correction(anchors, samples, self.batch_means, *options)
+            terms = terms + correction(anchors, samples, self.batch_means, self.temperature, self.bimodal)
         loss = terms.mean() / self.temperature
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())

@@ -50,9 +50,7 @@ def batch_means(anchors: Anchors, bimodal: bool) -> Tensor:
     return by_view if bimodal else by_view.mean(0).expand(2, -1)
 
 
-def correction(
-    anchors: Anchors, samples: Samples, kept: BatchMeans, temperature: float, bimodal: bool, backend: str
-) -> Tensor:
+def correction(anchors: Anchors, samples: Samples, kept: BatchMeans, temperature: float, bimodal: bool) -> Tensor:
     """(2b,) to be added to <q, mean negative>: both sides of it, differentiable."""
     embeddings, items = anchors.embeddings, anchors.items
     weights = samples.label_weights.to(embeddings.dtype)
@@ -73,7 +71,6 @@ def correction(
                 temperature=temperature,
                 query_ids=items[rows],
                 key_ids=items[keys],
-                backend=backend,
             )
             for rows, keys in sides
         ]

@@ -114,8 +114,6 @@ class EMC2Loss(nn.Module):
         checks.boolean("normalize", normalize)
         checks.boolean("bimodal", bimodal)
         checks.embedding_dtype("bank_dtype", bank_dtype)
-        if isinstance(burn_in, bool) or not isinstance(burn_in, (int, float)) or not 0 <= burn_in < 1:
-            raise ValueError(f"burn_in must be a share of the proposals in [0, 1), got {burn_in!r}")
         if num_samples is not None:
             checks.at_least("num_samples", num_samples, 1)
         _check_carry(carry, encode, proposals)
@@ -127,7 +125,7 @@ class EMC2Loss(nn.Module):
         self.estimator = estimator
         self.bimodal = bimodal
         self.views = views
-        self.burn_in = float(burn_in)
+        self.burn_in = checks.number_in("burn_in", burn_in, 0, 1, open_high=True)
         self.num_samples = num_samples
         self.carry = carry
         object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
@@ -184,8 +182,7 @@ class EMC2Loss(nn.Module):
         if self.carry == "two_sided":
             terms = terms + self._key_side(anchors)
         elif self.carry == "corrected":
-            options = (self.temperature, self.bimodal, self.backend)
-            terms = terms + correction(anchors, visited.samples, self.batch_means, *options)
+            terms = terms + correction(anchors, visited.samples, self.batch_means, self.temperature, self.bimodal)
         loss = terms.mean() / self.temperature
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())

@@ -17,12 +17,16 @@ from torch.autograd.function import FunctionCtx
 
 from .. import checks, ops
 from ..backends import HALF_AND_SINGLE, gpu
+from ..once import not_twice
 from ..transition import MHResult, MHState
 from .pairs import NORM_FLOOR, compute_dtype
 
 if TYPE_CHECKING:
     from ..backends.triton import visit
     from .emc2 import EMC2Loss
+
+
+NO_SECOND_DERIVATIVE = 'EMC2Loss has no second derivative on this backend: use backend="reference"'
 
 
 class Surrogate(NamedTuple):
@@ -163,18 +167,4 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gradients = _kernels().gradient(grad.detach(), *ctx.saved_tensors, ctx.coin_labels, **ctx.options)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = _NoSecondDerivative.apply(*(gradient.requires_grad_() for gradient in gradients))
-        return *gradients, None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Gradients whose own gradient is an error: else a penalty on them would have none, and nobody would know."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.view_as(gradient) for gradient in gradients)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
-        raise NotImplementedError('EMC2Loss has no second derivative on this backend: use backend="reference"')
+        return *not_twice(NO_SECOND_DERIVATIVE, *gradients), None

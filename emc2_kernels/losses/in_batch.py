@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import checks
-from ..lse import lse_gradients, lse_values, mean_similarity, not_twice
+from ..lse import NO_SECOND_DERIVATIVE, lse_gradients, lse_values, mean_similarity
+from ..once import not_twice
 
 if TYPE_CHECKING:
     from .pairs import Anchors
@@ -70,9 +71,7 @@ class _Value(torch.autograd.Function):
         d_embeddings[b:].addcmul_(embeddings[:b], pull[:, None], value=-1)
         if learnt is not None:
             d_temperature = d_temperature.add_((pull * positive).sum()).to(learnt.dtype)
-        if torch.is_grad_enabled():  # create_graph=True
-            d_embeddings, d_temperature = not_twice(d_embeddings, d_temperature)
-        return d_embeddings, d_temperature, None
+        return *not_twice(NO_SECOND_DERIVATIVE, d_embeddings, d_temperature), None
 
 
 def _lse_gradient(

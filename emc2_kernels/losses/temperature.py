@@ -26,8 +26,7 @@ class TemperedLoss(nn.Module):
         super().__init__()
         self._fixed = checks.one_temperature(temperature)
         checks.boolean("learn_temperature", learn_temperature)
-        checks.positive("max_scale", max_scale)
-        self.max_scale = float(max_scale)
+        self.max_scale = checks.number_in("max_scale", max_scale, 0, math.inf, open_low=True, open_high=True)
         if learn_temperature and self._fixed * self.max_scale < 1:
             expected = f"at least 1 / max_scale = {1 / self.max_scale} with learn_temperature=True"
             raise ValueError(f"temperature must be {expected}, got {self._fixed}")
