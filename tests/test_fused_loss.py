@@ -286,3 +286,19 @@ def test_compiled_without_a_break_it_is_the_plain_path():
         torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
         assert relative_rms(actual[1], expected[1]) <= GRADIENT_ERROR[torch.float32]
         assert_identical(compiled._orig_mod.chains.key, expected[4]["chains.key"])
+
+
+@pytest.mark.parametrize(("training", "forward"), [(True, 4), (False, 3)], ids=["training", "evaluation"])
+def test_launches_are_those_that_the_readme_counts(monkeypatch, training, forward):
+    """prepare, walk, negatives, remember; torch's mean is the fifth, and the gradient is one."""
+    from emc2_kernels.backends.triton.launch import Kernel
+
+    launched, real = [], Kernel.__call__
+    monkeypatch.setattr(Kernel, "__call__", lambda self, *a: launched.append(self.function.__name__) or real(self, *a))
+    loss = make(num_samples=2).train(training)
+    z0, z1, index = next(iter(batches(1)))
+    z0, z1 = leaf(z0), leaf(z1)
+    value = loss(z0, z1, index.to(DEVICE))
+    assert len(launched) == forward, launched
+    value.backward()
+    assert len(launched) == forward + 1, launched

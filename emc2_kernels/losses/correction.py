@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..lse import contrastive_lse
-from ..slots import SlotStore, last_duplicates
+from ..slots import SlotStore
 from .negatives import Samples
 from .pairs import Anchors
 
@@ -40,8 +40,7 @@ class BatchMeans(SlotStore):
 
     def update(self, labels: Tensor, anchors: Anchors, bimodal: bool) -> None:
         """Of labels (k,) whose embeddings are kept now."""
-        means = batch_means(anchors, bimodal)[labels % 2]
-        self.means[labels] = means[last_duplicates(labels)].to(self.means.dtype)
+        self.means[labels] = batch_means(anchors, bimodal)[labels % 2].to(self.means.dtype)  # duplicates have one value
 
 
 def batch_means(anchors: Anchors, bimodal: bool) -> Tensor:
