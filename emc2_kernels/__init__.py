@@ -4,7 +4,7 @@
 ``losses.EMC2Loss`` puts them together. Importing this package compiles nothing and touches no GPU.
 """
 
-from . import losses
+from . import batching, losses
 from .backends import backends
 from .bank import EmbeddingBank
 from .chains import ChainStore
@@ -23,6 +23,7 @@ __all__ = [
     "Transition",
     "apply",
     "backends",
+    "batching",
     "compose",
     "contrastive_lse",
     "gumbel_sample",

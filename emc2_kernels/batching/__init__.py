@@ -1,0 +1,18 @@
+"""Batches chosen over the whole data set: GCBS (arXiv 2210.12874) as a batch sampler, and what it changes, measured."""
+
+from .gap import Gap, global_train_gap
+from .gcbs import GlobalContrastiveBatchSampler
+from .graph import GraphFacts, SimilarityGraph, similarity_graph
+from .order import consecutive_order
+from .suitable import check_loss
+
+__all__ = [
+    "Gap",
+    "GlobalContrastiveBatchSampler",
+    "GraphFacts",
+    "SimilarityGraph",
+    "check_loss",
+    "consecutive_order",
+    "global_train_gap",
+    "similarity_graph",
+]
