@@ -12,23 +12,29 @@ from typing import Any
 import torch
 from data import DATASETS
 
+from emc2_kernels.batching import SCOPES
+
 # Of the losses that losses.get knows, those for two views of one modality.
 METHODS = ("emc2", "simclr", "sogclr", "isogclr", "cached")
 CARRIES = ("auto", "cached", "corrected", "two_sided", "recompute", "drop")
 PROPOSALS = ("batch", "bank")
 ESTIMATORS = ("states", "recycled")
 VIEWS = ("one", "both")
-# Options that mean something to some of the methods only. Their names are those of the loss's arguments.
+BATCHINGS = ("shuffle", "gcbs")
+# Options that mean something with some values of another option only. Where that is the method, their names are those
+# of the loss's arguments; where it is the batching, the sampler's.
 ONLY_WITH = {
-    "proposals": ("emc2",),
-    "estimator": ("emc2",),
-    "burn_in": ("emc2",),
-    "carry": ("emc2", "cached"),
-    "views": ("emc2",),
-    "gamma": ("sogclr", "isogclr"),
-    "rho": ("isogclr",),
-    "refresh": ("cached",),
-    "num_samples": ("cached",),
+    "proposals": ("method", ("emc2",)),
+    "estimator": ("method", ("emc2",)),
+    "burn_in": ("method", ("emc2",)),
+    "carry": ("method", ("emc2", "cached")),
+    "views": ("method", ("emc2",)),
+    "gamma": ("method", ("sogclr", "isogclr")),
+    "rho": ("method", ("isogclr",)),
+    "refresh": ("method", ("cached",)),
+    "num_samples": ("method", ("cached",)),
+    "quantile": ("batching", ("gcbs",)),
+    "scope": ("batching", ("gcbs",)),
 }
 
 
@@ -53,6 +59,9 @@ class Config:
     rho: float = 1.0
     refresh: float = 0.01
     num_samples: int = 1
+    batching: str = "shuffle"
+    quantile: float = 0.99
+    scope: str = "global"
     seed: int = 0
     device: str = "auto"
     threads: int = 1
@@ -67,6 +76,8 @@ class Config:
         expect_one_of("estimator", self.estimator, ESTIMATORS)
         expect_one_of("carry", self.carry, CARRIES)
         expect_one_of("views", self.views, VIEWS)
+        expect_one_of("batching", self.batching, BATCHINGS)
+        expect_one_of("scope", self.scope, SCOPES)
         expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
         expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
         expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
@@ -81,6 +92,10 @@ class Config:
         expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
         expect("refresh", self.refresh, "a share from 0 to 1", 0 <= self.refresh <= 1)
         expect("num_samples", self.num_samples, "an integer of at least 1", self.num_samples >= 1)
+        expect("quantile", self.quantile, "a share from 0 to below 1", 0 <= self.quantile < 1)
+        if (self.method, self.proposals, self.batching) == ("emc2", "batch", "gcbs"):
+            uniform = "shuffle, as chains take the batch for uniform draws with --method emc2 --proposals batch"
+            raise ValueError(f"--batching: expected {uniform}, got gcbs: add --proposals bank")
         expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
         expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
         if self.directory.exists() and not self.directory.is_dir():
@@ -90,7 +105,8 @@ class Config:
 
     @property
     def directory(self) -> Path:
-        return Path(self.out or f"runs/{self.data}-{self.method}-b{self.batch_size}")
+        chosen = "" if self.batching == "shuffle" else f"-{self.batching}"
+        return Path(self.out or f"runs/{self.data}-{self.method}{chosen}-b{self.batch_size}")
 
     @property
     def torch_device(self) -> torch.device:
@@ -98,9 +114,13 @@ class Config:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
-    def own_options(self) -> dict[str, Any]:
-        """Those that only some methods have and this one does."""
-        return {name: getattr(self, name) for name, methods in ONLY_WITH.items() if self.method in methods}
+    def own_options(self, *settings: str) -> dict[str, Any]:
+        """Those that mean something with this run's method and batching, or with those of the two that are named."""
+        return {
+            name: getattr(self, name)
+            for name, (setting, values) in ONLY_WITH.items()
+            if getattr(self, setting) in values and setting in (settings or (setting,))
+        }
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it continues."""
@@ -144,6 +164,10 @@ HELP = {
     "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",
     "refresh": "cached only: share of the cache that is encoded again at each step",
     "num_samples": "cached only: negatives drawn for each anchor",
+    "batching": "shuffle (uniform batches), or gcbs (batches of alike images, chosen before each epoch but the first); "
+    "not with emc2 and proposals from the batch",
+    "quantile": "gcbs only: similarities from this quantile on up join two images",
+    "scope": "gcbs only: the quantile of all similarities (global) or of each image's own (row)",
     "seed": "names the initial weights, the batches, the augmentations and the chains",
     "device": "auto, cpu or cuda; auto takes the GPU if there is one",
     "threads": "CPU threads of PyTorch; this model is too small for a second one to pay",
@@ -153,7 +177,7 @@ HELP = {
 }
 
 UNSET = {
-    "out": "runs/DATA-METHOD-bBATCH_SIZE",
+    "out": "runs/DATA-METHOD-bBATCH_SIZE, or runs/DATA-METHOD-gcbs-bBATCH_SIZE",
 }
 
 
@@ -175,6 +199,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     except ValueError as error:
         parser.error(str(error))
     for name in ONLY_WITH.keys() & given.keys() - config.own_options().keys():
-        methods, flag = " or ".join(ONLY_WITH[name]), "--" + name.replace("_", "-")
-        parser.error(f"{flag}: expected only with --method {methods}, got --method {config.method}")
+        (setting, values), flag = ONLY_WITH[name], "--" + name.replace("_", "-")
+        expected = f"--{setting} {' or '.join(values)}"
+        parser.error(f"{flag}: expected only with {expected}, got --{setting} {getattr(config, setting)}")
     return config

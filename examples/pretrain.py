@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from emc2_kernels import losses
+from emc2_kernels.batching import GlobalContrastiveBatchSampler, check_loss
 
 # What every loss reports, and what one method's does alone; the rest of that is not written.
 STATS = ("ntxent", "positive_similarity", "negative_similarity", "mean_cosine")
@@ -63,6 +64,11 @@ class Run:
         self.view_generator = torch.Generator(device).manual_seed(seeds[1])
         self.encoder = build_encoder(config.dim, config.seed).to(device)
         self.loss = build_loss(config, num_items, self.encode_again).to(device)
+        self.sampler: GlobalContrastiveBatchSampler | None = None
+        if config.batching == "gcbs":
+            check_loss(self.loss)
+            options = {"drop_last": True, "seed": config.seed, **config.own_options("batching")}
+            self.sampler = GlobalContrastiveBatchSampler(num_items, config.batch_size, **options)
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         schedule = warmup_cosine(config.epochs * self.steps_per_epoch)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
@@ -74,6 +80,31 @@ class Run:
     def encode_again(self, items: Tensor, views: Tensor) -> Tensor:
         """items (k,), views (k,) -> (k, dim) with gradient. Views 0 and 1 are drawn alike: `views` is unused."""
         return self.encoder(augment(self.split.train_images[items], self.view_generator))
+
+    def batches(self) -> Iterator[Tensor]:
+        """One epoch of items, (b,) int64 each; where batches are chosen, by the encoder as it is now."""
+        if self.sampler is None:
+            yield from batches(len(self.split.train_images), self.config.batch_size, self.order_generator)
+            return
+        if self.epoch > 0:  # an untrained encoder has nothing to say
+            self.sampler.update(*self.embeddings())
+        yield from map(torch.tensor, self.sampler)
+
+    @torch.no_grad()
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """(n, dim) of all training images, twice: their two views of the last epoch where the loss keeps them, which
+        costs nothing; else encoded, without augmentation."""
+        images = self.split.train_images
+        bank = getattr(self.loss, "bank", None)
+        if bank is None:
+            encoded = torch.cat([self.encoder(part) for part in images.split(1024)])
+            return encoded, encoded
+        labels = torch.arange(bank.num_slots, device=images.device).view(-1, bank.views).T
+        views = [bank.lookup(label).float() for label in labels]
+        missing = (bank.age(labels[0]) < 0).nonzero().squeeze(1)  # what the epoch's last, dropped batch would have had
+        for view in views:
+            view[missing] = self.encoder(images[missing])
+        return tuple(views)
 
     def train_step(self, index: Tensor) -> dict[str, Tensor]:
         """index (b,): one update. Returns detached 0-d statistics; nothing is read back from the device."""
@@ -95,7 +126,7 @@ class Run:
         sums: dict[str, Tensor] = {}
         lr = self.scheduler.get_last_lr()[0]
         start = time.perf_counter()
-        for index in batches(len(self.split.train_images), self.config.batch_size, self.order_generator):
+        for index in self.batches():
             for name, value in self.train_step(index.to(self.view_generator.device)).items():
                 sums[name] = sums[name] + value if name in sums else value
             progress.update()
@@ -117,6 +148,7 @@ class Run:
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "sampler": None if self.sampler is None else self.sampler.state_dict(),
             "generators": [self.order_generator.get_state(), self.view_generator.get_state()],
             "history": self.history,
             "seconds": self.seconds,
@@ -128,6 +160,8 @@ class Run:
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.sampler is not None:
+            self.sampler.load_state_dict(state["sampler"])
         self.order_generator.set_state(state["generators"][0])
         self.view_generator.set_state(state["generators"][1])
         self.history, self.seconds = state["history"], state["seconds"]
@@ -136,7 +170,7 @@ class Run:
 def build_loss(config: Config, num_items: int, encode_again: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
     common = {"num_items": num_items, "dim": config.dim, "temperature": config.temperature, "seed": config.seed}
     takes = losses.TABLE[config.method].options()
-    options = {name: value for name, value in common.items() if name in takes} | config.own_options()
+    options = {name: value for name, value in common.items() if name in takes} | config.own_options("method")
     if config.method == "cached" or options.get("carry") == "recompute":
         options["encode"] = encode_again
     return losses.get(config.method, **options)

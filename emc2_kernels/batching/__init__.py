@@ -2,11 +2,12 @@
 
 from .gap import Gap, global_train_gap
 from .gcbs import GlobalContrastiveBatchSampler
-from .graph import GraphFacts, SimilarityGraph, similarity_graph
+from .graph import SCOPES, GraphFacts, SimilarityGraph, similarity_graph
 from .order import consecutive_order
 from .suitable import check_loss
 
 __all__ = [
+    "SCOPES",
     "Gap",
     "GlobalContrastiveBatchSampler",
     "GraphFacts",
