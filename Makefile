@@ -19,8 +19,9 @@ endif
 demo: $(INSTALLED)
 	$(RUN) examples/demo.py
 
+# One test a core, up to four; a thread that waits sleeps, as the tests beside it have use for its core.
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow

@@ -35,8 +35,10 @@ OWN_COLUMNS = {
     "temperature": ("isogclr",),
 }
 EPOCHS = {"cached": 8}  # one sample for each anchor is noisier than a batch of negatives
-METHODS_AND_CARRIES = [(name, "cached") for name in config.METHODS]
-METHODS_AND_CARRIES += [(name, "recompute") for name in config.METHODS if name in config.ONLY_WITH["carry"]]
+RUNS: list[dict[str, Any]] = [{"method": name, "carry": "cached"} for name in config.METHODS]
+RUNS += [{"method": name, "carry": "recompute"} for name in config.ONLY_WITH["carry"][1]]
+RUNS += [{"method": "simclr", "batching": "gcbs"}]
+RUNS += [{"method": "emc2", "proposals": "bank", "batching": "gcbs", "quantile": 0.9, "scope": "row"}]
 CLOCK_COLUMN = "images_per_second"
 
 
@@ -114,11 +116,11 @@ def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split:
 
 
 @pytest.mark.usefixtures("few_images")
-@pytest.mark.parametrize(("method", "carry"), METHODS_AND_CARRIES)
+@pytest.mark.parametrize("options", RUNS, ids=lambda options: "-".join(map(str, options.values())))
 def test_an_interrupted_run_resumes_to_the_same_bits(
-    method: str, carry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = replace(CARRYING, method=method, carry=carry, out=str(tmp_path / "whole"))
+    whole = replace(CARRYING, **options, out=str(tmp_path / "whole"))
     broken = replace(whole, out=str(tmp_path / "broken"))
     pretrain.train(whole)
 
@@ -143,7 +145,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert all(row.pop(CLOCK_COLUMN) > 0 for row in end["history"])
     assert differences(*ends) == []
     assert len(ends[0]["history"]) == 2
-    if method == "emc2":
+    if options == {"method": "emc2", "carry": "cached"}:
         assert ends[0]["history"][-1]["carry_share"] > 0
 
 
@@ -244,6 +246,17 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch
         (["--rho=-1"], "--rho: expected a finite number of at least 0, got -1.0"),
         (["--refresh=2"], "--refresh: expected a share from 0 to 1, got 2.0"),
         (["--num-samples=0"], "--num-samples: expected an integer of at least 1, got 0"),
+        (
+            ["--method=simclr", "--quantile=0.9"],
+            "--quantile: expected only with --batching gcbs, got --batching shuffle",
+        ),
+        (["--batching=gcbs"], "--batching: expected shuffle, as chains take the batch for uniform draws"),
+        (["--batching=gcbs"], "got gcbs: add --proposals bank"),
+        (["--batching=sorted"], "--batching: expected one of shuffle, gcbs, got 'sorted'"),
+        (
+            ["--method=simclr", "--batching=gcbs", "--quantile=1"],
+            "--quantile: expected a share from 0 to below 1, got 1.0",
+        ),
         (["--seed=-1"], "--seed: expected an integer from 0 to below 2**63, got -1"),
         (["--threads=0"], "--threads: expected an integer of at least 1, got 0"),
         (["--device=tpu"], "--device: expected one of auto, cpu, cuda, got 'tpu'"),
