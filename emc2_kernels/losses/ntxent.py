@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
+from ..distributed import GATHERS, shards_of
 from .in_batch import in_batch
 from .pairs import batch_stats, check, compute_dtype, stack
 from .temperature import TemperedLoss
@@ -23,7 +25,11 @@ class NTXentLoss(TemperedLoss):
         learn_temperature, max_scale: see ``TemperedLoss``: ``log_scale``, the log of 1 / temperature, is then a
             parameter.
         normalize: L2-normalise the embeddings first, in float32.
-        gather: "none": negatives are the process's own.
+        gather: "none": negatives are the process's own. "all": those of all processes, from a differentiable all-gather;
+            "ring": the same with one process's keys at a time, memory O(b d). Both are collectives, and scale the value
+            so that gradients that are averaged over processes, as DistributedDataParallel does, are those of one process
+            on the whole batch, however unequal the parts. Items are then the same numbers on all processes.
+        process_group: that gather means; None: the default group.
         backend: of ``contrastive_lse``.
 
     Example:
@@ -41,13 +47,15 @@ class NTXentLoss(TemperedLoss):
         max_scale: float = 100.0,
         normalize: bool = True,
         gather: str = "none",
+        process_group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(temperature, learn_temperature, max_scale)
         checks.boolean("normalize", normalize)
-        checks.one_of("gather", gather, ("none",))
+        checks.one_of("gather", gather, GATHERS)
         checks.one_of("backend", backend, NAMES)
         self.normalize = normalize
+        self.gather, self.process_group = gather, process_group
         self.backend = backend
 
     def forward(
@@ -73,6 +81,7 @@ class NTXentLoss(TemperedLoss):
         if not self.normalize:  # unit vectors cannot overflow; no product is larger than its rows' own
             largest = anchors.embeddings.detach().square().sum(1) / temperature
             checks.finite("the similarities of z0 and z1", largest)
+        shards = None if self.gather == "none" else shards_of(len(z0), z0, self.process_group)
         value, negative_similarity = in_batch(
             anchors,
             temperature,
@@ -80,6 +89,8 @@ class NTXentLoss(TemperedLoss):
             dtype=compute_dtype(z0),
             backend=self.backend,
             return_similarity=return_stats,
+            gather=self.gather,
+            shards=shards,
         )
         if not return_stats:
             return value

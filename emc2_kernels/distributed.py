@@ -1,0 +1,90 @@
+"""A global batch over the ranks of a process group: contiguous shards, in rank order. All of it is torch.distributed's.
+
+The keys of a global batch are ordered view by view and, within a view, rank by rank, as one process would have them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .once import not_twice
+
+GATHERS = ("none", "all", "ring")
+NO_SECOND_DERIVATIVE = "gathering over ranks"
+
+
+class Shards(NamedTuple):
+    """How many rows each rank has of a batch that belongs to all of them."""
+
+    group: dist.ProcessGroup | None  # None: the default group
+    rank: int  # in the group
+    sizes: list[int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def first(self) -> int:
+        """Row of the whole batch that this rank's first row is."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def ddp_factor(self) -> float:
+        """Makes a mean over this rank's rows what DistributedDataParallel's mean over ranks turns into the mean over all
+        rows, however unequal the shards."""
+        return len(self.sizes) * self.sizes[self.rank] / self.total
+
+
+def shards_of(rows: int, like: Tensor, group: dist.ProcessGroup | None) -> Shards:
+    """A collective: every rank says how many rows it has.
+
+    Raises:
+        RuntimeError: no process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError('gather must be "none" without a process group: call torch.distributed.init_process_group')
+    mine = torch.tensor([rows], device=like.device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group)
+    return Shards(group, dist.get_rank(group), torch.cat(found).tolist())
+
+
+def gather_rows(rows: Tensor, shards: Shards) -> Tensor:
+    """(n of this rank, ...) -> (n of all ranks, ...), differentiable: a rank's rows get the sum of all ranks' gradients."""
+    return _GatherRows.apply(rows, shards)
+
+
+def gather_views(rows: Tensor, shards: Shards) -> Tensor:
+    """The same for rows that are view after view, (v b, ...) with shards of b: (v B, ...), view after view."""
+    views = rows.shape[0] // shards.sizes[shards.rank]
+    if views == 1:
+        return gather_rows(rows, shards)
+    whole = gather_rows(rows.unflatten(0, (views, -1)).transpose(0, 1), shards)
+    return whole.transpose(0, 1).flatten(0, 1)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, shards: Shards) -> Tensor:
+        ctx.shards = shards
+        most = max(shards.sizes)  # all_gather wants equal sizes
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        found = [torch.empty_like(padded) for _ in shards.sizes]
+        dist.all_gather(found, padded, shards.group)
+        return torch.cat([part[:size] for part, size in zip(found, shards.sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        shards = ctx.shards
+        own = shards.sizes[shards.rank]
+        # Every rank has a gradient of every row. All-to-all and a sum in rank order: the same bits on every run.
+        found = grad.new_empty(len(shards.sizes) * own, *grad.shape[1:])
+        dist.all_to_all_single(found, grad.contiguous(), [own] * len(shards.sizes), shards.sizes, shards.group)
+        return *not_twice(NO_SECOND_DERIVATIVE, found.unflatten(0, (len(shards.sizes), own)).sum(0)), None

@@ -1,0 +1,159 @@
+"""Sums over the keys of all ranks with one shard of keys at a time: the shards travel round, the queries stay.
+
+Memory is O(b d) on each rank. A shard's exchange runs while the shard before it is worked on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import checks
+from .distributed import Shards
+from .lse import lse_gradients, lse_values, mean_similarity
+from .once import not_twice
+
+NO_SECOND_DERIVATIVE = "a sum over a ring of ranks has no second derivative"
+
+
+class _Exchange:
+    """Tensors on their way to the next rank, and the previous rank's on their way here."""
+
+    def __init__(self, tensors: list[Tensor], source: int, shards: Shards) -> None:
+        """source: rank whose shard, of its number of rows, the tensors are."""
+        group, ranks = shards.group, len(shards.sizes)
+        rows = shards.sizes[(source - 1) % ranks] / shards.sizes[source]
+        self.arriving = [t.new_empty(round(t.shape[0] * rows), *t.shape[1:]) for t in tensors]
+        next_rank, previous = ((shards.rank + side) % ranks for side in (1, -1))
+        if group is not None:
+            next_rank, previous = (dist.get_global_rank(group, rank) for rank in (next_rank, previous))
+        self._sent = [tensor.contiguous() for tensor in tensors]  # alive until they have arrived
+        calls = [dist.P2POp(dist.isend, tensor, next_rank, group) for tensor in self._sent]
+        calls += [dist.P2POp(dist.irecv, tensor, previous, group) for tensor in self.arriving]
+        self._works = dist.batch_isend_irecv(calls)
+
+    def wait(self) -> list[Tensor]:
+        for work in self._works:
+            work.wait()
+        return self.arriving
+
+
+def around(tensors: list[Tensor], shards: Shards) -> Iterator[tuple[int, list[Tensor]]]:
+    """Every rank's tensors in turn, this rank's first, then those of the ranks before it.
+
+    Args:
+        tensors: of this rank, each with a whole multiple of its shard's rows.
+    """
+    ranks = len(shards.sizes)
+    for hop in range(ranks):
+        source = (shards.rank - hop) % ranks
+        exchange = _Exchange(tensors, source, shards) if hop + 1 < ranks else None
+        yield source, tensors
+        if exchange is not None:
+            tensors = exchange.wait()
+
+
+def sum_around(
+    tensors: list[Tensor], shards: Shards, contribution: Callable[[int, list[Tensor]], list[Tensor]]
+) -> list[Tensor]:
+    """Every rank looks at every rank's tensors, and what they contribute to a shard is added up where it belongs.
+
+    Args:
+        contribution: (rank, its tensors) -> what this rank adds to that rank's sums, each with a whole multiple of the
+            shard's rows.
+
+    Returns:
+        The sums of this rank's shard. They travel with the shard, a hop behind, and are added up in one fixed order.
+    """
+    sums: list[Tensor] = []
+    under_way = None
+    for source, shard in around(tensors, shards):
+        sums = contribution(source, shard)
+        if under_way is not None:
+            sums = [own.add_(others) for own, others in zip(sums, under_way.wait(), strict=True)]
+        if len(shards.sizes) > 1:  # after the last hop, home
+            under_way = _Exchange(sums, source, shards)
+    return sums if under_way is None else under_way.wait()
+
+
+class _RingLse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        queries: Tensor,
+        keys: Tensor,
+        temperature: float | Tensor,
+        ids: tuple[Tensor, Tensor],
+        shards: Shards,
+        backend: str,
+    ) -> Tensor:
+        number, temperatures = checks.number_or_rows(temperature, queries)
+        lse = None
+        for _, (some, some_ids) in around([keys, ids[1]], shards):
+            part = lse_values(queries, some, number, temperatures, ids[0], some_ids, backend)
+            lse = part if lse is None else torch.logaddexp(lse, part)
+        ctx.shards, ctx.backend = shards, backend
+        ctx.number = None if isinstance(temperature, Tensor) else temperature
+        ctx.save_for_backward(queries, keys, *ids, lse, temperature if ctx.number is None else None)
+        return lse
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, query_ids, key_ids, lse, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        number, temperatures = checks.number_or_rows(learnt if ctx.number is None else ctx.number, queries)
+        d_queries = torch.zeros_like(queries)
+        d_temperature = None if learnt is None else torch.zeros_like(learnt)
+
+        def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
+            of = (queries, shard[0], number, temperatures, query_ids, shard[1], grad.detach(), lse, ctx.backend)
+            for_queries, for_keys, for_rows = lse_gradients(*of)
+            d_queries.add_(for_queries)
+            if d_temperature is not None:
+                d_temperature.add_(for_rows.sum())
+            return [for_keys]
+
+        (d_keys,) = sum_around([keys, key_ids], ctx.shards, contribution)
+        return *not_twice(NO_SECOND_DERIVATIVE, d_queries, d_keys, d_temperature), None, None, None
+
+
+def ring_lse(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    shards: Shards,
+    backend: str = "auto",
+) -> Tensor:
+    """``contrastive_lse`` of this rank's queries over the keys of all ranks, differentiable in queries, keys and a 0-d
+    temperature. A rank's keys get the sum of all ranks' gradients.
+
+    Args:
+        queries: (n, d). keys: (m, d) of this rank, where m is a whole multiple of its shard's rows.
+        query_ids, key_ids: (n,), (m,) int64. A key with the row's id is left out, on whichever rank it is.
+    """
+    return _RingLse.apply(queries, keys, temperature, (query_ids, key_ids), shards, backend)
+
+
+def ring_similarity(
+    lse: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    shards: Shards,
+    backend: str = "auto",
+) -> Tensor:
+    """``mean_similarity`` over the keys of all ranks: (n,), detached."""
+    total = torch.zeros_like(lse)
+    for _, (some, some_ids) in around([keys.detach(), key_ids], shards):
+        options = {"temperature": temperature, "query_ids": query_ids, "key_ids": some_ids, "backend": backend}
+        total += mean_similarity(lse, queries, some, **options)
+    return total
