@@ -199,7 +199,7 @@ class CachedSoftmaxLoss(nn.Module):
         negative_similarity = (anchors.embeddings * negatives).sum(1)
         terms = negative_similarity - positive_similarity
         if self.carry == "corrected":
-            terms = terms + correction(anchors, samples, self.batch_means, self.temperature, self.bimodal)
+            terms = terms + correction(anchors, anchors, samples, self.batch_means, self.temperature, self.bimodal)
         loss = terms.mean() / self.temperature
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
+from ..distributed import gather_views, shards_of
 from ..transition import MHState
 from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode
 from .negatives import mean_negative
-from .pairs import Anchors, batch_stats, check, compute_dtype, stack
+from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, stack
 from .sitting import SittingQueries
 from .visits import num_proposed, visit
 
@@ -64,7 +66,11 @@ class EMC2Loss(nn.Module):
         normalize: L2-normalise the embeddings first, in float32.
         bank_dtype: dtype of the kept embeddings.
         backend: of ``mh_step``.
-        gather: "none".
+        gather: "none": proposals and negatives are the process's own. "all": keys of all processes, from a differentiable
+            all-gather; the chains are then replicated, every process applies the updates of all, and each process
+            walks those of its own rows. See ``NTXentLoss`` for what this does to the value. Contiguous parts of a batch,
+            in rank order, walk the chains that one process with the whole batch would.
+        process_group: that gather means; None: the default group.
 
     State: ``chains``, ``bank``, ``step``, and with a carry that needs them ``batch_means`` or ``sitting``, are in
     ``state_dict``. They change in training mode only.
@@ -95,6 +101,7 @@ class EMC2Loss(nn.Module):
         estimator: str = "states",
         encode: Encode | None = None,
         gather: str = "none",
+        process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         bimodal: bool = False,
         normalize: bool = True,
@@ -109,7 +116,7 @@ class EMC2Loss(nn.Module):
         if carry == "auto":
             carry = "corrected" if proposals == "bank" else "cached"
         checks.one_of("estimator", estimator, ("states", "recycled"))
-        checks.one_of("gather", gather, ("none",))
+        checks.one_of("gather", gather, ("none", "all"))
         checks.one_of("backend", backend, NAMES)
         checks.boolean("normalize", normalize)
         checks.boolean("bimodal", bimodal)
@@ -120,6 +127,7 @@ class EMC2Loss(nn.Module):
         _check_proposals(proposals, num_proposals, views, bimodal)
         if proposals == "bank" and carry in COLLAPSING:
             warn_of_collapse(f'EMC2Loss: proposals="bank" with carry="{carry}"')
+        self.gather, self.process_group = gather, process_group
         self.proposals = proposals
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
         self.estimator = estimator
@@ -172,7 +180,9 @@ class EMC2Loss(nn.Module):
         if fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        visited = visit(self, anchors, compute_dtype(z0), return_stats)
+        shards = None if self.gather == "none" else shards_of(len(z0), z0, self.process_group)
+        whole = of_all_ranks(anchors, shards)
+        visited = visit(self, anchors, whole, compute_dtype(z0), return_stats)
         keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
         again = self.encode if self.carry == "recompute" else None
         negatives = mean_negative(keys, visited.samples, self.bank, again, self.normalize)
@@ -182,15 +192,20 @@ class EMC2Loss(nn.Module):
         if self.carry == "two_sided":
             terms = terms + self._key_side(anchors)
         elif self.carry == "corrected":
-            terms = terms + correction(anchors, visited.samples, self.batch_means, self.temperature, self.bimodal)
-        loss = terms.mean() / self.temperature
+            terms = terms + correction(
+                anchors, whole, visited.samples, self.batch_means, self.temperature, self.bimodal
+            )
+        loss = terms.mean() / self.temperature * (1 if shards is None else shards.ddp_factor)
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
         stats = None
         if return_stats:
             stats = self._stats(anchors, visited.acceptance, visited.carry_share, negative_similarity.detach())
         if self.training:
-            self._remember(anchors, visited.state)
+            state = visited.state
+            if shards is not None:
+                state = MHState(*(gather_views(field, shards) for field in state))
+            self._remember(whole, state)
         return loss if stats is None else (loss, stats)
 
     def _check_device(self, z0: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import Shards, gather_views
 from .in_batch import in_batch
 
 NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
@@ -26,6 +27,11 @@ class Anchors(NamedTuple):
     def positives(self) -> Tensor:
         """(2b, d)."""
         return self.embeddings.roll(self.embeddings.shape[0] // 2, 0)
+
+
+def of_all_ranks(anchors: Anchors, shards: Shards | None) -> Anchors:
+    """The anchors of the whole batch, view by view, differentiable; the same ones where there is one rank's only."""
+    return anchors if shards is None else Anchors(*(gather_views(field, shards) for field in anchors))
 
 
 def check(z0: Tensor, z1: Tensor, index: Tensor | None, *, dim: int | None, num_items: int | None) -> None:
