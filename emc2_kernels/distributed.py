@@ -36,8 +36,8 @@ class Shards(NamedTuple):
 
     @property
     def ddp_factor(self) -> float:
-        """Makes a mean over this rank's rows what DistributedDataParallel's mean over ranks turns into the mean over all
-        rows, however unequal the shards."""
+        """Times a mean over this rank's rows: DistributedDataParallel's mean over ranks is then the mean over all rows,
+        however unequal the shards."""
         return len(self.sizes) * self.sizes[self.rank] / self.total
 
 
@@ -56,7 +56,7 @@ def shards_of(rows: int, like: Tensor, group: dist.ProcessGroup | None) -> Shard
 
 
 def gather_rows(rows: Tensor, shards: Shards) -> Tensor:
-    """(n of this rank, ...) -> (n of all ranks, ...), differentiable: a rank's rows get the sum of all ranks' gradients."""
+    """(n of this rank, ...) -> (n of all ranks, ...). A rank's rows get the sum of all ranks' gradients."""
     return _GatherRows.apply(rows, shards)
 
 

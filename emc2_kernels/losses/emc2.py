@@ -66,10 +66,10 @@ class EMC2Loss(nn.Module):
         normalize: L2-normalise the embeddings first, in float32.
         bank_dtype: dtype of the kept embeddings.
         backend: of ``mh_step``.
-        gather: "none": proposals and negatives are the process's own. "all": keys of all processes, from a differentiable
-            all-gather; the chains are then replicated, every process applies the updates of all, and each process
-            walks those of its own rows. See ``NTXentLoss`` for what this does to the value. Contiguous parts of a batch,
-            in rank order, walk the chains that one process with the whole batch would.
+        gather: "none": proposals and negatives are the process's own. "all": the keys of all processes, from a
+            differentiable all-gather. Each process walks the chains of its own rows and applies the updates of all, so
+            that chains are the same everywhere; with contiguous parts of a batch, in rank order, they are those of one
+            process with the whole batch. See ``NTXentLoss`` for what this does to the value.
         process_group: that gather means; None: the default group.
 
     State: ``chains``, ``bank``, ``step``, and with a carry that needs them ``batch_means`` or ``sitting``, are in

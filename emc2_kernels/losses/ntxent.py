@@ -25,10 +25,10 @@ class NTXentLoss(TemperedLoss):
         learn_temperature, max_scale: see ``TemperedLoss``: ``log_scale``, the log of 1 / temperature, is then a
             parameter.
         normalize: L2-normalise the embeddings first, in float32.
-        gather: "none": negatives are the process's own. "all": those of all processes, from a differentiable all-gather;
-            "ring": the same with one process's keys at a time, memory O(b d). Both are collectives, and scale the value
-            so that gradients that are averaged over processes, as DistributedDataParallel does, are those of one process
-            on the whole batch, however unequal the parts. Items are then the same numbers on all processes.
+        gather: "none": negatives are the process's own. "all": those of all processes, by a differentiable all-gather.
+            "ring": the same with one process's keys at a time, memory O(b d). Both are collectives. They scale the
+            value so that gradients averaged over processes, as DistributedDataParallel does, are those of one process
+            with the whole batch, however unequal the parts. ``index`` must name items alike on all processes.
         process_group: that gather means; None: the default group.
         backend: of ``contrastive_lse``.
 
