@@ -5,6 +5,7 @@ The keys of a global batch are ordered view by view and, within a view, rank by 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,20 @@ def gather_views(rows: Tensor, shards: Shards) -> Tensor:
         return gather_rows(rows, shards)
     whole = gather_rows(rows.unflatten(0, (views, -1)).transpose(0, 1), shards)
     return whole.transpose(0, 1).flatten(0, 1)
+
+
+def each_rank(tensors: list[Tensor], shards: Shards) -> Iterator[list[Tensor]]:
+    """Every rank's tensors, in rank order, one rank's at a time; each has a whole multiple of its shard's rows."""
+    own = shards.sizes[shards.rank]
+    for rank, size in enumerate(shards.sizes):
+        if rank == shards.rank:
+            here = [tensor.detach().contiguous() for tensor in tensors]
+        else:
+            here = [tensor.new_empty(tensor.shape[0] // own * size, *tensor.shape[1:]) for tensor in tensors]
+        source = rank if shards.group is None else dist.get_global_rank(shards.group, rank)
+        for tensor in here:
+            dist.broadcast(tensor, source, shards.group)
+        yield here
 
 
 class _GatherRows(torch.autograd.Function):

@@ -6,6 +6,8 @@ Memory is O(b d) on each rank. A shard's exchange runs while the shard before it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,9 @@ from torch.autograd.function import FunctionCtx
 from . import checks
 from .distributed import Shards
 from .lse import lse_gradients, lse_values, mean_similarity
+from .mh import mh_transition
 from .once import not_twice
+from .transition import Transition, compose
 
 NO_SECOND_DERIVATIVE = "a sum over a ring of ranks has no second derivative"
 
@@ -26,15 +30,15 @@ class _Exchange:
     def __init__(self, tensors: list[Tensor], source: int, shards: Shards) -> None:
         """source: rank whose shard, of its number of rows, the tensors are."""
         group, ranks = shards.group, len(shards.sizes)
-        rows = shards.sizes[(source - 1) % ranks] / shards.sizes[source]
-        self.arriving = [t.new_empty(round(t.shape[0] * rows), *t.shape[1:]) for t in tensors]
+        here, there = shards.sizes[source], shards.sizes[(source - 1) % ranks]
+        self.arriving = [t.new_empty(t.shape[0] // here * there, *t.shape[1:]) for t in tensors]
         next_rank, previous = ((shards.rank + side) % ranks for side in (1, -1))
         if group is not None:
             next_rank, previous = (dist.get_global_rank(group, rank) for rank in (next_rank, previous))
         self._sent = [tensor.contiguous() for tensor in tensors]  # alive until they have arrived
         calls = [dist.P2POp(dist.isend, tensor, next_rank, group) for tensor in self._sent]
         calls += [dist.P2POp(dist.irecv, tensor, previous, group) for tensor in self.arriving]
-        self._works = dist.batch_isend_irecv(calls)
+        self._works = dist.batch_isend_irecv(calls) if calls else []
 
     def wait(self) -> list[Tensor]:
         for work in self._works:
@@ -157,3 +161,74 @@ def ring_similarity(
         options = {"temperature": temperature, "query_ids": query_ids, "key_ids": some_ids, "backend": backend}
         total += mean_similarity(lse, queries, some, **options)
     return total
+
+
+def ring_transition(queries: Tensor, keys: Tensor, *, key_ids: Tensor, shards: Shards, **walk: Any) -> Transition:
+    """``mh_transition`` of this rank's queries over the keys of all ranks, view by view and rank by rank.
+
+    A rank sees the shards in another order, its own first and then those before it; walks compose, so that does not
+    matter: what it has walked is kept as two values for each view, of the ranks up to this one and of those behind it.
+
+    Args:
+        queries: (n, d). keys: (v b, d) of this rank, v views of its shard's b rows.
+        key_ids: (v B,) of the keys of all ranks.
+        walk: the other arguments of ``mh_transition``.
+    """
+    views = keys.shape[0] // shards.sizes[shards.rank]
+    up_to_here: list[Transition | None] = [None] * views
+    behind: list[Transition | None] = [None] * views
+    for source, (some,) in around([keys], shards):
+        for view, block in enumerate(some.unflatten(0, (views, -1))):
+            first = view * shards.total + sum(shards.sizes[:source])
+            ids = key_ids[first : first + block.shape[0]]
+            walked = mh_transition(
+                queries, block, key_ids=ids, first_proposal=first, total_proposals=views * shards.total, **walk
+            )
+            side = up_to_here if source <= shards.rank else behind
+            side[view] = walked if side[view] is None else compose(walked, side[view])  # ranks come in falling order
+    in_order = [side[view] for view in range(views) for side in (up_to_here, behind) if side[view] is not None]
+    return reduce(compose, in_order)
+
+
+class _RingBag(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, keys: Tensor, rows: Tensor, weights: Tensor, shards: Shards) -> Tensor:
+        ctx.shards, ctx.views = shards, keys.shape[0] // shards.sizes[shards.rank]
+        ctx.save_for_backward(rows, weights)
+        total = keys.new_zeros(rows.shape[0], keys.shape[1])
+        for source, (some,) in around([keys], shards):
+            local, share = _of_rank(source, rows, weights, ctx.views, shards)
+            total += torch.nn.functional.embedding_bag(local, some, mode="sum", per_sample_weights=share)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows, weights), shards = ctx.saved_tensors, ctx.shards
+
+        def contribution(source: int, _: list[Tensor]) -> list[Tensor]:
+            local, share = _of_rank(source, rows, weights, ctx.views, shards)
+            own = grad.new_zeros(ctx.views * shards.sizes[source], grad.shape[1])
+            anchors, samples = share.nonzero(as_tuple=True)
+            return [own.index_add_(0, local[anchors, samples], share[anchors, samples, None] * grad[anchors])]
+
+        (d_keys,) = sum_around([], shards, contribution)
+        return *not_twice(NO_SECOND_DERIVATIVE, d_keys), None, None, None
+
+
+def _of_rank(source: int, rows: Tensor, weights: Tensor, views: int, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Rows of the keys of all ranks as rows of one rank's, and the weights of those that are among them, else 0."""
+    size, first = shards.sizes[source], sum(shards.sizes[:source])
+    view = torch.div(rows, shards.total, rounding_mode="floor")
+    place = rows - view * shards.total - first
+    inside = (place >= 0) & (place < size) & (view < views)
+    return torch.where(inside, view * size + place, 0), torch.where(inside, weights, 0)
+
+
+def ring_bag(keys: Tensor, rows: Tensor, weights: Tensor, shards: Shards) -> Tensor:
+    """(n, d) weighted sums of keys of all ranks, differentiable in the keys; each rank's get all ranks' gradients.
+
+    Args:
+        keys: (v b, d) of this rank, v views of its shard's b rows.
+        rows: (n, S) int64 rows of all ranks' keys, view by view and rank by rank. weights: (n, S) in the keys' dtype.
+    """
+    return _RingBag.apply(keys, rows, weights, shards)

@@ -10,13 +10,14 @@ from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
-from ..distributed import gather_views, shards_of
+from ..distributed import GATHERS, Shards, each_rank, gather_views, shards_of
 from ..transition import MHState
 from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode
 from .negatives import mean_negative
 from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, stack
+from .ring_visits import ring_visit
 from .sitting import SittingQueries
 from .visits import num_proposed, visit
 
@@ -69,7 +70,9 @@ class EMC2Loss(nn.Module):
         gather: "none": proposals and negatives are the process's own. "all": the keys of all processes, from a
             differentiable all-gather. Each process walks the chains of its own rows and applies the updates of all, so
             that chains are the same everywhere; with contiguous parts of a batch, in rank order, they are those of one
-            process with the whole batch. See ``NTXentLoss`` for what this does to the value.
+            process with the whole batch. See ``NTXentLoss`` for what this does to the value. "ring": the same with one
+            process's keys at a time, for proposals="batch", estimator="states" and the carries "cached", "recompute"
+            and "drop"; the statistic acceptance is then NaN.
         process_group: that gather means; None: the default group.
 
     State: ``chains``, ``bank``, ``step``, and with a carry that needs them ``batch_means`` or ``sitting``, are in
@@ -116,7 +119,7 @@ class EMC2Loss(nn.Module):
         if carry == "auto":
             carry = "corrected" if proposals == "bank" else "cached"
         checks.one_of("estimator", estimator, ("states", "recycled"))
-        checks.one_of("gather", gather, ("none", "all"))
+        checks.one_of("gather", gather, GATHERS)
         checks.one_of("backend", backend, NAMES)
         checks.boolean("normalize", normalize)
         checks.boolean("bimodal", bimodal)
@@ -125,6 +128,8 @@ class EMC2Loss(nn.Module):
             checks.at_least("num_samples", num_samples, 1)
         _check_carry(carry, encode, proposals)
         _check_proposals(proposals, num_proposals, views, bimodal)
+        if gather == "ring":
+            _check_ring(proposals, carry, estimator)
         if proposals == "bank" and carry in COLLAPSING:
             warn_of_collapse(f'EMC2Loss: proposals="bank" with carry="{carry}"')
         self.gather, self.process_group = gather, process_group
@@ -181,11 +186,16 @@ class EMC2Loss(nn.Module):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         shards = None if self.gather == "none" else shards_of(len(z0), z0, self.process_group)
-        whole = of_all_ranks(anchors, shards)
-        visited = visit(self, anchors, whole, compute_dtype(z0), return_stats)
-        keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
-        again = self.encode if self.carry == "recompute" else None
-        negatives = mean_negative(keys, visited.samples, self.bank, again, self.normalize)
+        if self.gather == "ring":
+            visited = ring_visit(self, anchors, shards, compute_dtype(z0))
+            negatives, acceptance = visited.negatives, torch.full_like(visited.carry_share, torch.nan)
+        else:
+            whole = of_all_ranks(anchors, shards)
+            visited = visit(self, anchors, whole, compute_dtype(z0), return_stats)
+            keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
+            again = self.encode if self.carry == "recompute" else None
+            negatives = mean_negative(keys, visited.samples, self.bank, again, self.normalize)
+            acceptance = visited.acceptance
         positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
         negative_similarity = (anchors.embeddings * negatives).sum(1)
         terms = negative_similarity - positive_similarity
@@ -200,12 +210,9 @@ class EMC2Loss(nn.Module):
             checks.finite("the similarities of z0 and z1", loss.detach())
         stats = None
         if return_stats:
-            stats = self._stats(anchors, visited.acceptance, visited.carry_share, negative_similarity.detach())
+            stats = self._stats(anchors, acceptance, visited.carry_share, negative_similarity.detach())
         if self.training:
-            state = visited.state
-            if shards is not None:
-                state = MHState(*(gather_views(field, shards) for field in state))
-            self._remember(whole, state)
+            self._remember_all(anchors, visited.state, shards)
         return loss if stats is None else (loss, stats)
 
     def _check_device(self, z0: Tensor) -> None:
@@ -246,18 +253,31 @@ class EMC2Loss(nn.Module):
         sitting = self.sitting.on(anchors.items * 2 + anchors.views).to(anchors.embeddings.dtype)
         return (anchors.embeddings * sitting).sum(1)
 
+    @torch.no_grad()
+    def _remember_all(self, anchors: Anchors, state: MHState, shards: Shards | None) -> None:
+        """Writes what all ranks have found, in the order in which one process would: the last duplicate wins."""
+        state = MHState(state.key, state.score.float())
+        if self.gather == "ring":  # of a slot's rows, the last rank's come last
+            for embeddings, items, views, *found in each_rank([*anchors, *state], shards):
+                self._remember(Anchors(embeddings, items, views), MHState(*found))
+        elif shards is not None:
+            fields = (gather_views(field.detach(), shards) for field in (*anchors, *state))
+            embeddings, items, views, *found = fields
+            self._remember(Anchors(embeddings, items, views), MHState(*found))
+        else:
+            self._remember(anchors, state)
+        self.step += 1
+
     def _remember(self, anchors: Anchors, state: MHState) -> None:
-        with torch.no_grad():
-            slots = anchors.items * 2 + anchors.views
-            if self.carry == "two_sided":
-                self.sitting.leave(slots, self.chains, self.bank)
-            self.chains.write(anchors.items, anchors.views, MHState(state.key, state.score.float()))
-            self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
-            if self.carry == "corrected":
-                self.batch_means.update(slots, anchors, self.bimodal)
-            if self.carry == "two_sided":
-                self.sitting.sit_down(slots, self.chains, self.bank)
-            self.step += 1
+        slots = anchors.items * 2 + anchors.views
+        if self.carry == "two_sided":
+            self.sitting.leave(slots, self.chains, self.bank)
+        self.chains.write(anchors.items, anchors.views, state)
+        self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
+        if self.carry == "corrected":
+            self.batch_means.update(slots, anchors, self.bimodal)
+        if self.carry == "two_sided":
+            self.sitting.sit_down(slots, self.chains, self.bank)
 
     def _stats(
         self, anchors: Anchors, acceptance: Tensor, carry_share: Tensor, negative_similarity: Tensor
@@ -283,6 +303,13 @@ def _check_carry(carry: str, encode: Encode | None, proposals: str) -> None:
         raise ValueError('encode must be given with carry="recompute", got None')
     if proposals == "bank" and carry == "drop":
         raise ValueError('carry must not be "drop" with proposals="bank", whose samples are all outside, got "drop"')
+
+
+def _check_ring(proposals: str, carry: str, estimator: str) -> None:
+    """Of the settings, those for which keys that are here one after another are enough."""
+    if proposals != "batch" or carry not in ("cached", "recompute", "drop") or estimator != "states":
+        expected = 'proposals="batch", carry="cached", "recompute" or "drop", and estimator="states"'
+        raise ValueError(f'gather="ring" needs {expected}, got {proposals!r}, {carry!r} and {estimator!r}')
 
 
 def _check_proposals(proposals: str, num_proposals: int | None, views: str, bimodal: bool) -> None:

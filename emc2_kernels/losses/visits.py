@@ -55,10 +55,11 @@ def visit(loss: EMC2Loss, anchors: Anchors, whole: Anchors, dtype: torch.dtype, 
     n = anchors.items.shape[0]
     keys, parts = _from_bank(loss, n, whole) if loss.proposals == "bank" else _from_batch(loss, n, whole, dtype)
     walked = [_walk(loss, anchors, part, start, return_accepts) for part in parts]
-    samples = [
-        (_of_bank if part.draws else _of_batch)(loss, whole, part, *walk[:2], start.key[part.anchors])
-        for part, walk in zip(parts, walked, strict=True)
-    ]
+    samples = []
+    for part, walk in zip(parts, walked, strict=True):
+        found = walk.positions, walk.weights, start.key[part.anchors]
+        of_bank = loss.proposals == "bank"
+        samples.append(_of_bank(whole, part, *found) if of_bank else of_batch(loss.carry, part.first_row, *found))
     carried = torch.cat([torch.where(walk.positions < 0, walk.weights, 0).sum(1) for walk in walked])
     return Visit(
         keys,
@@ -166,22 +167,18 @@ def _move_probability(
     return torch.where(proposable, (proposed_score - score).clamp_max(0).exp(), 0)
 
 
-def _of_batch(
-    loss: EMC2Loss, whole: Anchors, part: Proposals, positions: Tensor, weights: Tensor, start: Tensor
-) -> Samples:
+def of_batch(carry: str, first_row: int, positions: Tensor, weights: Tensor, start: Tensor) -> Samples:
     """Samples in the batch by their row; what is left is the key that the chain began with."""
     inside = positions >= 0
     row_weights, left = weights * inside, (weights * ~inside).sum(1, keepdim=True) * (start >= 0)[:, None]
-    if loss.carry == "drop":
+    if carry == "drop":
         left = torch.zeros_like(left)
     total = row_weights.sum(1, keepdim=True) + left
     scale = 1 / torch.where(total > 0, total, 1)
-    return Samples(positions.clamp_min(0) + part.first_row, row_weights * scale, start[:, None], left * scale)
+    return Samples(positions.clamp_min(0) + first_row, row_weights * scale, start[:, None], left * scale)
 
 
-def _of_bank(
-    loss: EMC2Loss, whole: Anchors, part: Proposals, positions: Tensor, weights: Tensor, start: Tensor
-) -> Samples:
+def _of_bank(whole: Anchors, part: Proposals, positions: Tensor, weights: Tensor, start: Tensor) -> Samples:
     """Samples by label, but by row where the label happens to be in the batch."""
     labels = torch.where(positions >= 0, part.labels[positions.clamp_min(0)], start[:, None])
     return by_label(labels, weights, whole.items * 2 + whole.views)
