@@ -191,7 +191,7 @@ class EMC2Loss(nn.Module):
             negatives, acceptance = visited.negatives, torch.full_like(visited.carry_share, torch.nan)
         else:
             whole = of_all_ranks(anchors, shards)
-            visited = visit(self, anchors, whole, compute_dtype(z0), return_stats)
+            visited = visit(self, anchors, compute_dtype(z0), return_stats, whole)
             keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
             again = self.encode if self.carry == "recompute" else None
             negatives = mean_negative(keys, visited.samples, self.bank, again, self.normalize)

@@ -44,13 +44,16 @@ class _Walked(NamedTuple):
     num_accepted: Tensor | None  # (n,)
 
 
-def visit(loss: EMC2Loss, anchors: Anchors, whole: Anchors, dtype: torch.dtype, return_accepts: bool) -> Visit:
+def visit(
+    loss: EMC2Loss, anchors: Anchors, dtype: torch.dtype, return_accepts: bool, whole: Anchors | None = None
+) -> Visit:
     """Walks the chains of 2b anchors; changes nothing of the loss.
 
     Args:
-        whole: the anchors of all ranks, whose keys are proposed; ``anchors`` where there is one.
         dtype: what scores are multiplied in; the bank's own where it is proposed from.
+        whole: the anchors of all ranks, whose keys are proposed; None: there is one.
     """
+    whole = anchors if whole is None else whole
     start = loss.chains.read(anchors.items, anchors.views, anchors.embeddings.detach(), loss.bank, loss.temperature)
     n = anchors.items.shape[0]
     keys, parts = _from_bank(loss, n, whole) if loss.proposals == "bank" else _from_batch(loss, n, whole, dtype)
