@@ -186,11 +186,11 @@ class EMC2Loss(nn.Module):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         shards = None if self.gather == "none" else shards_of(len(z0), z0, self.process_group)
+        whole = anchors if self.gather == "ring" else of_all_ranks(anchors, shards)
         if self.gather == "ring":
             visited = ring_visit(self, anchors, shards, compute_dtype(z0))
             negatives, acceptance = visited.negatives, torch.full_like(visited.carry_share, torch.nan)
         else:
-            whole = of_all_ranks(anchors, shards)
             visited = visit(self, anchors, compute_dtype(z0), return_stats, whole)
             keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
             again = self.encode if self.carry == "recompute" else None
@@ -212,7 +212,7 @@ class EMC2Loss(nn.Module):
         if return_stats:
             stats = self._stats(anchors, acceptance, visited.carry_share, negative_similarity.detach())
         if self.training:
-            self._remember_all(anchors, visited.state, shards)
+            self._remember_all(whole, visited.state, shards)
         return loss if stats is None else (loss, stats)
 
     def _check_device(self, z0: Tensor) -> None:
@@ -254,18 +254,19 @@ class EMC2Loss(nn.Module):
         return (anchors.embeddings * sitting).sum(1)
 
     @torch.no_grad()
-    def _remember_all(self, anchors: Anchors, state: MHState, shards: Shards | None) -> None:
-        """Writes what all ranks have found, in the order in which one process would: the last duplicate wins."""
+    def _remember_all(self, whole: Anchors, state: MHState, shards: Shards | None) -> None:
+        """Writes what all ranks have found, in the order in which one process would: the last duplicate wins.
+
+        Args:
+            whole: the anchors of all ranks; in a ring, this rank's. state: (2b,) of this rank's.
+        """
         state = MHState(state.key, state.score.float())
         if self.gather == "ring":  # of a slot's rows, the last rank's come last
-            for embeddings, items, views, *found in each_rank([*anchors, *state], shards):
+            for embeddings, items, views, *found in each_rank([*whole, *state], shards):
                 self._remember(Anchors(embeddings, items, views), MHState(*found))
-        elif shards is not None:
-            fields = (gather_views(field.detach(), shards) for field in (*anchors, *state))
-            embeddings, items, views, *found = fields
-            self._remember(Anchors(embeddings, items, views), MHState(*found))
         else:
-            self._remember(anchors, state)
+            everyone = state if shards is None else MHState(*(gather_views(field, shards) for field in state))
+            self._remember(whole, everyone)
         self.step += 1
 
     def _remember(self, anchors: Anchors, state: MHState) -> None:
