@@ -350,12 +350,13 @@ def topics_in(epoch):
 
 @pytest.mark.parametrize("sampler", [GCBSBatchSampler, partial(GCBSBatchSampler, quantile=0.9)])
 def test_training_has_alike_items_in_a_batch_from_the_second_epoch_on(sampler, tmp_path):
-    run = trainer(tmp_path, sampler)
+    callback = GCBSCallback()
+    run = trainer(tmp_path, sampler, callback)
     run.train()
     first, second, third = epochs_of(run)
     for epoch in (first, second, third):
         assert sorted(sum(epoch, [])) == list(range(ITEMS))
-    plain = GlobalContrastiveBatchSampler(ITEMS, BATCH, seed=run.args.seed)
+    plain = GlobalContrastiveBatchSampler(ITEMS, BATCH, seed=callback._samplers[0].seed)
     assert first == list(plain) and second != list(plain) and second != third
     assert topics_in(first) > 4
     if sampler is not GCBSBatchSampler:  # a quantile that joins all of a topic: one in a batch, and a second at its cut

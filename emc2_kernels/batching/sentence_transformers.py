@@ -52,6 +52,8 @@ class GCBSBatchSampler(base_sampler.DefaultBatchSampler):
     of the order, as accelerate deals them: ``world_size`` consecutive batches, one to each process. ``drop_last=True``,
     which the trainer sets where there are several processes, leaves out what fills no batch of all of them.
 
+    The trainer takes its evaluation data from such a sampler too: shuffled, as nothing updates it.
+
     Data sets of a ``DatasetDict`` have a sampler and an order each. There the trainer mixes the batches of different
     ones, so that with several processes only each process's own batch is a run.
 
