@@ -120,19 +120,26 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
         """Of this rank, in the order in which they come."""
-        draws = np.random.default_rng([self.seed, epoch])
-        order = draws.permutation(self.num_items) if self._order is None else self._order
-        order = np.roll(order, -int(draws.integers(self.num_items)))
-        whole, rest = divmod(self.num_items, self._run)
-        runs = order[: whole * self._run].reshape(whole, self.world_size, self.batch_size)
-        # Cut over ranks before shuffling within: a rank's share of a run is the run's consecutive items.
-        batches = list(draws.permuted(runs[draws.permutation(whole), self.rank], axis=1))
+        draws, order, runs = self._runs(epoch)
+        batches = list(runs[:, self.rank])
+        rest = len(order) - runs.size
         if rest and not self.drop_last:
             size = -(-rest // self.world_size)
             # What is missing is taken from the items before: neighbours, and none of them twice in the run.
             places = np.arange(size) + self.num_items + size * (self.rank - self.world_size)
             batches.append(draws.permutation(order.take(places, mode="wrap")))
         return batches
+
+    def _runs(self, epoch: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
+        """The epoch's draws, its (num_items,) order, and the (runs, world_size, batch_size) whole runs of that order as
+        they come. What is left of the order fills no run."""
+        draws = np.random.default_rng([self.seed, epoch])
+        order = draws.permutation(self.num_items) if self._order is None else self._order
+        order = np.roll(order, -int(draws.integers(self.num_items)))
+        whole = self.num_items // self._run
+        runs = order[: whole * self._run].reshape(whole, self.world_size, self.batch_size)
+        # Cut over ranks before shuffling within: a rank's share of a run is the run's consecutive items.
+        return draws, order, draws.permuted(runs[draws.permutation(whole)], axis=2)
 
     def update(self, x: Tensor | None, y: Tensor | None = None) -> None:
         """Orders the items anew; an epoch under way ends as it began, and the next has the new order.
