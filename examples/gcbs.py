@@ -145,7 +145,7 @@ def purity(classes: Tensor | None, batches: Sequence[Tensor]) -> float:
     return statistics.fmean((int(same.sum()) - len(same)) / (len(same) * (len(same) - 1)) for same in alike)
 
 
-HEADER = ("", "gap untrained", "gap", "global loss", "same class %", "MRR %", "@1 %", "s a choice")
+HEADER = ("", "gap untrained", "halfway", "gap", "global loss", "same class %", "MRR %", "@1 %", "s a choice")
 
 
 def table_of(settings: Settings, rows: Sequence[Epoch]) -> str:
@@ -159,7 +159,8 @@ def table_of(settings: Settings, rows: Sequence[Epoch]) -> str:
         fields = (("gap", 1), ("global_loss", 1), ("purity", 100), ("reciprocal_rank", 100), ("recall", 100))
         last = (cell(batching, settings.epochs, *field) for field in fields)
         chosen = [row.seconds for row in rows if row.batching == batching]
-        return batching, cell(batching, 0, "gap"), *last, f"{statistics.median(chosen):.2f}"
+        before = cell(batching, 0, "gap"), cell(batching, settings.epochs // 2, "gap")
+        return batching, *before, *last, f"{statistics.median(chosen):.2f}"
 
     return table([HEADER, *map(line, settings.batchings())])
 

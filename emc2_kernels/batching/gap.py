@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..losses.pairs import unit
 from ..lse import contrastive_lse
 
 
@@ -36,31 +37,28 @@ def global_train_gap(
 
     Args:
         x, y: (N, d), row i of the one belongs to row i of the other. float32, bfloat16, float16 or float64.
-        batches: of items in [0, N), each a list of integers or a (k,) int64 tensor: a sampler, say.
+        batches: of items in [0, N), each a list of integers or a (k,) int64 tensor: a sampler, say, which counts this
+            pass as an epoch.
         temperature: > 0.
         normalize: cosine similarities.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came.
     """
-    checks.operands(x, y)
-    if x.shape != y.shape or len(x) == 0:
-        raise ValueError(f"x and y must have the same shape (N, d), N >= 1, got {tuple(x.shape)} and {tuple(y.shape)}")
-    checks.finite("x", x)
-    checks.finite("y", y)
     temperature = checks.one_temperature(temperature)
     checks.boolean("normalize", normalize)
     with torch.no_grad():
-        if normalize:
-            wide = x.dtype if x.dtype == torch.float64 else torch.float32
-            x, y = (torch.nn.functional.normalize(tower.to(wide), dim=1) for tower in (x, y))
+        x, y = _towers(x, y, normalize)
+        for tower in (x, y):  # no product is larger; one that is not finite would be left out of its sum
+            checks.finite("the similarities of x and y", tower.square().sum(1) / temperature)
         everything = _denominators(x, y, temperature)
         seen = torch.zeros_like(everything)
         visits = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for items in batches:
-            items = torch.as_tensor(items, dtype=torch.int64, device=x.device)
-            checks.vector("batches' entries", items, None, torch.int64, x.device)
+            items = torch.as_tensor(items)  # without a dtype: it would make numbers of a mask
+            checks.vector("batches' entries", items, None, torch.int64, items.device)
             checks.within("batches' entries", items, 0, len(x))
+            items = items.to(x.device)
             seen.index_add_(0, items, _denominators(x[items], y[items], temperature))
             visits.index_add_(0, items, torch.ones_like(items))
         if not visits.any():
@@ -70,6 +68,19 @@ def global_train_gap(
         whole = float((visits * (everything - positive)).sum()) / anchors
         gap = float((visits * everything - seen).sum()) / anchors
     return Gap(whole, whole - gap, gap)
+
+
+def _towers(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Checked, and in the dtype that the losses compute in."""
+    checks.matrix("x", x)
+    checks.matrix("y", y)
+    if x.shape != y.shape or len(x) == 0:
+        raise ValueError(f"x and y must have the same shape (N, d), N >= 1, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.dtype != y.dtype or x.device != y.device:
+        raise ValueError(f"y must be {x.dtype} on {x.device}, as x, got {checks.describe(y)}")
+    checks.finite("x", x)
+    checks.finite("y", y)
+    return unit(x, normalize), unit(y, normalize)
 
 
 def _denominators(x: Tensor, y: Tensor, temperature: float) -> Tensor:

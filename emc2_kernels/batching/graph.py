@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -53,27 +54,30 @@ def similarity_graph(
 ) -> SimilarityGraph:
     """The entries of x yᵀ at or above their quantile, without the diagonal (GCBS, arXiv 2210.12874).
 
-    Time is O(N² d); memory O(N (d + max_per_row)) and a tile of similarities.
+    Time is O(N² d); memory O(N (d + max_per_row)) and what is held at a time of similarities, a tile or a sample.
 
     Args:
         x: (N, d) embeddings, N >= 2, floating point. y: the same of the other tower; None: x.
         quantile: 0 <= quantile < 1.
         scope: "global": one threshold for all rows, exact for up to 5,792 items; above that it is estimated on rows
-            drawn by ``seed``, and the facts say how well. "row": each row's own quantile, exact.
+            drawn by ``seed``, and the facts say how well. Similarities that equal it up to rounding are entries.
+            "row": of each row as many of the largest as its own quantile leaves, exact.
         max_per_row: rows that have more entries keep the largest. It bounds the memory.
         normalize: cosine similarities, which the losses have by default.
         progress: whether a bar is shown; None: above 50,000 items.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or no order could come of it: NaN, infinity, a row of zeros, which
-            has no direction, similarities that are all equal.
+            has no direction, similarities that are all equal or overflow.
         ImportError: SciPy is missing, or tqdm where a bar is to be shown.
     """
     sparse = extra("scipy.sparse")
     checks.number_in("quantile", quantile, 0, 1, open_high=True)
     checks.one_of("scope", scope, SCOPES)
     checks.at_least("max_per_row", max_per_row, 1)
-    checks.at_least("seed", seed, 0)
+    checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
+    if progress is not None:
+        checks.boolean("progress", progress)
     x, y = _embeddings(x, y, normalize)
     n = x.shape[0]
     most = min(max_per_row, n - 1)
@@ -95,8 +99,6 @@ def _embeddings(x: Any, y: Any, normalize: bool) -> tuple[Tensor, Tensor]:
     """Checked, in float32; the second is the first where there is one tower."""
     checks.boolean("normalize", normalize)
     x_rows = _tower("x", x, normalize)
-    if x_rows.shape[0] < 2:
-        raise ValueError(f"x must have at least 2 rows, got {checks.describe(x)}")
     if y is None or y is x:
         return x_rows, x_rows
     checks.tensor("y", y)
@@ -107,13 +109,16 @@ def _embeddings(x: Any, y: Any, normalize: bool) -> tuple[Tensor, Tensor]:
 
 def _tower(name: str, value: Any, normalize: bool) -> Tensor:
     checks.matrix(name, value)
+    if value.shape[0] < 2 or value.shape[1] == 0:
+        raise ValueError(f"{name} must have shape (N, d), N >= 2, d >= 1, got {checks.describe(value)}")
     rows = value.detach().float()
-    norms = rows.norm(dim=1)
-    _no_row(name, "finite", ~norms.isfinite(), rows)
+    largest = rows.abs().amax(1)
+    _no_row(name, "finite", ~largest.isfinite(), rows)
     if not normalize:
         return rows
-    _no_row(name, "nonzero, to have a direction", norms == 0, rows)
-    return rows / norms[:, None]
+    _no_row(name, "nonzero, to have a direction", largest == 0, rows)
+    rows = rows / largest[:, None]  # else a square could overflow, or all of a row's vanish
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
 def _no_row(name: str, expected: str, bad: Tensor, rows: Tensor) -> None:
@@ -134,17 +139,25 @@ def _estimate_threshold(x: Tensor, y: Tensor, quantile: float, seed: int) -> tup
         torch.randperm(n, generator=generator)[:count].sort().values.to(x.device) for count in (num_rows, num_columns)
     )
     sample = x[rows] @ y[columns].T
-    counted = rows[:, None] != columns
-    values = sample[counted]
-    low, high = (float(bound) for bound in values.aminmax())
-    if not high - low > EQUAL * max(abs(low), abs(high)):  # also where a product has overflowed
+    diagonal = rows[:, None] == columns
+    low = float(sample.masked_fill_(diagonal, torch.inf).min())
+    high = float(sample.masked_fill_(diagonal, -torch.inf).max())  # stays so: the diagonal comes first in order
+    rounding = EQUAL * max(abs(low), abs(high))
+    if not high - low > rounding:  # also where a product has overflowed
         expected = "similarities that differ, for items to be ordered by them"
         raise ValueError(f"x and y must have {expected}, got {low:.7g} to {high:.7g}: has the encoder collapsed?")
-    threshold = values.kthvalue(int(quantile * values.numel()) + 1).values
-    if num_rows == n:
-        return float(threshold), 0.0
-    shares = ((sample >= threshold) & counted).sum(1, dtype=torch.float64) / num_columns
-    return float(threshold), float(shares.std() * ((1 - num_rows / n) / num_rows) ** 0.5)
+    uncounted = int(diagonal.sum())
+    kth = uncounted + int(quantile * (sample.numel() - uncounted)) + 1
+    threshold = float(sample.view(-1).kthvalue(kth).values) - rounding  # of equal similarities, all are entries
+    entries = sample >= threshold
+    variance = 0.0
+    # Of the mean over the drawn rows of what each has, and over the columns. The latter are many more, but in two
+    # towers they may be what differs. A similarity's own part is counted in both, which errs on the safe side.
+    for drawn, axis in ((num_rows, 1), (num_columns, 0)):
+        if drawn < n:
+            shares = entries.sum(axis, dtype=torch.float64) / entries.shape[axis]
+            variance += float(shares.var()) * (1 - drawn / n) / drawn
+    return threshold, variance**0.5
 
 
 class _Rows(NamedTuple):
@@ -157,13 +170,7 @@ def _largest(x: Tensor, y: Tensor, threshold: float, most: int, progress: bool |
     """Of each row of x yᵀ, what is at or above the threshold off the diagonal, and of that the ``most`` largest."""
     found, kept, columns, entries = [], [], [], 0
     for scores in _row_blocks(x, y, progress):
-        chosen = scores >= threshold
-        counts = chosen.sum(1)
-        over = (counts > most).nonzero().squeeze(1)
-        if len(over):
-            largest = scores[over].topk(most).indices
-            chosen[over] = torch.zeros_like(chosen[over]).scatter_(1, largest, True)
-        places = chosen.view(-1).nonzero().squeeze(1)
+        places, counts = _of_block(scores, threshold, most)
         entries += len(places)
         if entries > MAX_ENTRIES:
             advice = "take a higher quantile or a lower max_per_row"
@@ -175,19 +182,36 @@ def _largest(x: Tensor, y: Tensor, threshold: float, most: int, progress: bool |
     return _Rows(np.concatenate(found), starts, np.concatenate(columns))
 
 
+def _of_block(scores: Tensor, threshold: float, most: int) -> tuple[Tensor, Tensor]:
+    """Places of what is kept, in the flattened block, ascending; and how much each row has."""
+    rows, n = scores.shape
+    if threshold == -torch.inf:  # everything is above it: do not list that
+        first = torch.arange(rows, device=scores.device)[:, None] * n
+        places = scores.topk(most).indices.sort(1).values + first
+        return places.view(-1), places.new_full((rows,), n - 1)
+    chosen = scores >= threshold
+    places = chosen.view(-1).nonzero().squeeze(1)
+    counts = torch.bincount(places // n, minlength=rows)  # the mask's sum takes four times as long
+    over = (counts > most).nonzero().squeeze(1)
+    if len(over):
+        largest = scores[over].topk(most).indices
+        chosen[over] = torch.zeros_like(chosen[over]).scatter_(1, largest, True)
+        places = chosen.view(-1).nonzero().squeeze(1)
+    return places, counts
+
+
 def _row_blocks(x: Tensor, y: Tensor, progress: bool | None) -> Iterator[Tensor]:
     """Rows of x yᵀ in blocks, in order, with -inf on the diagonal. A block is gone with the next."""
     n = x.shape[0]
     rows = min(n, max(1, TILE_ELEMENTS.get(x.device.type, TILE_ELEMENTS["cpu"]) // n))
     buffer = x.new_empty(rows, n)
     shown = n > PROGRESS_ABOVE if progress is None else progress
-    bar = extra("tqdm").tqdm(total=n, desc="similarities", unit=" rows", leave=False) if shown else None
-    for first in range(0, n, rows):
-        some = x[first : first + rows]
-        scores = torch.mm(some, y.T, out=buffer[: len(some)])
-        scores.diagonal(first).fill_(-torch.inf)
-        yield scores
-        if bar is not None:
-            bar.update(len(some))
-    if bar is not None:
-        bar.close()
+    options = {"total": n, "desc": "similarities", "unit": " rows", "leave": False}
+    with extra("tqdm").tqdm(**options) if shown else nullcontext() as bar:
+        for first in range(0, n, rows):
+            some = x[first : first + rows]
+            scores = torch.mm(some, y.T, out=buffer[: len(some)])
+            scores.diagonal(first).fill_(-torch.inf)
+            yield scores
+            if bar is not None:
+                bar.update(len(some))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import checks
 from .extra import extra
 
 if TYPE_CHECKING:
@@ -20,9 +21,15 @@ def consecutive_order(matrix: csr_array, *, seed: int = 0) -> np.ndarray:
     them would have what that order has in common, such as the class.
 
     Raises:
+        ValueError, TypeError: the matrix is not sparse or not square, or the seed is negative.
         ImportError: SciPy is missing.
     """
-    csgraph = extra("scipy.sparse.csgraph")
+    sparse, csgraph = extra("scipy.sparse"), extra("scipy.sparse.csgraph")
+    if not sparse.issparse(matrix):
+        raise TypeError(f"matrix must be a sparse SciPy array, got {checks.describe(matrix)}")
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix must have shape (N, N), got {matrix.shape}")
+    checks.at_least("seed", seed, 0)
     symmetric = matrix.maximum(matrix.T).tocsr()
     order = csgraph.reverse_cuthill_mckee(symmetric, symmetric_mode=True).astype(np.int64)
     alone = np.diff(symmetric.indptr)[order] == 0

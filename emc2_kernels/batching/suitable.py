@@ -6,22 +6,33 @@ import warnings
 
 from torch import nn
 
-from ..losses import EMC2Loss, SogCLRLoss
+from ..losses import CachedSoftmaxLoss, EMC2Loss, SogCLRLoss
 
 
 def check_loss(loss: nn.Module) -> None:
-    """Call it once where a loss is to be trained with ``GlobalContrastiveBatchSampler``.
+    """Call it once where a loss is to be trained with ``GlobalContrastiveBatchSampler``; it may be wrapped in others.
 
     Raises:
         ValueError: for ``EMC2Loss(proposals="batch")``. Its chains take the batch for independent uniform draws; from
             batches of alike items they have another stationary law.
 
-    Warns (UserWarning): for ``SogCLRLoss``. Its denominators are means over the batch that stand for means over the
-    data set; over alike items they are too large. Weights then sum to less than they should.
+    Warns (UserWarning), where the gradient is then biased about as much as NT-Xent's over the batch:
+        for ``SogCLRLoss``. Its denominators are means over the batch that stand for means over the data set; over alike
+        items they are too large. Weights then sum to less than they should.
+        for carry="corrected" of ``EMC2Loss`` and ``CachedSoftmaxLoss``, their default. It moves each negative by the
+        difference of two batches' means, the drift where batches are uniform draws; of batches of alike items it is
+        the way from one kind of items to another.
     """
-    if isinstance(loss, EMC2Loss) and loss.proposals == "batch":
-        expected = 'proposals="bank", which makes its own uniform draws'
-        raise ValueError(f'EMC2Loss must have {expected}, where batches are chosen, got proposals="batch"')
-    if isinstance(loss, SogCLRLoss):
-        reason = "its denominators take the batch for uniform draws, and are too large where batches are chosen"
-        warnings.warn(f"SogCLRLoss is biased by GlobalContrastiveBatchSampler: {reason}", stacklevel=2)
+    for module in loss.modules():
+        if isinstance(module, EMC2Loss) and module.proposals == "batch":
+            expected = 'proposals="bank", which makes its own uniform draws'
+            raise ValueError(f'EMC2Loss must have {expected}, where batches are chosen, got proposals="batch"')
+        if isinstance(module, SogCLRLoss):
+            _warn("SogCLRLoss", "its denominators take the batch for uniform draws, and are too large")
+        if isinstance(module, EMC2Loss | CachedSoftmaxLoss) and module.carry == "corrected":
+            name = f'{type(module).__name__}(carry="corrected")'
+            _warn(name, 'it takes the means of batches for those of the data set; carry="recompute" does not')
+
+
+def _warn(name: str, reason: str) -> None:
+    warnings.warn(f"{name} is biased by GlobalContrastiveBatchSampler: {reason}", stacklevel=3)

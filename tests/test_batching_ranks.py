@@ -1,0 +1,132 @@
+"""GlobalContrastiveBatchSampler in process groups of three and of two, started once for all that is checked."""
+
+import datetime
+import itertools
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import normal
+
+from emc2_kernels.batching import GlobalContrastiveBatchSampler
+
+N, D, SIZE = 50, 8, 4
+SECONDS = 60  # that a rank waits for another one, and the test for all of them
+
+
+def embeddings(rank):
+    return normal(rank, N, D)
+
+
+def make(**options):
+    return GlobalContrastiveBatchSampler(N, SIZE, quantile=0.9, **options)
+
+
+def update_error(sampler, x):
+    try:
+        sampler.update(x)
+    except (ValueError, TypeError) as error:
+        return type(error), str(error)
+    return None
+
+
+def observed(rank):
+    """What one rank sees."""
+    sampler = make()
+    seen = {"place": (sampler.rank, sampler.world_size), "shuffled": list(sampler)}
+    wrong = {"zeros": torch.zeros(N, D), "rows": normal(0, N - 1, D), "no tensor": None}
+    seen["errors"] = {name: update_error(sampler, x if rank == 0 else embeddings(0)) for name, x in wrong.items()}
+    seen["after errors"] = (sampler.facts, list(sampler))
+    sampler.update(embeddings(rank) if rank < 2 else torch.zeros(3))
+    seen["own x"] = (sampler.facts, sampler.state_dict()["order"].tolist(), list(sampler))
+    sampler.update(embeddings(5) if rank == 0 else None)
+    seen["no x"] = (sampler.facts, sampler.state_dict()["order"].tolist(), list(sampler))
+    alone = make(rank=0, world_size=1)
+    alone.update(embeddings(rank))
+    seen["alone"] = alone.state_dict()["order"].tolist()
+    return seen
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    for ranks in (3, 2):
+        if rank < ranks:
+            method, timeout = f"file://{folder}/group{ranks}", datetime.timedelta(seconds=SECONDS)
+            dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks, timeout=timeout)
+            torch.save(observed(rank), f"{folder}/{ranks}-{rank}")
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """By the number of ranks, what each has seen."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context, deadline = mp.spawn(process, args=(str(folder),), nprocs=3, join=False), time.monotonic() + 2 * SECONDS
+    while not context.join(timeout=1):  # raises what a process has raised
+        if time.monotonic() > deadline:
+            for each in context.processes:
+                each.kill()
+            pytest.fail(f"processes have not ended within {2 * SECONDS} seconds")
+    return {
+        ranks: [torch.load(folder / f"{ranks}-{rank}", weights_only=False) for rank in range(ranks)] for ranks in (2, 3)
+    }
+
+
+@pytest.fixture(params=[2, 3])
+def seen(request, groups):
+    return groups[request.param]
+
+
+def in_one_process(seen, epoch, x=None):
+    """The batches of each rank, from samplers that are told their place and compute for themselves."""
+    samplers = [make(rank=rank, world_size=len(seen)) for rank in range(len(seen))]
+    for sampler in samplers:
+        if x is not None:
+            sampler.update(x)
+        sampler.set_epoch(epoch)
+    return [list(sampler) for sampler in samplers]
+
+
+def assert_every_item_comes(batches):
+    """Once, but for fewer repeats than there are ranks."""
+    items = list(itertools.chain(*itertools.chain(*batches)))
+    assert set(items) == set(range(N))
+    assert len(items) - N < len(batches)
+
+
+def test_rank_and_world_size_are_those_of_the_group(seen):
+    assert [each["place"] for each in seen] == [(rank, len(seen)) for rank in range(len(seen))]
+
+
+def test_without_an_update_ranks_share_the_items_out(seen):
+    batches = [each["shuffled"] for each in seen]
+    assert batches == in_one_process(seen, 0)
+    assert_every_item_comes(batches)
+
+
+def test_all_ranks_raise_the_first_ranks_error_and_stay_as_they_were(seen):
+    for each in seen:
+        assert each["errors"] == seen[0]["errors"]
+    errors = seen[0]["errors"]
+    assert errors["zeros"][0] is ValueError and "x's rows must be nonzero" in errors["zeros"][1]
+    assert errors["rows"][0] is ValueError and f"num_items = {N} rows" in errors["rows"][1]
+    assert errors["no tensor"][0] is TypeError and "x must be a tensor" in errors["no tensor"][1]
+    assert [each["after errors"] for each in seen] == [(None, batches) for batches in in_one_process(seen, 1)]
+
+
+@pytest.mark.parametrize(("name", "x_of", "epoch"), [("own x", 0, 2), ("no x", 5, 3)])
+def test_all_ranks_get_the_order_of_the_first_ranks_embeddings(seen, name, x_of, epoch):
+    facts, orders, batches = zip(*(each[name] for each in seen), strict=True)
+    assert all(facts[0] == other for other in facts) and facts[0].entries > 0
+    assert all(orders[0] == other for other in orders)
+    assert list(batches) == in_one_process(seen, epoch, embeddings(x_of))
+    assert_every_item_comes(batches)
+
+
+def test_a_sampler_that_is_told_it_is_alone_computes_for_itself(seen):
+    orders = [each["alone"] for each in seen]
+    assert orders[0] == seen[0]["own x"][1]
+    assert orders[1] not in (orders[0], seen[1]["own x"][1])

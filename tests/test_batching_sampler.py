@@ -1,0 +1,375 @@
+"""GlobalContrastiveBatchSampler: which items its batches have, over ranks, epochs and resumed epochs.
+
+Orders are put in by load_state_dict or in the place of what update computes; test_batching_gap.py updates for real.
+"""
+
+import io
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_identical
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch.utils.data import DataLoader
+
+from emc2_kernels.batching import GlobalContrastiveBatchSampler as Sampler
+from emc2_kernels.batching import GraphFacts
+
+FACTS = GraphFacts(0.5, 0.99, 0.0, 10, 0)
+
+
+def examples(count):
+    return settings(max_examples=count, deadline=None, derandomize=True)
+
+
+def random_order(seed, num_items):
+    return np.random.default_rng([seed, 99]).permutation(num_items)
+
+
+def with_order(sampler, order):
+    if order is not None:
+        sampler.load_state_dict(sampler.state_dict() | {"order": torch.from_numpy(order)})
+    return sampler
+
+
+def update(sampler, order):
+    """As ``update`` does, with an order that is given."""
+    sampler._new_order = lambda x, y: (order, FACTS)
+    sampler.update(None)
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def take(sampler, count):
+    """The iterator goes on where it is."""
+    iterator = iter(sampler)
+    return list(itertools.islice(iterator, count)), iterator
+
+
+@st.composite
+def settings_of_a_sampler(draw):
+    """Arguments that make at least one batch, but for the rank; and an order, or None."""
+    batch_size, world_size, drop_last = draw(st.integers(1, 9)), draw(st.integers(1, 4)), draw(st.booleans())
+    num_items = draw(st.integers(batch_size * world_size if drop_last else 1, 60))
+    seed = draw(st.integers(0, 5) | st.just(2**64 - 1))
+    arguments = {"num_items": num_items, "batch_size": batch_size, "drop_last": drop_last, "seed": seed}
+    return arguments | {"world_size": world_size}, random_order(seed, num_items) if draw(st.booleans()) else None
+
+
+def cyclic_start(places, num_items):
+    """Of distinct places on a ring that follow one another, the first; None where they are all there are."""
+    here = set(places)
+    assert len(here) == len(places)
+    starts = [place for place in here if (place - 1) % num_items not in here]
+    assert len(starts) == (len(here) < num_items)
+    return starts[0] if starts else None
+
+
+def assert_runs_are_cut_over_ranks(steps, order, batch_size):
+    """``steps[t][rank]``: whole batches. Each is a run of the order's ring, those of a step follow one another in the
+    order of the ranks, and steps lie end to end, but for one place: where the epoch starts and what is left over ends.
+    Returns that place, None where one step has all items."""
+    n, run = len(order), batch_size * len(steps[0])
+    place = np.argsort(order)
+    starts = []
+    for batches in steps:
+        firsts = [cyclic_start(place[items].tolist(), n) for items in batches]
+        if len(batches) > 1:
+            assert all((after - before) % n == batch_size for before, after in itertools.pairwise(firsts))
+        starts.append(firsts[0])
+    if starts == [None]:
+        return None
+    starts.sort()
+    ahead = [(after - before) % n or n for before, after in zip(starts, [*starts[1:], starts[0]], strict=True)]
+    left_over = n - run * len(steps)
+    assert sorted(ahead) == [run] * (len(steps) - 1) + [run + left_over]
+    return starts[(int(np.argmax(ahead)) + 1) % len(starts)] if left_over else starts[0]
+
+
+@examples(500)
+@given(settings_of_a_sampler(), st.integers(0, 3))
+def test_an_epoch(arguments_and_order, epoch):
+    arguments, order = arguments_and_order
+    num_items, size, ranks = (arguments[name] for name in ("num_items", "batch_size", "world_size"))
+    samplers = [with_order(Sampler(rank=rank, **arguments), order) for rank in range(ranks)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    lengths = {len(sampler) for sampler in samplers}
+    steps = list(zip(*samplers, strict=True))
+    assert lengths == {len(steps)}
+    assert {sampler.epoch for sampler in samplers} == {epoch + 1}
+    counts = Counter(itertools.chain(*itertools.chain(*steps)))
+    whole, rest = divmod(num_items, size * ranks)
+    assert all(len(batch) == size for batches in steps[:whole] for batch in batches)
+    assert all(type(item) is int for batches in steps for batch in batches for item in batch)
+    if arguments["drop_last"]:
+        assert len(steps) == whole and set(counts) <= set(range(num_items))
+        assert set(counts.values()) == {1} and num_items - len(counts) == rest
+    else:
+        assert set(counts) == set(range(num_items))
+        assert counts.total() - num_items < ranks
+        assert [{len(batch) for batch in batches} for batches in steps[whole:]] == [{-(-rest // ranks)}] * (rest > 0)
+    if order is None or not whole:
+        return
+    start = assert_runs_are_cut_over_ranks(steps[:whole], order, size)
+    if start is not None and steps[whole:]:  # the last, smaller run ends where the epoch started
+        place = np.argsort(order)
+        ends = [(cyclic_start(place[items].tolist(), num_items) + len(items)) % num_items for items in steps[-1]]
+        assert ends == [(start - len(steps[-1][0]) * after) % num_items for after in reversed(range(ranks))]
+
+
+@examples(300)
+@given(settings_of_a_sampler(), st.integers(0, 2), st.data())
+def test_a_resumed_epoch_and_those_after_it(arguments_and_order, epoch, data):
+    """At any position; with an update before it, of which the epoch under way has nothing; and with batches taken
+    ahead, up to the whole epoch and the end of its iteration."""
+    arguments, order = arguments_and_order
+    arguments["rank"] = data.draw(st.integers(0, arguments["world_size"] - 1))
+    twin, sampler = (with_order(Sampler(**arguments), order) for _ in range(2))
+    length = len(sampler)
+    ahead, updated = data.draw(st.integers(0, 3)), data.draw(st.booleans())
+    done = data.draw(st.integers(1 if ahead or updated else 0, length))
+    for each in (twin, sampler):
+        each.set_epoch(epoch)
+    expected = list(twin)
+    taken, iterator = take(sampler, done)
+    assert taken == expected[:done]
+    taken += itertools.islice(iterator, ahead)
+    if updated:
+        for each in (twin, sampler):
+            update(each, random_order(7, arguments["num_items"]))
+    state = saved(sampler.state_dict(done) if ahead else sampler.state_dict())
+    resumed = Sampler(**arguments)
+    resumed.load_state_dict(state)
+    assert (resumed.epoch, resumed.facts) == (epoch, sampler.facts)
+    assert_identical(saved(resumed.state_dict())["batches_done"], done)
+    following = [list(twin) for _ in range(2)]
+    assert taken + list(iterator) == expected
+    assert list(resumed) == expected[done:]
+    for each in (sampler, resumed):
+        assert [list(each) for _ in range(2)] == following
+
+
+@examples(200)
+@given(settings_of_a_sampler(), st.integers(1, 4), st.data())
+def test_another_number_of_ranks_resumes(arguments_and_order, ranks, data):
+    """Steps have the same items, but for those that fill up the last one; there, other ones may repeat."""
+    arguments, order = arguments_and_order
+    run = arguments["batch_size"] * arguments["world_size"]
+    assume(run % ranks == 0)
+    before = [with_order(Sampler(rank=rank, **arguments), order) for rank in range(arguments["world_size"])]
+    done = data.draw(st.integers(0, len(before[0])))
+    state = saved(before[0].state_dict(done))
+    arguments |= {"batch_size": run // ranks, "world_size": ranks}
+    after = [Sampler(rank=rank, **arguments) for rank in range(ranks)]
+    for sampler in after:
+        sampler.load_state_dict(state)
+    for first in (done, 0):
+        old, new = ([sum(batches, []) for batches in zip(*group, strict=True)] for group in (before, after))
+        assert len(old) - first == len(new)
+        whole, rest = divmod(arguments["num_items"], run)
+        for step, items in enumerate(new, first):
+            shared = set(items) & set(old[step])
+            assert len(shared) >= rest if step == whole else sorted(items) == sorted(old[step])
+
+
+def make(**options):
+    return Sampler(**{"num_items": 23, "batch_size": 4} | options)
+
+
+class TestEpochs:
+    def test_differ_from_each_other_and_by_seed(self):
+        for order in (None, np.arange(23)):
+            epochs = [list(with_order(make(seed=seed), order)) for seed in range(5)]
+            sampler = with_order(make(), order)
+            epochs += [list(sampler) for _ in range(5)][1:]
+            assert len({str(epoch) for epoch in epochs}) == 9
+
+    def test_are_named_by_seed_and_epoch(self):
+        sampler, other = make(seed=3), make(seed=3)
+        epochs = [list(sampler) for _ in range(3)]
+        for epoch in (2, 0, 1):
+            other.set_epoch(epoch)
+            assert list(other) == epochs[epoch]
+
+    def test_batches_come_shuffled_and_are_shuffled_within(self):
+        sampler = with_order(make(num_items=400, batch_size=20), np.arange(400))
+        batches = np.array(list(sampler))
+        number = (batches[:, 0] - cyclic_start(batches[0].tolist(), 400)) % 400 // 20
+        assert ((number[1:] - number[:-1]) % 20 == 1).sum() < 6
+        assert len({tuple(np.argsort(batch)) for batch in batches}) == 20
+
+    def test_set_epoch_with_the_epoch_that_is_resumed_keeps_its_place(self):
+        sampler, resumed = make(), make()
+        sampler.set_epoch(4)
+        taken, iterator = take(sampler, 2)
+        resumed.load_state_dict(sampler.state_dict())
+        resumed.set_epoch(4)
+        assert resumed.state_dict()["batches_done"] == 2
+        assert list(resumed) == list(iterator)
+
+    def test_set_epoch_with_another_begins_it(self):
+        sampler, resumed = make(), make()
+        take(sampler, 2)
+        resumed.load_state_dict(sampler.state_dict())
+        for each in (sampler, resumed):
+            each.set_epoch(4)
+            assert (each.epoch, each.state_dict()["batches_done"], len(list(each))) == (4, 0, 6)
+
+    def test_set_epoch_after_a_pass_with_its_number_begins_it_again(self):
+        sampler = make()
+        first = list(sampler)
+        sampler.set_epoch(0)
+        assert [list(sampler), sampler.epoch] == [first, 1]
+
+    def test_batches_done_after_set_epoch_are_of_its_epoch(self):
+        sampler = make()
+        list(sampler)
+        assert [sampler.state_dict(done)["epoch"] for done in (None, 0, 2, 6)] == [1, 1, 0, 0]
+        sampler.set_epoch(5)
+        assert [sampler.state_dict(done)["epoch"] for done in (None, 0, 2, 6)] == [5, 5, 5, 5]
+
+    def test_an_iteration_that_was_given_up_begins_again(self):
+        sampler = make()
+        taken, _ = take(sampler, 3)
+        batches = list(sampler)
+        assert batches[:3] == taken and len(batches) == 6
+        assert sampler.epoch == 1
+
+    def test_a_resumed_iteration_that_was_given_up_begins_the_whole_epoch_again(self):
+        sampler, resumed = make(), make()
+        taken, _ = take(sampler, 3)
+        resumed.load_state_dict(sampler.state_dict())
+        take(resumed, 1)
+        assert list(resumed)[:3] == taken
+
+    def test_no_item_is_left_out_more_often(self):
+        """Of 7, one in each epoch. The bound is passed once in a million."""
+        sampler = with_order(make(num_items=7, batch_size=3, drop_last=True), np.arange(7))
+        left_out = Counter(item for _ in range(2100) for item in set(range(7)).difference(*sampler))
+        chi_square = sum((left_out[item] - 300) ** 2 / 300 for item in range(7))
+        assert chi_square < stats.chi2.isf(1e-6, 6)
+
+    def test_without_an_order_are_uniform_permutations(self):
+        sampler = make(num_items=4, batch_size=2)
+        counts = Counter(tuple(itertools.chain(*sampler)) for _ in range(4800))
+        chi_square = sum((counts[order] - 200) ** 2 / 200 for order in itertools.permutations(range(4)))
+        assert chi_square < stats.chi2.isf(1e-6, 23)
+
+
+class TestUpdate:
+    def test_before_the_first_epoch(self):
+        sampler = make(num_items=24)
+        update(sampler, np.arange(24))
+        assert sampler.facts == FACTS
+        assert all(max(batch) - min(batch) in (3, 23) for batch in sampler)
+
+    def test_in_the_middle_of_an_epoch_takes_effect_at_the_next(self):
+        sampler, twin = make(num_items=24), make(num_items=24)
+        expected = list(twin)
+        taken, iterator = take(sampler, 2)
+        update(sampler, np.arange(24))
+        update(twin, np.arange(24))
+        assert taken + list(iterator) == expected
+        assert list(sampler) == list(twin) != list(make(num_items=24, seed=1))
+
+    def test_in_the_middle_of_an_epoch_that_is_given_up_takes_effect_when_it_begins_again(self):
+        sampler, twin = make(), make()
+        take(sampler, 2)
+        for each in (sampler, twin):
+            update(each, np.arange(23))
+        assert list(sampler) == list(twin)
+
+    def test_the_latest_of_several_counts(self):
+        sampler, twin = make(), make()
+        _, iterator = take(sampler, 2)
+        for seed in range(3):
+            update(sampler, random_order(seed, 23))
+        update(twin, random_order(2, 23))
+        list(iterator)
+        twin.set_epoch(1)
+        assert list(sampler) == list(twin)
+
+    def test_of_a_resumed_epoch_waits_for_its_end(self):
+        sampler, resumed = with_order(make(), random_order(0, 23)), make()
+        _, iterator = take(sampler, 2)
+        resumed.load_state_dict(sampler.state_dict())
+        for each in (sampler, resumed):
+            update(each, np.arange(23))
+        assert [list(resumed), list(resumed)] == [list(iterator), list(sampler)]
+
+    def test_a_state_shares_no_memory_with_a_sampler(self):
+        sampler, twin, loaded = make(), make(), make()
+        update(sampler, random_order(0, 23))
+        update(twin, random_order(0, 23))
+        state = sampler.state_dict()
+        loaded.load_state_dict(state)
+        state["order"].zero_()
+        assert list(sampler) == list(loaded) == list(twin)
+
+
+class TestFewItems:
+    @pytest.mark.parametrize("order", [None, np.array([1, 2, 0])], ids=["", "order"])
+    @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+    def test_make_one_batch_of_each_rank(self, ranks, order):
+        samplers = [with_order(make(num_items=3, rank=rank, world_size=ranks), order) for rank in range(ranks)]
+        batches = [list(sampler) for sampler in samplers]
+        assert all([len(batch)] == [len(sampler)] == [1] for batch, sampler in zip(batches, samplers, strict=True))
+        items = [item for (batch,) in batches for item in batch]
+        assert set(items) == {0, 1, 2} and len(items) == -(-3 // ranks) * ranks
+
+    def test_are_an_error_where_there_would_be_no_batch(self):
+        with pytest.raises(ValueError, match="^num_items must be at least batch_size . world_size = 8 .*got 7"):
+            make(num_items=7, rank=1, world_size=2, drop_last=True)
+        assert len(list(make(num_items=8, rank=1, world_size=2, drop_last=True))) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+class TestDataLoader:
+    def test_loads_the_batches(self, workers):
+        sampler, twin = make(), make()
+        loader = DataLoader(torch.arange(23) * 10, batch_sampler=sampler, num_workers=workers)
+        assert len(loader) == 6
+        for _ in range(2):
+            assert [batch.tolist() for batch in loader] == [[10 * item for item in batch] for batch in twin]
+
+    def test_resumes_though_batches_are_loaded_ahead(self, workers):
+        """With workers, the sampler's epoch has ended some batches before they are trained on."""
+        sampler = with_order(make(), random_order(0, 23))
+        states, trained = [], []
+        for batch in DataLoader(torch.arange(23), batch_sampler=sampler, num_workers=workers):
+            trained.append(batch.tolist())
+            if len(trained) == 2:
+                update(sampler, np.arange(23))
+            states.append(saved(sampler.state_dict(batches_done=len(trained))))
+        following = list(sampler)
+        for done, state in enumerate(states, 1):
+            resumed = make()
+            resumed.load_state_dict(state)
+            if done == 1:
+                update(resumed, np.arange(23))
+            assert [list(resumed), list(resumed)] == [trained[done:], following]
+
+
+@pytest.mark.parametrize("integer", [np.int64, torch.tensor], ids=["numpy", "torch"])
+def test_a_state_is_of_python_numbers_whatever_integers_came(integer):
+    sampler = make(num_items=integer(23), batch_size=integer(4), rank=integer(0), world_size=integer(1))
+    sampler.set_epoch(integer(5))
+    state = saved(sampler.state_dict(integer(2)))
+    make().load_state_dict(state)
+    assert {type(value) for name, value in state.items() if name != "drop_last"} == {int, type(None)}
+
+
+def test_a_state_of_integers_of_other_kinds_is_taken_as_numbers():
+    sampler = make()
+    sampler.load_state_dict(sampler.state_dict() | {"epoch": torch.tensor(3), "batches_done": np.int64(2)})
+    assert (sampler.epoch, len(list(sampler)), sampler.epoch) == (3, 4, 4)
