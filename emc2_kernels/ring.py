@@ -109,7 +109,8 @@ class _RingLse(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, query_ids, key_ids, lse, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
         number, temperatures = checks.number_or_rows(learnt if ctx.number is None else ctx.number, queries)
-        d_queries = torch.zeros_like(queries)
+        # In float32 at least: sums of half precision, rounded at every hop, are 1% wrong after 64 of them.
+        d_queries = torch.zeros_like(queries, dtype=lse.dtype)
         d_temperature = None if learnt is None else torch.zeros_like(learnt)
 
         def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
@@ -118,10 +119,11 @@ class _RingLse(torch.autograd.Function):
             d_queries.add_(for_queries)
             if d_temperature is not None:
                 d_temperature.add_(for_rows.sum())
-            return [for_keys]
+            return [for_keys.to(lse.dtype)]
 
         (d_keys,) = sum_around([keys, key_ids], ctx.shards, contribution)
-        return *not_twice(NO_SECOND_DERIVATIVE, d_queries, d_keys, d_temperature), None, None, None
+        gradients = d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature
+        return *not_twice(NO_SECOND_DERIVATIVE, *gradients), None, None, None
 
 
 def ring_lse(
