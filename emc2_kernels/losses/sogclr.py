@@ -235,8 +235,8 @@ class SogCLRLoss(SlotStore):
             others = detached
         rows = anchors.embeddings.new_ones(anchors.items.shape[0]) * temperature
         with torch.enable_grad():
-            lse = self._lse(detached, others, dtype, rows.requires_grad_())
-        return -rows.detach() * torch.autograd.grad(lse.sum(), rows)[0]
+            total = self._lse(detached, others, dtype, rows.requires_grad_()).sum()
+        return -rows.detach() * torch.autograd.grad(total, rows)[0]
 
     def _denominators(self, anchors: Anchors, whole: Anchors, slots: Tensor, lse: Tensor) -> Denominators:
         keys = whole.items.shape[0] // (2 if self.bimodal else 1)
