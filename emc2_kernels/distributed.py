@@ -54,7 +54,7 @@ def shards_of(
 
     Args:
         alike: numbers, dtypes or 0-d tensors by name. Ranks that differ in one would wait for each other for ever, or
-            read each other's bytes as something else: gloo delivers a longer message cut off.
+            take each other's bytes for something else.
 
     Raises:
         RuntimeError: no process group, or one that this process is not in.
@@ -71,11 +71,17 @@ def shards_of(
     mine = torch.tensor([rows, *here.values()], dtype=torch.float64, device=device)
     mine = torch.cat([mine, *(value.double().view(1) for value in on_device.values())])
     found = mine.new_empty(ranks * len(mine))
-    dist.all_gather_into_tensor(found, mine, group)
+    _all_gather(found, mine, group)
     sizes, *columns = found.view(ranks, -1).T.tolist()
     for name, column in zip([*here, *on_device], columns, strict=True):
         _check_alike(name, column, alike[name])
     return Shards(group, rank, [int(size) for size in sizes])
+
+
+def _all_gather(found: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:
+    """mine (n, ...) of every rank into found (ranks n, ...)."""
+    renamed = hasattr(dist, "all_gather_single")  # in torch 2.13, which warns of the other name
+    (dist.all_gather_single if renamed else dist.all_gather_into_tensor)(found, mine, group)
 
 
 def _as_number(value: float | torch.dtype) -> float:
@@ -86,10 +92,14 @@ def _check_alike(name: str, column: list[float], mine: float | torch.dtype | Ten
     """column: every rank's number."""
     differs = next((rank for rank, value in enumerate(column) if abs(value - column[0]) > ALIKE), None)
     if differs is not None:
-        first, other = column[0], column[differs]
-        if isinstance(mine, torch.dtype):
-            first, other = (OPERAND_DTYPES[int(code)] for code in (first, other))
+        first, other = (_shown(column[rank], mine) for rank in (0, differs))
         raise ValueError(f"{name} must be the same on all ranks, got {first} on rank 0 and {other} on rank {differs}")
+
+
+def _shown(number: float, like: float | torch.dtype | Tensor) -> float | torch.dtype:
+    if isinstance(like, torch.dtype):
+        return OPERAND_DTYPES[int(number)]
+    return int(number) if number.is_integer() else number
 
 
 def gather_rows(rows: Tensor, shards: Shards) -> Tensor:
@@ -131,7 +141,7 @@ class _GatherRows(torch.autograd.Function):
             padded = rows.new_zeros(most, *rows.shape[1:])
             padded[: rows.shape[0]] = rows
         found = rows.new_empty(len(shards.sizes) * most, *rows.shape[1:])
-        dist.all_gather_into_tensor(found, padded, shards.group)
+        _all_gather(found, padded, shards.group)
         if min(shards.sizes) == most:
             return found
         return torch.cat([part[:size] for part, size in zip(found.split(most), shards.sizes, strict=True)])

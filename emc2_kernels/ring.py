@@ -209,12 +209,19 @@ class _RingBag(torch.autograd.Function):
 
         def contribution(source: int, _: list[Tensor]) -> list[Tensor]:
             local, share = _of_rank(source, rows, weights, ctx.views, shards)
-            own = grad.new_zeros(ctx.views * shards.sizes[source], grad.shape[1])
-            anchors, samples = share.nonzero(as_tuple=True)
-            return [own.index_add_(0, local[anchors, samples], share[anchors, samples, None] * grad[anchors])]
+            return [_bag_gradient(grad.detach(), local, share, ctx.views * shards.sizes[source])]
 
         (d_keys,) = sum_around([], shards, contribution)
         return *not_twice(NO_SECOND_DERIVATIVE, d_keys), None, None, None
+
+
+def _bag_gradient(grad: Tensor, rows: Tensor, weights: Tensor, num_keys: int) -> Tensor:
+    """(num_keys, d) of a bag's keys, from torch's own backward pass, which makes no (n, S, d) array and asks a GPU for
+    no count."""
+    with torch.enable_grad():
+        keys = grad.new_zeros(num_keys, grad.shape[1]).requires_grad_()
+        bag = torch.nn.functional.embedding_bag(rows, keys, mode="sum", per_sample_weights=weights)
+    return torch.autograd.grad(bag, keys, grad)[0]
 
 
 def _of_rank(source: int, rows: Tensor, weights: Tensor, views: int, shards: Shards) -> tuple[Tensor, Tensor]:

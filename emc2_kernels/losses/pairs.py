@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..distributed import Shards, gather_views, shards_of
+from ..distributed import Shards, gather_rows, gather_views, shards_of
 from .in_batch import in_batch
 
 NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
@@ -51,7 +51,11 @@ def over_ranks(loss: nn.Module, z0: Tensor, index: Tensor | None, **alike: float
 
 def of_all_ranks(anchors: Anchors, shards: Shards | None) -> Anchors:
     """The anchors of the whole batch, view by view, differentiable; the same ones where there is one rank's only."""
-    return anchors if shards is None else Anchors(*(gather_views(field, shards) for field in anchors))
+    if shards is None:
+        return anchors
+    items = gather_rows(anchors.items[: anchors.items.shape[0] // 2], shards)
+    views = torch.arange(2 * shards.total, device=items.device) // shards.total
+    return Anchors(gather_views(anchors.embeddings, shards), items.repeat(2), views)
 
 
 def check(z0: Tensor, z1: Tensor, index: Tensor | None, *, dim: int | None, num_items: int | None) -> None:
