@@ -28,7 +28,9 @@ class NTXentLoss(TemperedLoss):
         gather: "none": negatives are the process's own. "all": those of all processes, by a differentiable all-gather.
             "ring": the same with one process's keys at a time, memory O(b d). Both are collectives. They scale the
             value so that gradients averaged over processes, as DistributedDataParallel does, are those of one process
-            with the whole batch, however unequal the parts. ``index`` must name items alike on all processes.
+            with the whole batch, however unequal the parts. ``index`` must name items alike on all processes. A learnt
+            temperature must be averaged too: wrap the loss together with the encoder. Calls that are not of one form
+            on all processes (dim, dtype, index given or not, training mode, temperature) are a ValueError on all.
         process_group: that gather means; None: the default group.
         backend: of ``contrastive_lse``.
 
