@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
+from ..distributed import Shards, gather_rows
 from ..gumbel import MAX_SAMPLES, gumbel_sample
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
 from .negatives import by_label, mean_negative
-from .pairs import Anchors, batch_stats, check, stack
+from .pairs import Anchors, batch_stats, check, of_all_ranks, over_ranks, stack
 
 DEFAULT_REFRESH = 0.01
 
@@ -49,7 +51,9 @@ class CachedSoftmaxLoss(nn.Module):
             gradient.
         encode: encode(items (k,), views (k,)) -> (k, dim) embeddings, as the loss takes them. To refresh it is called
             without gradient, in whatever mode the encoder is in.
-        gather: "none".
+        gather: "none": the cache is the process's own. "all": every process writes what all have, so that the cache is
+            the same on all, and encodes its share of what is encoded again. See ``NTXentLoss``.
+        process_group: that gather means; None: the default group.
         seed: of the draws.
         bimodal: the two views are two modalities: view 0 draws among entries of view 1, and view 1 among those of
             view 0.
@@ -83,6 +87,7 @@ class CachedSoftmaxLoss(nn.Module):
         seed: int = 0,
         bimodal: bool = False,
         gather: str = "none",
+        process_group: dist.ProcessGroup | None = None,
         normalize: bool = True,
         bank_dtype: torch.dtype = torch.bfloat16,
         backend: str = "auto",
@@ -95,7 +100,8 @@ class CachedSoftmaxLoss(nn.Module):
             raise ValueError(f"num_samples must be below 2^16, got {num_samples}")
         checks.one_of("carry", carry, ("auto", "cached", "corrected", "recompute"))
         carry = "corrected" if carry == "auto" else carry
-        checks.one_of("gather", gather, ("none",))
+        checks.one_of("gather", gather, ("none", "all"))
+        self.gather, self.process_group = gather, process_group
         checks.one_of("backend", backend, NAMES)
         checks.boolean("bimodal", bimodal)
         checks.boolean("normalize", normalize)
@@ -140,20 +146,22 @@ class CachedSoftmaxLoss(nn.Module):
         check(z0, z1, index, dim=self.bank.dim, num_items=self.bank.num_items)
         self._check_device(z0)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        labels = anchors.items * 2 + anchors.views
+        shards = over_ranks(self, z0, index, step=self.step)
+        whole = of_all_ranks(anchors, shards)
+        labels = whole.items * 2 + whole.views
         if not self.training:
-            return self._surrogate(anchors, labels, return_stats)
+            return self._surrogate(anchors, whole, shards, return_stats)
         with torch.no_grad():
             oldest = self._oldest(labels)
-            fresh = encoded(self.encode, oldest, anchors.embeddings, self.normalize) if self.refresh_count else None
+            fresh = self._encode_share(oldest, anchors.embeddings) if self.refresh_count else None
         with self._restored_on_error(torch.cat((oldest, labels))):
             with torch.no_grad():
                 if fresh is not None:
                     self.bank.update(oldest // 2, oldest % 2, fresh, self.step)
-                self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
+                self.bank.update(whole.items, whole.views, whole.embeddings, self.step)
                 if self.carry == "corrected":
-                    self.batch_means.update(torch.cat((oldest, labels)), anchors, self.bimodal)
-            result = self._surrogate(anchors, labels, return_stats)
+                    self.batch_means.update(torch.cat((oldest, labels)), whole, self.bimodal)
+            result = self._surrogate(anchors, whole, shards, return_stats)
         self.step += 1
         return result
 
@@ -188,19 +196,31 @@ class CachedSoftmaxLoss(nn.Module):
             self.bank.last_step.copy_(last_step)
             raise
 
+    def _encode_share(self, labels: Tensor, like: Tensor) -> Tensor:
+        """(k, dim) embeddings of labels (k,). Of several processes each encodes a share: it is less work, and an
+        encoder that is not a function of its input alone, as with dropout, cannot make their caches differ."""
+        if self.gather == "none":
+            return encoded(self.encode, labels, like, self.normalize)
+        rank, ranks = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+        shares = labels.tensor_split(ranks)
+        shards = Shards(self.process_group, rank, [len(share) for share in shares])
+        mine = shares[rank]
+        fresh = encoded(self.encode, mine, like, self.normalize) if len(mine) else like.detach()[:0]
+        return gather_rows(fresh, shards)
+
     def _surrogate(
-        self, anchors: Anchors, labels: Tensor, return_stats: bool
+        self, anchors: Anchors, whole: Anchors, shards: Shards | None, return_stats: bool
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        drawn = self._draw(anchors, labels)
-        samples = by_label(drawn, torch.ones_like(drawn, dtype=torch.float32), labels)
+        drawn = self._draw(anchors, anchors.items * 2 + anchors.views)
+        samples = by_label(drawn, torch.ones_like(drawn, dtype=torch.float32), whole.items * 2 + whole.views)
         again = self.encode if self.carry == "recompute" else None
-        negatives = mean_negative(anchors.embeddings, samples, self.bank, again, self.normalize)
+        negatives = mean_negative(whole.embeddings, samples, self.bank, again, self.normalize)
         positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
         negative_similarity = (anchors.embeddings * negatives).sum(1)
         terms = negative_similarity - positive_similarity
         if self.carry == "corrected":
-            terms = terms + correction(anchors, samples, self.batch_means, self.temperature, self.bimodal)
-        loss = terms.mean() / self.temperature
+            terms = terms + correction(anchors, whole, samples, self.batch_means, self.temperature, self.bimodal)
+        loss = terms.mean() / self.temperature * (1 if shards is None else shards.ddp_factor)
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
         if not return_stats:

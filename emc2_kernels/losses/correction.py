@@ -49,29 +49,30 @@ def batch_means(anchors: Anchors, bimodal: bool) -> Tensor:
     return by_view if bimodal else by_view.mean(0).expand(2, -1)
 
 
-def correction(anchors: Anchors, samples: Samples, kept: BatchMeans, temperature: float, bimodal: bool) -> Tensor:
-    """(2b,) to be added to <q, mean negative>: both sides of it, differentiable."""
+def correction(
+    anchors: Anchors, whole: Anchors, samples: Samples, kept: BatchMeans, temperature: float, bimodal: bool
+) -> Tensor:
+    """(2b,) to be added to <q, mean negative>: both sides of it, differentiable.
+
+    Args:
+        whole: the anchors of all ranks, whose means and keys these are; ``anchors`` where there is one.
+    """
     embeddings, items = anchors.embeddings, anchors.items
     weights = samples.label_weights.to(embeddings.dtype)
     outside = weights.sum(1)
     labels = torch.where(weights > 0, samples.labels, 0)
     then = (weights[..., None] * kept.means[labels].to(embeddings.dtype)).sum(1)
-    now = batch_means(anchors, bimodal)[1 - anchors.views]
+    now = batch_means(whole, bimodal)[1 - anchors.views]
     drift = (embeddings * (outside[:, None] * now - then)).sum(1)
 
-    b = items.shape[0] // 2
-    halves = slice(0, b), slice(b, 2 * b)
-    sides = [(halves[0], halves[1]), (halves[1], halves[0])] if bimodal else [(slice(0, 2 * b), slice(0, 2 * b))]
+    rows, keys = ((side.embeddings.chunk(2), side.items.chunk(2)) for side in (anchors, whole))
+    sides = [((rows[0][view], rows[1][view]), (keys[0][1 - view], keys[1][1 - view])) for view in (0, 1)]
+    if not bimodal:
+        sides = [((embeddings, items), (whole.embeddings, whole.items))]
     lse = torch.cat(
         [
-            contrastive_lse(
-                embeddings[rows].detach(),
-                embeddings[keys],
-                temperature=temperature,
-                query_ids=items[rows],
-                key_ids=items[keys],
-            )
-            for rows, keys in sides
+            contrastive_lse(queries.detach(), some, temperature=temperature, query_ids=query_items, key_ids=key_items)
+            for (queries, query_items), (some, key_items) in sides
         ]
     )
     lse = torch.where(lse > -torch.inf, lse, 0)  # an anchor whose batch has no other item

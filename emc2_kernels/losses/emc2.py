@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
+from ..distributed import GATHERS, Shards, each_rank, gather_views
 from ..transition import MHState
 from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode
 from .negatives import mean_negative
-from .pairs import Anchors, batch_stats, check, compute_dtype, stack
+from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
+from .ring_visits import ring_visit
 from .sitting import SittingQueries
 from .visits import num_proposed, visit
 
@@ -64,7 +67,13 @@ class EMC2Loss(nn.Module):
         normalize: L2-normalise the embeddings first, in float32.
         bank_dtype: dtype of the kept embeddings.
         backend: of ``mh_step``.
-        gather: "none".
+        gather: "none": proposals and negatives are the process's own. "all": the keys of all processes, from a
+            differentiable all-gather. Each process walks the chains of its own rows and applies the updates of all, so
+            that chains are the same everywhere; with contiguous parts of a batch, in rank order, they are those of one
+            process with the whole batch. See ``NTXentLoss`` for what this does to the value. "ring": the same with one
+            process's keys at a time, for proposals="batch", estimator="states" and the carries "cached", "recompute"
+            and "drop"; the statistic acceptance is then NaN.
+        process_group: that gather means; None: the default group.
 
     State: ``chains``, ``bank``, ``step``, and with a carry that needs them ``batch_means`` or ``sitting``, are in
     ``state_dict``. They change in training mode only.
@@ -95,6 +104,7 @@ class EMC2Loss(nn.Module):
         estimator: str = "states",
         encode: Encode | None = None,
         gather: str = "none",
+        process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         bimodal: bool = False,
         normalize: bool = True,
@@ -109,7 +119,7 @@ class EMC2Loss(nn.Module):
         if carry == "auto":
             carry = "corrected" if proposals == "bank" else "cached"
         checks.one_of("estimator", estimator, ("states", "recycled"))
-        checks.one_of("gather", gather, ("none",))
+        checks.one_of("gather", gather, GATHERS)
         checks.one_of("backend", backend, NAMES)
         checks.boolean("normalize", normalize)
         checks.boolean("bimodal", bimodal)
@@ -118,8 +128,11 @@ class EMC2Loss(nn.Module):
             checks.at_least("num_samples", num_samples, 1)
         _check_carry(carry, encode, proposals)
         _check_proposals(proposals, num_proposals, views, bimodal)
+        if gather == "ring":
+            _check_ring(proposals, carry, estimator)
         if proposals == "bank" and carry in COLLAPSING:
             warn_of_collapse(f'EMC2Loss: proposals="bank" with carry="{carry}"')
+        self.gather, self.process_group = gather, process_group
         self.proposals = proposals
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
         self.estimator = estimator
@@ -172,25 +185,34 @@ class EMC2Loss(nn.Module):
         if fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        visited = visit(self, anchors, compute_dtype(z0), return_stats)
-        keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
-        again = self.encode if self.carry == "recompute" else None
-        negatives = mean_negative(keys, visited.samples, self.bank, again, self.normalize)
+        shards = over_ranks(self, z0, index, step=self.step)
+        whole = anchors if self.gather == "ring" else of_all_ranks(anchors, shards)
+        if self.gather == "ring":
+            visited = ring_visit(self, anchors, shards, compute_dtype(z0))
+            negatives, acceptance = visited.negatives, torch.full_like(visited.carry_share, torch.nan)
+        else:
+            visited = visit(self, anchors, compute_dtype(z0), return_stats, whole)
+            keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
+            again = self.encode if self.carry == "recompute" else None
+            negatives = mean_negative(keys, visited.samples, self.bank, again, self.normalize)
+            acceptance = visited.acceptance
         positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
         negative_similarity = (anchors.embeddings * negatives).sum(1)
         terms = negative_similarity - positive_similarity
         if self.carry == "two_sided":
             terms = terms + self._key_side(anchors)
         elif self.carry == "corrected":
-            terms = terms + correction(anchors, visited.samples, self.batch_means, self.temperature, self.bimodal)
-        loss = terms.mean() / self.temperature
+            terms = terms + correction(
+                anchors, whole, visited.samples, self.batch_means, self.temperature, self.bimodal
+            )
+        loss = terms.mean() / self.temperature * (1 if shards is None else shards.ddp_factor)
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
         stats = None
         if return_stats:
-            stats = self._stats(anchors, visited.acceptance, visited.carry_share, negative_similarity.detach())
+            stats = self._stats(anchors, acceptance, visited.carry_share, negative_similarity.detach())
         if self.training:
-            self._remember(anchors, visited.state)
+            self._remember_all(whole, visited.state, shards)
         return loss if stats is None else (loss, stats)
 
     def _check_device(self, z0: Tensor) -> None:
@@ -231,18 +253,32 @@ class EMC2Loss(nn.Module):
         sitting = self.sitting.on(anchors.items * 2 + anchors.views).to(anchors.embeddings.dtype)
         return (anchors.embeddings * sitting).sum(1)
 
+    @torch.no_grad()
+    def _remember_all(self, whole: Anchors, state: MHState, shards: Shards | None) -> None:
+        """Writes what all ranks have found, in the order in which one process would: the last duplicate wins.
+
+        Args:
+            whole: the anchors of all ranks; in a ring, this rank's. state: (2b,) of this rank's.
+        """
+        state = MHState(state.key, state.score.float())
+        if self.gather == "ring":  # of a slot's rows, the last rank's come last
+            for embeddings, items, views, *found in each_rank([*whole, *state], shards):
+                self._remember(Anchors(embeddings, items, views), MHState(*found))
+        else:
+            everyone = state if shards is None else MHState(*(gather_views(field, shards) for field in state))
+            self._remember(whole, everyone)
+        self.step += 1
+
     def _remember(self, anchors: Anchors, state: MHState) -> None:
-        with torch.no_grad():
-            slots = anchors.items * 2 + anchors.views
-            if self.carry == "two_sided":
-                self.sitting.leave(slots, self.chains, self.bank)
-            self.chains.write(anchors.items, anchors.views, MHState(state.key, state.score.float()))
-            self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
-            if self.carry == "corrected":
-                self.batch_means.update(slots, anchors, self.bimodal)
-            if self.carry == "two_sided":
-                self.sitting.sit_down(slots, self.chains, self.bank)
-            self.step += 1
+        slots = anchors.items * 2 + anchors.views
+        if self.carry == "two_sided":
+            self.sitting.leave(slots, self.chains, self.bank)
+        self.chains.write(anchors.items, anchors.views, state)
+        self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
+        if self.carry == "corrected":
+            self.batch_means.update(slots, anchors, self.bimodal)
+        if self.carry == "two_sided":
+            self.sitting.sit_down(slots, self.chains, self.bank)
 
     def _stats(
         self, anchors: Anchors, acceptance: Tensor, carry_share: Tensor, negative_similarity: Tensor
@@ -268,6 +304,13 @@ def _check_carry(carry: str, encode: Encode | None, proposals: str) -> None:
         raise ValueError('encode must be given with carry="recompute", got None')
     if proposals == "bank" and carry == "drop":
         raise ValueError('carry must not be "drop" with proposals="bank", whose samples are all outside, got "drop"')
+
+
+def _check_ring(proposals: str, carry: str, estimator: str) -> None:
+    """Of the settings, those for which keys that are here one after another are enough."""
+    if proposals != "batch" or carry not in ("cached", "recompute", "drop") or estimator != "states":
+        expected = 'proposals="batch", carry="cached", "recompute" or "drop", and estimator="states"'
+        raise ValueError(f'gather="ring" needs {expected}, got {proposals!r}, {carry!r} and {estimator!r}')
 
 
 def _check_proposals(proposals: str, num_proposals: int | None, views: str, bimodal: bool) -> None:

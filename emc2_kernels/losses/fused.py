@@ -64,6 +64,7 @@ def takes(loss: EMC2Loss, z0: Tensor, z1: Tensor) -> bool:
         runs
         and loss.carry in ("cached", "drop")
         and loss.proposals == "batch"
+        and loss.gather == "none"
         and loss.estimator == "states"
         and not loss.bimodal
         and z0.dtype in HALF_AND_SINGLE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import checks
-from ..lse import NO_SECOND_DERIVATIVE, lse_gradients, lse_values, mean_similarity
+from ..distributed import Shards, gather_views
+from ..lse import NO_SECOND_DERIVATIVE, contrastive_lse, lse_gradients, lse_values, mean_similarity
 from ..once import not_twice
+from ..ring import ring_lse, ring_similarity
 
 if TYPE_CHECKING:
     from .pairs import Anchors
@@ -91,6 +94,26 @@ def _lse_gradient(
     return total.to(embeddings.dtype), d_temperature
 
 
+def _over_ranks(
+    embeddings: Tensor, temperature: float | Tensor, batch: _Batch, gather: str, shards: Shards, similarity: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(2, b) log-sum-exp of this rank's anchors over the negatives of all ranks, and the similarity of these."""
+    parts, similarities = [], []
+    for queries, keys, query_ids in batch.sides(embeddings):
+        keys = queries if keys is None else keys
+        options = {"temperature": temperature, "query_ids": query_ids, "backend": batch.backend}
+        if gather == "ring":
+            log_sum, mean = partial(ring_lse, shards=shards), partial(ring_similarity, shards=shards)
+            options["key_ids"] = query_ids
+        else:
+            log_sum, mean = contrastive_lse, mean_similarity
+            keys, options["key_ids"] = (gather_views(rows, shards) for rows in (keys, query_ids))
+        parts.append(log_sum(queries, keys, **options))
+        if similarity:
+            similarities.append(mean(parts[-1], queries, keys, **options))
+    return torch.cat(parts).view(2, -1), torch.cat(similarities) if similarity else None
+
+
 def in_batch(
     anchors: Anchors,
     temperature: float | Tensor,
@@ -99,6 +122,8 @@ def in_batch(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     return_similarity: bool = False,
+    gather: str = "none",
+    shards: Shards | None = None,
 ) -> InBatch:
     """Mean over the 2b anchors of -s+ + log(exp(s+) + sum of exp(s-)), which is softplus(lse of s- less s+).
 
@@ -109,12 +134,21 @@ def in_batch(
         dtype: that a GPU multiplies in; None: the embeddings' own. On the CPU products are always float32's.
         return_similarity: also the mean, over the anchors that have negatives, of their negatives' similarity under
             softmax weights. It costs what a backward pass does.
+        gather: "all" or "ring": negatives are those of all ranks, with ``shards``; the value is this rank's share of
+            the mean over the anchors of all ranks, times their number, so that its mean over ranks is that mean.
     """
     embeddings, ids = anchors.embeddings, anchors.items
     if ids is None:
         ids = torch.arange(embeddings.shape[0], device=embeddings.device)
         ids %= embeddings.shape[0] // 2
+        ids += 0 if shards is None else shards.first
     batch = _Batch(ids, bimodal, dtype, backend)
+    if shards is not None:
+        lse, similarity = _over_ranks(embeddings, temperature, batch, gather, shards, return_similarity)
+        view_0, view_1 = embeddings.view(2, lse.shape[1], -1).unbind()
+        excess = lse - (view_0 * view_1).sum(1) / temperature
+        value = torch.nn.functional.softplus(excess).mean() * shards.ddp_factor
+        return InBatch(value, None if similarity is None else similarity.sum() / (lse > -torch.inf).sum().clamp_min(1))
     value, lse = _Value.apply(embeddings, temperature, batch)
     if not return_similarity:
         return InBatch(value, None)

@@ -50,10 +50,15 @@ def mean_negative(
     mean = nn.functional.embedding_bag(
         samples.rows, keys, mode="sum", per_sample_weights=samples.row_weights.to(keys.dtype)
     )
-    weights = samples.label_weights.to(keys.dtype)
+    return mean_outside(mean, samples, bank, encode, normalize)
+
+
+def mean_outside(mean: Tensor, samples: Samples, bank: EmbeddingBank, encode: Encode | None, normalize: bool) -> Tensor:
+    """(2b, d): the same, where the part ``mean`` that is in the batch is known."""
+    weights = samples.label_weights.to(mean.dtype)
     if encode is None:
-        kept = bank.lookup(torch.where(weights > 0, samples.labels, -1).flatten()).to(keys.dtype)
+        kept = bank.lookup(torch.where(weights > 0, samples.labels, -1).flatten()).to(mean.dtype)
         return mean + (weights[..., None] * kept.view(*weights.shape, -1)).sum(1)  # no product for autocast to round
     anchor, sample = weights.nonzero(as_tuple=True)
-    again = encode_distinct(encode, samples.labels[anchor, sample], keys, normalize)
+    again = encode_distinct(encode, samples.labels[anchor, sample], mean, normalize)
     return mean.index_add(0, anchor, weights[anchor, sample, None] * again)

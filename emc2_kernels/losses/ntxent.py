@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
+from ..distributed import GATHERS
 from .in_batch import in_batch
-from .pairs import batch_stats, check, compute_dtype, stack
+from .pairs import batch_stats, check, compute_dtype, over_ranks, stack
 from .temperature import TemperedLoss
 
 
@@ -23,7 +25,13 @@ class NTXentLoss(TemperedLoss):
         learn_temperature, max_scale: see ``TemperedLoss``: ``log_scale``, the log of 1 / temperature, is then a
             parameter.
         normalize: L2-normalise the embeddings first, in float32.
-        gather: "none": negatives are the process's own.
+        gather: "none": negatives are the process's own. "all": those of all processes, by a differentiable all-gather.
+            "ring": the same with one process's keys at a time, memory O(b d). Both are collectives. They scale the
+            value so that gradients averaged over processes, as DistributedDataParallel does, are those of one process
+            with the whole batch, however unequal the parts. ``index`` must name items alike on all processes. A learnt
+            temperature must be averaged too: wrap the loss together with the encoder. Calls that are not of one form
+            on all processes (dim, dtype, index given or not, training mode, temperature) are a ValueError on all.
+        process_group: that gather means; None: the default group.
         backend: of ``contrastive_lse``.
 
     Example:
@@ -41,13 +49,15 @@ class NTXentLoss(TemperedLoss):
         max_scale: float = 100.0,
         normalize: bool = True,
         gather: str = "none",
+        process_group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(temperature, learn_temperature, max_scale)
         checks.boolean("normalize", normalize)
-        checks.one_of("gather", gather, ("none",))
+        checks.one_of("gather", gather, GATHERS)
         checks.one_of("backend", backend, NAMES)
         self.normalize = normalize
+        self.gather, self.process_group = gather, process_group
         self.backend = backend
 
     def forward(
@@ -73,6 +83,10 @@ class NTXentLoss(TemperedLoss):
         if not self.normalize:  # unit vectors cannot overflow; no product is larger than its rows' own
             largest = anchors.embeddings.detach().square().sum(1) / temperature
             checks.finite("the similarities of z0 and z1", largest)
+        alike = {} if self.log_scale is None else {"log_scale": self.log_scale}
+        if self.gather == "ring":
+            alike["return_stats"] = return_stats  # the statistics go round too
+        shards = over_ranks(self, z0, index, **alike)
         value, negative_similarity = in_batch(
             anchors,
             temperature,
@@ -80,6 +94,8 @@ class NTXentLoss(TemperedLoss):
             dtype=compute_dtype(z0),
             backend=self.backend,
             return_similarity=return_stats,
+            gather=self.gather,
+            shards=shards,
         )
         if not return_stats:
             return value

@@ -6,13 +6,15 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
+from ..distributed import Shards, gather_views
 from ..lse import contrastive_lse
 from ..slots import SlotStore, last_duplicates
-from .pairs import Anchors, batch_stats, check, compute_dtype, stack
+from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
 
 TEMPERATURE_LR = 0.01
 TEMPERATURE_MOMENTUM = 0.9
@@ -73,7 +75,9 @@ class SogCLRLoss(SlotStore):
         temperature_bounds: (lowest, highest), around ``temperature``; by default a tenth and ten times of it.
         rho: >= 0, in nats; 1 by default.
         bimodal: z0 and z1 are of two modalities.
-        gather: "none".
+        gather: "none": means and negatives are the process's own. "all": over the keys of all processes; every process
+            writes what all have found, so that the state is the same everywhere. See ``NTXentLoss``.
+        process_group: that gather means; None: the default group.
         normalize: L2-normalise the embeddings first, in float32.
         backend: of ``contrastive_lse``.
 
@@ -105,6 +109,7 @@ class SogCLRLoss(SlotStore):
         rho: float | None = None,
         bimodal: bool = False,
         gather: str = "none",
+        process_group: dist.ProcessGroup | None = None,
         normalize: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -116,7 +121,8 @@ class SogCLRLoss(SlotStore):
         checks.one_of("gamma_schedule", gamma_schedule, ("constant", "cosine"))
         self.gamma_schedule, self.gamma_steps = gamma_schedule, _gamma_steps(gamma_schedule, gamma_steps)
         checks.boolean("individual_temperature", individual_temperature)
-        checks.one_of("gather", gather, ("none",))
+        checks.one_of("gather", gather, ("none", "all"))
+        self.gather, self.process_group = gather, process_group
         checks.boolean("normalize", normalize)
         checks.one_of("backend", backend, NAMES)
         self.individual_temperature, self.normalize, self.backend = individual_temperature, normalize, backend
@@ -174,56 +180,67 @@ class SogCLRLoss(SlotStore):
             expected = f"on {self.log_u.device}, where the loss keeps its state"
             raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        dtype = compute_dtype(z0)
+        shards = over_ranks(self, z0, index, step=self.step)
+        whole, dtype = of_all_ranks(anchors, shards), compute_dtype(z0)
         slots = self.slots(anchors.items, anchors.views if self.bimodal else 0, z0.device)
         temperature = self.item_temperature[slots] if self.individual_temperature else self.temperature
-        lse = self._lse(anchors, dtype, temperature)
-        found = self._denominators(anchors, slots, lse.detach())
+        lse = self._lse(anchors, whole, dtype, temperature)
+        found = self._denominators(anchors, whole, slots, lse.detach())
         positive = (anchors.embeddings * anchors.positives).sum(1) / temperature
         # Of value log u, and with the gradient of weight * lse: lse's gradient is the mean score's under the softmax.
         negative = found.log_u + found.weight * torch.where(found.has_negatives, lse - lse.detach(), 0)
         loss = ((negative - positive) * (temperature / self.temperature)).mean()
+        loss = loss if shards is None else loss * shards.ddp_factor
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
         learns = self.training and self.individual_temperature
-        scores = self._mean_scores(anchors, dtype, temperature) if learns or return_stats else None
+        scores = self._mean_scores(anchors, whole, dtype, temperature) if learns or return_stats else None
         stats = self._stats(anchors, found, temperature, scores) if return_stats else None
         if self.training:
             with torch.no_grad():
-                self._remember(slots, found, positive, scores)
+                self._remember(slots, found, positive, scores, shards)
         return loss if stats is None else (loss, stats)
 
-    def _lse(self, anchors: Anchors, dtype: torch.dtype, temperature: float | Tensor) -> Tensor:
-        """(2b,) log sum over negatives of exp(s); -inf without any."""
-        embeddings, items = anchors.embeddings.to(dtype), anchors.items
-        options = {"temperature": temperature, "backend": self.backend}
+    def _lse(self, anchors: Anchors, whole: Anchors, dtype: torch.dtype, temperature: float | Tensor) -> Tensor:
+        """(2b,) log sum over negatives, which are among the anchors of all ranks, of exp(s); -inf without any."""
+        queries, keys = (side.embeddings.to(dtype) for side in (anchors, whole))
+        if whole is anchors:
+            keys = queries
         if not self.bimodal:
-            return contrastive_lse(embeddings, embeddings, query_ids=items, key_ids=items, **options)
-        sides, ids = embeddings.chunk(2), items[: items.shape[0] // 2]
+            ids = {"query_ids": anchors.items, "key_ids": whole.items}
+            return contrastive_lse(queries, keys, temperature=temperature, backend=self.backend, **ids)
         halves = temperature.chunk(2) if isinstance(temperature, Tensor) else (temperature, temperature)
+        query_ids, key_ids = (side.items.chunk(2)[0] for side in (anchors, whole))
         return torch.cat(
             [
                 contrastive_lse(
-                    sides[side], sides[1 - side], query_ids=ids, key_ids=ids, **options | {"temperature": halves[side]}
+                    queries.chunk(2)[side],
+                    keys.chunk(2)[1 - side],
+                    temperature=halves[side],
+                    query_ids=query_ids,
+                    key_ids=key_ids,
+                    backend=self.backend,
                 )
                 for side in (0, 1)
             ]
         )
 
-    def _mean_scores(self, anchors: Anchors, dtype: torch.dtype, temperature: float | Tensor) -> Tensor:
+    def _mean_scores(self, anchors: Anchors, whole: Anchors, dtype: torch.dtype, temperature: float | Tensor) -> Tensor:
         """(2b,) detached mean of each anchor's s under the softmax of its negatives; 0 without any.
 
         d lse / d temperature is minus that mean over the temperature, so no array of scores is needed.
         """
-        detached = anchors._replace(embeddings=anchors.embeddings.detach())
+        detached, others = (side._replace(embeddings=side.embeddings.detach()) for side in (anchors, whole))
+        if whole is anchors:
+            others = detached
         rows = anchors.embeddings.new_ones(anchors.items.shape[0]) * temperature
         with torch.enable_grad():
-            lse = self._lse(detached, dtype, rows.requires_grad_())
-        return -rows.detach() * torch.autograd.grad(lse.sum(), rows)[0]
+            total = self._lse(detached, others, dtype, rows.requires_grad_()).sum()
+        return -rows.detach() * torch.autograd.grad(total, rows)[0]
 
-    def _denominators(self, anchors: Anchors, slots: Tensor, lse: Tensor) -> Denominators:
-        keys = anchors.items.shape[0] // (2 if self.bimodal else 1)
-        ordered = anchors.items[:keys].sort().values
+    def _denominators(self, anchors: Anchors, whole: Anchors, slots: Tensor, lse: Tensor) -> Denominators:
+        keys = whole.items.shape[0] // (2 if self.bimodal else 1)
+        ordered = whole.items[:keys].sort().values
         own = torch.searchsorted(ordered, anchors.items, right=True) - torch.searchsorted(ordered, anchors.items)
         has_negatives = own < keys
         log_mean = torch.where(has_negatives, lse - (keys - own).to(lse.dtype).log(), 0)
@@ -241,30 +258,32 @@ class SogCLRLoss(SlotStore):
         progress = (self.step.double() / self.gamma_steps).clamp_max(1)
         return gamma + (1 - gamma) * (1 + (math.pi * progress).cos()) / 2
 
-    def _remember(self, slots: Tensor, found: Denominators, positive: Tensor, scores: Tensor | None) -> None:
+    def _remember(
+        self, slots: Tensor, found: Denominators, positive: Tensor, scores: Tensor | None, shards: Shards | None
+    ) -> None:
         """Writes the anchors' updated state; one modality keeps the mean of an item's two views."""
-        towers = 2 if self.bimodal else 1
-        rows = slots[: slots.shape[0] * towers // 2]
+        rows = slots if self.bimodal else slots[: slots.shape[0] // 2]
 
         def of_rows(values: Tensor) -> Tensor:
             return values if self.bimodal else values.view(2, -1).mean(0)
 
-        last = last_duplicates(rows)
-        updates = found.has_negatives[: rows.shape[0]][last]
         log_u = found.log_u if self.bimodal else found.log_u.view(2, -1).logsumexp(0) - math.log(2)
-        self._write("log_u", rows, updates, log_u[last])
+        values = {"log_u": log_u}
         if self.individual_temperature:
             slope = found.log_u - positive + self.rho - found.weight * (scores - positive)
             kept = self.item_velocity[rows]
-            velocity = (self.temperature_momentum * kept + (1 - self.temperature_momentum) * of_rows(slope))[last]
+            velocity = self.temperature_momentum * kept + (1 - self.temperature_momentum) * of_rows(slope)
             moved = (self.item_temperature[rows] - self.temperature_lr * velocity).clamp(*self.temperature_bounds)
-            self._write("item_velocity", rows, updates, velocity)
-            self._write("item_temperature", rows, updates, moved)
+            values |= {"item_velocity": velocity, "item_temperature": moved}
+        updates = found.has_negatives[: rows.shape[0]]
+        if shards is not None:
+            rows, updates = gather_views(rows, shards), gather_views(updates, shards)
+            values = {name: gather_views(value, shards) for name, value in values.items()}
+        last = last_duplicates(rows)
+        for name, value in values.items():
+            buffer = getattr(self, name)
+            buffer[rows] = torch.where(updates[last], value[last].to(buffer.dtype), buffer[rows])
         self.step += 1
-
-    def _write(self, name: str, rows: Tensor, updates: Tensor, values: Tensor) -> None:
-        buffer = getattr(self, name)
-        buffer[rows] = torch.where(updates, values.to(buffer.dtype), buffer[rows])
 
     def _stats(
         self, anchors: Anchors, found: Denominators, temperature: float | Tensor, scores: Tensor

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Visit(NamedTuple):
-    keys: Tensor  # (m, d) the batch's keys, differentiable
+    keys: Tensor  # (m, d) the batch's keys, of all ranks where they are gathered, differentiable
     samples: Samples
     state: MHState  # (2b,) the anchors' chains afterwards
     acceptance: Tensor | None  # () of proposals
@@ -44,19 +44,25 @@ class _Walked(NamedTuple):
     num_accepted: Tensor | None  # (n,)
 
 
-def visit(loss: EMC2Loss, anchors: Anchors, dtype: torch.dtype, return_accepts: bool) -> Visit:
+def visit(
+    loss: EMC2Loss, anchors: Anchors, dtype: torch.dtype, return_accepts: bool, whole: Anchors | None = None
+) -> Visit:
     """Walks the chains of 2b anchors; changes nothing of the loss.
 
     Args:
         dtype: what scores are multiplied in; the bank's own where it is proposed from.
+        whole: the anchors of all ranks, whose keys are proposed; None: there is one.
     """
+    whole = anchors if whole is None else whole
     start = loss.chains.read(anchors.items, anchors.views, anchors.embeddings.detach(), loss.bank, loss.temperature)
-    keys, parts = _from_bank(loss, anchors) if loss.proposals == "bank" else _from_batch(loss, anchors, dtype)
+    n = anchors.items.shape[0]
+    keys, parts = _from_bank(loss, n, whole) if loss.proposals == "bank" else _from_batch(loss, n, whole, dtype)
     walked = [_walk(loss, anchors, part, start, return_accepts) for part in parts]
-    samples = [
-        (_of_bank if part.draws else _of_batch)(loss, anchors, part, *walk[:2], start.key[part.anchors])
-        for part, walk in zip(parts, walked, strict=True)
-    ]
+    samples = []
+    for part, walk in zip(parts, walked, strict=True):
+        found = walk.positions, walk.weights, start.key[part.anchors]
+        of_bank = loss.proposals == "bank"
+        samples.append(_of_bank(whole, part, *found) if of_bank else of_batch(loss.carry, part.first_row, *found))
     carried = torch.cat([torch.where(walk.positions < 0, walk.weights, 0).sum(1) for walk in walked])
     return Visit(
         keys,
@@ -67,34 +73,34 @@ def visit(loss: EMC2Loss, anchors: Anchors, dtype: torch.dtype, return_accepts: 
     )
 
 
-def _from_batch(loss: EMC2Loss, anchors: Anchors, dtype: torch.dtype) -> tuple[Tensor, list[Proposals]]:
-    embeddings, items, views = anchors
-    b = items.shape[0] // 2
-    views_in_halves = slice(0, b), slice(b, 2 * b)
+def _from_batch(loss: EMC2Loss, num_anchors: int, whole: Anchors, dtype: torch.dtype) -> tuple[Tensor, list[Proposals]]:
+    embeddings, items, views = whole
+    n, m = num_anchors, items.shape[0]
+    anchors_of_view, keys_of_view = ((slice(0, k // 2), slice(k // 2, k)) for k in (n, m))
     if loss.bimodal:
         keys = embeddings
-        proposed = [(views_in_halves[view], views_in_halves[1 - view]) for view in (0, 1)]
+        proposed = [(anchors_of_view[view], keys_of_view[1 - view]) for view in (0, 1)]
     elif loss.views == "both":
-        keys, proposed = embeddings, [(slice(0, 2 * b), slice(0, 2 * b))]
+        keys, proposed = embeddings, [(slice(0, n), slice(0, m))]
     else:
-        items = items[:b]
+        items = items[: m // 2]
         views = ops.view_coin(items, *ops.integer_or_tensor(loss.seed), *ops.integer_or_tensor(loss.step), loss.backend)
-        keys = torch.where(views[:, None] == 1, embeddings[b:], embeddings[:b])
-        proposed = [(slice(0, 2 * b), slice(0, b))]
+        keys = torch.where(views[:, None] == 1, embeddings[m // 2 :], embeddings[: m // 2])
+        proposed = [(slice(0, n), slice(0, m // 2))]
     compute, labels = keys.detach().to(dtype), items * 2 + views
     return keys, [
         Proposals(rows, compute[those], items[those], labels[those], None, those.start) for rows, those in proposed
     ]
 
 
-def _from_bank(loss: EMC2Loss, anchors: Anchors) -> tuple[Tensor, list[Proposals]]:
+def _from_bank(loss: EMC2Loss, num_anchors: int, whole: Anchors) -> tuple[Tensor, list[Proposals]]:
     """All that the bank holds; with two modalities, of the other one."""
-    n, table = anchors.items.shape[0], loss.bank.embeddings
+    n, table = num_anchors, loss.bank.embeddings
     if not loss.bimodal:
         proposed = [(slice(0, n), table)]
     else:
         proposed = [(slice(0, n // 2), table[1::2]), (slice(n // 2, n), table[::2])]
-    return anchors.embeddings, [
+    return whole.embeddings, [
         Proposals(rows, keys, items, labels, loss.num_proposals, 0)
         for (rows, keys), items, labels in zip(proposed, loss.slot_items, loss.slot_labels, strict=True)
     ]
@@ -135,7 +141,8 @@ def _walk(loss: EMC2Loss, anchors: Anchors, part: Proposals, start: MHState, ret
     )
     positions = result.samples.long()
     if not recycled:
-        return _Walked(positions, torch.ones_like(positions, dtype=torch.float32), result.state, result.num_accepted)
+        weights = torch.ones_like(positions, dtype=embeddings.dtype)
+        return _Walked(positions, weights, result.state, result.num_accepted)
     points = torch.tensor(sample_points(count, burn_in, num_samples), device=positions.device)
     proposed = (points.expand(len(items), -1)) if drawn is None else drawn[:, points]
     before = torch.cat((torch.full_like(positions[:, :1], -1), positions), 1)[:, points - first]
@@ -164,25 +171,21 @@ def _move_probability(
     return torch.where(proposable, (proposed_score - score).clamp_max(0).exp(), 0)
 
 
-def _of_batch(
-    loss: EMC2Loss, anchors: Anchors, part: Proposals, positions: Tensor, weights: Tensor, start: Tensor
-) -> Samples:
+def of_batch(carry: str, first_row: int, positions: Tensor, weights: Tensor, start: Tensor) -> Samples:
     """Samples in the batch by their row; what is left is the key that the chain began with."""
     inside = positions >= 0
     row_weights, left = weights * inside, (weights * ~inside).sum(1, keepdim=True) * (start >= 0)[:, None]
-    if loss.carry == "drop":
+    if carry == "drop":
         left = torch.zeros_like(left)
     total = row_weights.sum(1, keepdim=True) + left
     scale = 1 / torch.where(total > 0, total, 1)
-    return Samples(positions.clamp_min(0) + part.first_row, row_weights * scale, start[:, None], left * scale)
+    return Samples(positions.clamp_min(0) + first_row, row_weights * scale, start[:, None], left * scale)
 
 
-def _of_bank(
-    loss: EMC2Loss, anchors: Anchors, part: Proposals, positions: Tensor, weights: Tensor, start: Tensor
-) -> Samples:
+def _of_bank(whole: Anchors, part: Proposals, positions: Tensor, weights: Tensor, start: Tensor) -> Samples:
     """Samples by label, but by row where the label happens to be in the batch."""
     labels = torch.where(positions >= 0, part.labels[positions.clamp_min(0)], start[:, None])
-    return by_label(labels, weights, anchors.items * 2 + anchors.views)
+    return by_label(labels, weights, whole.items * 2 + whole.views)
 
 
 def _acceptance(anchors: Anchors, parts: list[Proposals], walked: list[_Walked]) -> Tensor:
