@@ -95,23 +95,28 @@ class Encoder:
         with torch.no_grad():
             self.weight += self._small(1) / 16
 
-    def encode(self, items, views):
-        return self._inputs[items, views] @ self.weight.T
+    def encode(self, items, views, noise=0):
+        return (self._inputs[items, views] + noise) @ self.weight.T
 
 
 def batches(size, seed):
-    """(sizes of the ranks' parts, items) for each step."""
+    """(sizes of the ranks' parts, items, noise) for each step; noise is each row's own, of repeated items too."""
     draw = torch.Generator().manual_seed(seed)
+
+    def batch(sizes, items):
+        return sizes, items, torch.randint(-1, 2, (2, len(items), INPUTS), generator=draw)
+
     uneven = torch.randint(ITEMS, (sum([4, 2, 5, 3][:size]),), generator=draw)
     uneven[-1] = uneven[0]  # on the first rank and on the last
-    yield [4, 2, 5, 3][:size], uneven
+    yield batch([4, 2, 5, 3][:size], uneven)
     order = torch.randperm(ITEMS, generator=draw)[: 4 * size - 1]
     padded = torch.cat((order, order[:1]))  # as DistributedSampler fills up, and deals out
-    yield [4] * size, torch.cat([padded[rank::size] for rank in range(size)])
+    yield batch([4] * size, torch.cat([padded[rank::size] for rank in range(size)]))
     repeated = torch.randint(ITEMS, (sum([3, 5, 2, 4][:size]),), generator=draw)
     repeated[1], repeated[-2] = repeated[0], repeated[-1]
-    yield [3, 5, 2, 4][:size], repeated
-    yield [2, 1, 3, 1][:size], torch.randint(ITEMS, (sum([2, 1, 3, 1][:size]),), generator=draw)
+    yield batch([3, 5, 2, 4][:size], repeated)
+    last = [2, 1, 3, 1][:size]
+    yield batch(last, torch.randint(ITEMS, (sum(last),), generator=draw))
 
 
 def relative(found, expected, floor=0.0):
@@ -127,11 +132,12 @@ def averaged(tensors, group):
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def step(loss, encoder, items, case):
+def step(loss, encoder, items, noise, case):
     """Value, and gradients of the encoder and of the temperature."""
     encoder.weight.grad = None
     index = items * 1_000_003 + 7 if case.loss in ("ntxent", "clip") else items
-    value = loss(*(encoder.encode(items, view) for view in (0, 1)), index if case.index else None)
+    z = [encoder.encode(items, view, noise[view]) for view in (0, 1)]
+    value = loss(*z, index if case.index else None)
     for parameter in loss.parameters():
         parameter.grad = None
     value.backward()
@@ -157,10 +163,10 @@ def compare(case, group=None, seed=0):
     whole, part = case.make(encoder), case.make(encoder, gather=case.gather, process_group=group)
     worst = dict.fromkeys(("value", "gradient", "temperature", "state", "evaluation", "statistics"), 0.0)
     others = set()
-    for sizes, items in batches(size, seed):
+    for sizes, items, noise in batches(size, seed):
         own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-        expected = step(whole, encoder, items, case)
-        mine = averaged(step(part, encoder, items[own], case), group)
+        expected = step(whole, encoder, items, noise, case)
+        mine = averaged(step(part, encoder, items[own], noise[:, own], case), group)
         for what, a, b, floor in zip(("value", "gradient", "temperature"), mine, expected, FLOORS, strict=False):
             worst[what] = max(worst[what], relative(a, b, floor))
         error, changed = state_error(part, whole)
