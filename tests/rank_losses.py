@@ -31,7 +31,13 @@ class Case(NamedTuple):
     def name(self):
         options = " ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in self.options.items())
         shown = [self.loss, self.gather, "" if self.index else "no index", options]
-        return " ".join(filter(None, [*shown, "float64" if self.dtype == torch.float64 else ""]))
+        dtype = "" if self.dtype == torch.float32 else str(self.dtype).removeprefix("torch.")
+        return " ".join(filter(None, [*shown, dtype]))
+
+    @property
+    def wide(self):
+        """The dtype of the encoder and of what is learnt."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def make(self, encoder, **gather):
         options = self.options | ({"normalize": False, "bank_dtype": torch.float32} if self.exact else {})
@@ -39,7 +45,7 @@ class Case(NamedTuple):
             options["encode"] = encoder.encode
         takes = losses.TABLE[self.loss].options()
         sizes = {name: value for name, value in {"num_items": ITEMS, "dim": DIM}.items() if name in takes}
-        return losses.get(self.loss, **sizes, temperature=0.25, **options, **gather).to(self.dtype)
+        return losses.get(self.loss, **sizes, temperature=0.25, **options, **gather).to(self.wide)
 
 
 def _cases():
@@ -63,11 +69,21 @@ def _cases():
         yield Case("emc2", {"carry": carry, "bimodal": bimodal}, "ring", exact=True)
     for proposals, bimodal in product(("batch", "bank"), (False, True)):
         yield Case("emc2", {"estimator": "recycled", "proposals": proposals, "bimodal": bimodal}, exact=True)
+    for loss, gather, options in IN_HALF_PRECISION:
+        yield Case(loss, options, gather, dtype=torch.bfloat16, exact=loss in ("emc2", "cached"))
     for carry, refresh, bimodal in product(("cached", "corrected", "recompute"), (0, 0.1), (False, True)):
         yield Case("cached", {"carry": carry, "refresh": refresh, "bimodal": bimodal}, exact=True)
 
 
 CARRIES = ("cached", "corrected", "two_sided", "recompute", "drop")
+IN_HALF_PRECISION = [
+    ("ntxent", "all", {"learn_temperature": True}),
+    ("ntxent", "ring", {"learn_temperature": True}),
+    ("isogclr", "all", {}),
+    ("emc2", "all", {"carry": "corrected"}),
+    ("emc2", "ring", {}),
+    ("cached", "all", {}),
+]
 CASES = {case.name: case for case in _cases()}
 IN_A_SUBGROUP = [
     "ntxent ring no index learn_temperature=True",
@@ -95,23 +111,28 @@ class Encoder:
         with torch.no_grad():
             self.weight += self._small(1) / 16
 
-    def encode(self, items, views):
-        return self._inputs[items, views] @ self.weight.T
+    def encode(self, items, views, noise=0):
+        return (self._inputs[items, views] + noise) @ self.weight.T
 
 
 def batches(size, seed):
-    """(sizes of the ranks' parts, items) for each step."""
+    """(sizes of the ranks' parts, items, noise) for each step; noise is each row's own, of repeated items too."""
     draw = torch.Generator().manual_seed(seed)
+
+    def batch(sizes, items):
+        return sizes, items, torch.randint(-1, 2, (2, len(items), INPUTS), generator=draw)
+
     uneven = torch.randint(ITEMS, (sum([4, 2, 5, 3][:size]),), generator=draw)
     uneven[-1] = uneven[0]  # on the first rank and on the last
-    yield [4, 2, 5, 3][:size], uneven
+    yield batch([4, 2, 5, 3][:size], uneven)
     order = torch.randperm(ITEMS, generator=draw)[: 4 * size - 1]
     padded = torch.cat((order, order[:1]))  # as DistributedSampler fills up, and deals out
-    yield [4] * size, torch.cat([padded[rank::size] for rank in range(size)])
+    yield batch([4] * size, torch.cat([padded[rank::size] for rank in range(size)]))
     repeated = torch.randint(ITEMS, (sum([3, 5, 2, 4][:size]),), generator=draw)
     repeated[1], repeated[-2] = repeated[0], repeated[-1]
-    yield [3, 5, 2, 4][:size], repeated
-    yield [2, 1, 3, 1][:size], torch.randint(ITEMS, (sum([2, 1, 3, 1][:size]),), generator=draw)
+    yield batch([3, 5, 2, 4][:size], repeated)
+    last = [2, 1, 3, 1][:size]
+    yield batch(last, torch.randint(ITEMS, (sum(last),), generator=draw))
 
 
 def relative(found, expected, floor=0.0):
@@ -127,11 +148,12 @@ def averaged(tensors, group):
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def step(loss, encoder, items, case):
+def step(loss, encoder, items, noise, case):
     """Value, and gradients of the encoder and of the temperature."""
     encoder.weight.grad = None
     index = items * 1_000_003 + 7 if case.loss in ("ntxent", "clip") else items
-    value = loss(*(encoder.encode(items, view) for view in (0, 1)), index if case.index else None)
+    z = [encoder.encode(items, view, noise[view]).to(case.dtype) for view in (0, 1)]
+    value = loss(*z, index if case.index else None)
     for parameter in loss.parameters():
         parameter.grad = None
     value.backward()
@@ -146,21 +168,21 @@ def state_error(found, expected):
         if not torch.equal(mine, buffer):
             others.append(name)
             a, b = (torch.where(x.isfinite(), x, 0).double() for x in (mine, buffer))
-            worst = max(worst, relative(a, b), float((mine.isfinite() != buffer.isfinite()).any()))
+            worst = max(worst, relative(a, b, 1), float((mine.isfinite() != buffer.isfinite()).any()))
     return worst, others
 
 
 def compare(case, group=None, seed=0):
     """The worst relative errors over four steps and an evaluation."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    encoder = Encoder(case.dtype, seed)
+    encoder = Encoder(case.wide, seed)
     whole, part = case.make(encoder), case.make(encoder, gather=case.gather, process_group=group)
     worst = dict.fromkeys(("value", "gradient", "temperature", "state", "evaluation", "statistics"), 0.0)
     others = set()
-    for sizes, items in batches(size, seed):
+    for sizes, items, noise in batches(size, seed):
         own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-        expected = step(whole, encoder, items, case)
-        mine = averaged(step(part, encoder, items[own], case), group)
+        expected = step(whole, encoder, items, noise, case)
+        mine = averaged(step(part, encoder, items[own], noise[:, own], case), group)
         for what, a, b, floor in zip(("value", "gradient", "temperature"), mine, expected, FLOORS, strict=False):
             worst[what] = max(worst[what], relative(a, b, floor))
         error, changed = state_error(part, whole)
@@ -177,7 +199,7 @@ def evaluate(case, whole, part, encoder, items, own, group, share):
     before = [buffer.clone() for buffer in part.state_dict().values()]
     results = []
     for loss, rows in ((whole.eval(), items), (part.eval(), items[own])):
-        z = [encoder.encode(rows, view) for view in (0, 1)]
+        z = [encoder.encode(rows, view).to(case.dtype) for view in (0, 1)]
         results.append(loss(*z, rows if case.index else None, return_stats=True))
     (expected, expected_stats), (value, stats) = results
     names = [name for name in MEANS if name in stats]

@@ -35,13 +35,13 @@ def shared_folder(tmp_path_factory):
 def found(size, check, folder):
     """What each rank has returned from a check; fails where one has raised or did not come that far."""
     ranks = _launched(size, folder)
-    for rank, outcome in enumerate(ranks):
-        if check in outcome["raised"]:
-            pytest.fail(f"rank {rank} of {size}: {outcome['raised'][check]}")
-    for rank, outcome in enumerate(ranks):
-        if check not in outcome["returned"]:
-            pytest.fail(f"rank {rank} of {size} stopped {outcome['stopped']}")
-    return [outcome["returned"][check] for outcome in ranks]
+    for rank, said in enumerate(ranks):
+        if check in said["raised"]:
+            pytest.fail(f"rank {rank} of {size}: {said['raised'][check]}")
+    for rank, said in enumerate(ranks):
+        if check not in said["returned"]:
+            pytest.fail(f"rank {rank} of {size} came no further than {[*said['begun']][-1:]}:\n{said['log']}")
+    return [said["returned"][check] for said in ranks]
 
 
 @functools.cache
@@ -52,17 +52,17 @@ def _launched(size, folder):
         if not results.exists():
             results.mkdir()
             _launch(size, results)
-    return [_outcome(results, rank) for rank in range(size)]
+    return [_said(results, rank) for rank in range(size)]
 
 
-def _outcome(results, rank):
-    path = results / f"{rank}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    at, logs = results / f"{rank}.at", [results / "log", results / f"{rank}.log"]
-    where = f"in {at.read_text()!r}" if at.exists() else "before any check"
-    said = "".join(log.read_text()[-4000:] for log in logs if log.exists())
-    return {"returned": {}, "raised": {}, "stopped": f"{where}:\n{said}"}
+def _said(results, rank):
+    """By kind and check what a rank has written down, and its log."""
+    said = {"begun": {}, "returned": {}, "raised": {}}
+    lines, logs = results / f"{rank}.jsonl", [results / "log", results / f"{rank}.log"]
+    for line in lines.read_text().splitlines() if lines.exists() else ():
+        kind, check, value = json.loads(line)
+        said[kind][check] = value
+    return said | {"log": "".join(log.read_text()[-4000:] for log in logs if log.exists())}
 
 
 def _launch(size, results):
@@ -103,13 +103,16 @@ def _work(rank, size, results, checks):
             os.dup2(log.fileno(), stream)
     timeout = timedelta(seconds=COLLECTIVE_SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{results}/store", rank=rank, world_size=size, timeout=timeout)
-    outcome = {"returned": {}, "raised": {}, "stopped": ""}
-    for name, check in itertools.chain.from_iterable(of_module(rank, size).items() for of_module in checks):
-        (results / f"{rank}.at").write_text(name)
-        try:
-            outcome["returned"][name] = check()
-        except Exception:
-            outcome["raised"][name], outcome["stopped"] = traceback.format_exc(), f"in {name!r}, which raised"
-            break
-    (results / f"{rank}.json").write_text(json.dumps(outcome))
+    with open(results / f"{rank}.jsonl", "w") as lines:
+
+        def say(*line):
+            print(json.dumps(line), file=lines, flush=True)
+
+        for name, check in itertools.chain.from_iterable(of_module(rank, size).items() for of_module in checks):
+            say("begun", name, None)
+            try:
+                say("returned", name, check())
+            except Exception:
+                say("raised", name, traceback.format_exc())
+                break
     os._exit(0)  # others may be waiting, and leaving the group in order would wait for them

@@ -16,10 +16,12 @@ SEVERAL = pytest.mark.parametrize("size", ranks.SIZES[1:])
 
 
 def assert_equal_to_one_process(found, case):
-    tolerance = 1e-14 if case.dtype == torch.float64 else 1e-6
+    # Gradients of bfloat16 inputs are rounded to 8 bits before ranks average them.
+    tolerance = {torch.float64: 1e-14, torch.bfloat16: 1e-2}.get(case.dtype, 1e-6)
     for rank, errors in enumerate(found):
-        for what in ("value", "gradient", "temperature", "evaluation"):
-            assert errors[what] <= tolerance, (rank, what)
+        assert errors["gradient"] <= tolerance, rank
+        for what in ("value", "temperature", "evaluation"):
+            assert errors[what] <= min(tolerance, 1e-6), (rank, what)
         for what in ("state", "statistics"):  # kept in float32
             assert errors[what] <= 1e-6, (rank, what)
         assert not (case.exact and errors["others"]), f"rank {rank}: other bits in {errors['others']}"
