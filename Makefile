@@ -49,9 +49,10 @@ core-test:
 clean:
 	rm -rf .venv build
 
+# Not compiled ahead: the packages of texts are 80 MB of Python source, of which tests import a tenth.
 .venv/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[test]"
+	$(RUN) -m pip install --quiet --no-compile -c constraints.txt -e ".[test]"
 	touch $@
 
 install-into-this-environment:

@@ -4,7 +4,7 @@
 ``losses.EMC2Loss`` puts them together. Importing this package compiles nothing and touches no GPU.
 """
 
-from . import batching, losses
+from . import batching, checkpoint, losses
 from .backends import backends
 from .bank import EmbeddingBank
 from .chains import ChainStore
@@ -24,6 +24,7 @@ __all__ = [
     "apply",
     "backends",
     "batching",
+    "checkpoint",
     "compose",
     "contrastive_lse",
     "gumbel_sample",

@@ -5,7 +5,7 @@ The keys of a global batch are ordered view by view and, within a view, rank by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from .checks import OPERAND_DTYPES
 from .once import not_twice
 
 GATHERS = ("none", "all", "ring")
-NO_SECOND_DERIVATIVE = "gathering over ranks"
+NO_SECOND_DERIVATIVE = "gathering over ranks has no second derivative"
+ALIKE = 1e-3  # what two ranks' numbers may differ by: integers not at all, the log of a temperature by rounding
 
 
 class Shards(NamedTuple):
@@ -42,18 +44,62 @@ class Shards(NamedTuple):
         return len(self.sizes) * self.sizes[self.rank] / self.total
 
 
-def shards_of(rows: int, like: Tensor, group: dist.ProcessGroup | None) -> Shards:
-    """A collective: every rank says how many rows it has.
+def shards_of(
+    rows: int,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    alike: Mapping[str, float | torch.dtype | Tensor],
+) -> Shards:
+    """A collective: every rank says how many rows it has, and what it takes to be the same everywhere.
+
+    Args:
+        alike: numbers, dtypes or 0-d tensors by name. Ranks that differ in one would wait for each other for ever, or
+            take each other's bytes for something else.
 
     Raises:
-        RuntimeError: no process group.
+        RuntimeError: no process group, or one that this process is not in.
+        ValueError: on every rank, if ranks differ in ``alike``; names what, and a rank that differs.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError('gather must be "none" without a process group: call torch.distributed.init_process_group')
-    mine = torch.tensor([rows], device=like.device)
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, mine, group)
-    return Shards(group, dist.get_rank(group), torch.cat(found).tolist())
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise RuntimeError(f"process_group must have this process, of rank {dist.get_rank()}, got one without it")
+    on_device = {name: value.detach() for name, value in alike.items() if isinstance(value, Tensor)}
+    here = {name: _as_number(value) for name, value in alike.items() if name not in on_device}
+    # Doubles hold all of it exactly, a step below 2^32 too.
+    mine = torch.tensor([rows, *here.values()], dtype=torch.float64, device=device)
+    mine = torch.cat([mine, *(value.double().view(1) for value in on_device.values())])
+    found = mine.new_empty(ranks * len(mine))
+    _all_gather(found, mine, group)
+    sizes, *columns = found.view(ranks, -1).T.tolist()
+    for name, column in zip([*here, *on_device], columns, strict=True):
+        _check_alike(name, column, alike[name])
+    return Shards(group, rank, [int(size) for size in sizes])
+
+
+def _all_gather(found: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:
+    """mine (n, ...) of every rank into found (ranks n, ...)."""
+    renamed = hasattr(dist, "all_gather_single")  # in torch 2.13, which warns of the other name
+    (dist.all_gather_single if renamed else dist.all_gather_into_tensor)(found, mine, group)
+
+
+def _as_number(value: float | torch.dtype) -> float:
+    return OPERAND_DTYPES.index(value) if isinstance(value, torch.dtype) else value
+
+
+def _check_alike(name: str, column: list[float], mine: float | torch.dtype | Tensor) -> None:
+    """column: every rank's number."""
+    differs = next((rank for rank, value in enumerate(column) if abs(value - column[0]) > ALIKE), None)
+    if differs is not None:
+        first, other = (_shown(column[rank], mine) for rank in (0, differs))
+        raise ValueError(f"{name} must be the same on all ranks, got {first} on rank 0 and {other} on rank {differs}")
+
+
+def _shown(number: float, like: float | torch.dtype | Tensor) -> float | torch.dtype:
+    if isinstance(like, torch.dtype):
+        return OPERAND_DTYPES[int(number)]
+    return int(number) if number.is_integer() else number
 
 
 def gather_rows(rows: Tensor, shards: Shards) -> Tensor:
@@ -89,11 +135,16 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: FunctionCtx, rows: Tensor, shards: Shards) -> Tensor:
         ctx.shards = shards
         most = max(shards.sizes)  # all_gather wants equal sizes
-        padded = rows.new_zeros(most, *rows.shape[1:])
-        padded[: rows.shape[0]] = rows
-        found = [torch.empty_like(padded) for _ in shards.sizes]
-        dist.all_gather(found, padded, shards.group)
-        return torch.cat([part[:size] for part, size in zip(found, shards.sizes, strict=True)])
+        if rows.shape[0] == most:
+            padded = rows.contiguous()
+        else:
+            padded = rows.new_zeros(most, *rows.shape[1:])
+            padded[: rows.shape[0]] = rows
+        found = rows.new_empty(len(shards.sizes) * most, *rows.shape[1:])
+        _all_gather(found, padded, shards.group)
+        if min(shards.sizes) == most:
+            return found
+        return torch.cat([part[:size] for part, size in zip(found.split(most), shards.sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:

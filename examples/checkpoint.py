@@ -1,47 +1,32 @@
-"""Checkpoints that are whole or absent, and that refuse to be mixed up."""
+"""The checkpoints of pretrain.py, which refuse to be mixed up."""
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
+from emc2_kernels.checkpoint import CheckpointError, load
 
-FIELDS = ("settings", "epoch", "step", "encoder", "loss", "optimizer", "scheduler", "generators", "history", "seconds")
-
-
-class CheckpointError(RuntimeError):
-    """The file is missing, damaged, or of a run with other settings."""
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes beside `path`, then renames: an interrupted write leaves the checkpoint of the epoch before."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            # The rename may reach the disk before the data does: after a power cut the name would hold an empty file.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+FIELDS = (
+    "settings",
+    "job",
+    "epoch",
+    "step",
+    "encoder",
+    "losses",
+    "optimizer",
+    "scheduler",
+    "sampler",
+    "generators",
+    "again_generators",
+    "history",
+    "seconds",
+)
 
 
 def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The state that was saved at `path`, on the CPU, by a run with exactly these `settings`."""
-    try:
-        # weights_only: a checkpoint is data; unpickling arbitrary objects would run code from the file.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: expected a checkpoint to resume from, found no such file") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: expected a whole checkpoint, found a file that cannot be read (truncated or damaged?): {reason}"
-        ) from error
+    state = load(path)
     missing = [field for field in FIELDS if not (isinstance(state, dict) and field in state)]
     if missing:
         raise CheckpointError(f"{path}: expected a checkpoint with the fields {', '.join(FIELDS)}; {missing} missing")

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from data import DATASETS
+from processes import Processes
 
 from emc2_kernels.batching import SCOPES
+from emc2_kernels.distributed import GATHERS
 
 # Of the losses that losses.get knows, those for two views of one modality.
 METHODS = ("emc2", "simclr", "sogclr", "isogclr", "cached")
@@ -62,6 +64,7 @@ class Config:
     batching: str = "shuffle"
     quantile: float = 0.99
     scope: str = "global"
+    gather: str = "auto"
     seed: int = 0
     device: str = "auto"
     threads: int = 1
@@ -78,6 +81,7 @@ class Config:
         expect_one_of("views", self.views, VIEWS)
         expect_one_of("batching", self.batching, BATCHINGS)
         expect_one_of("scope", self.scope, SCOPES)
+        expect_one_of("gather", self.gather, ("auto", *GATHERS))
         expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
         expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
         expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
@@ -98,10 +102,26 @@ class Config:
             raise ValueError(f"--batching: expected {uniform}, got gcbs: add --proposals bank")
         expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
         expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
+        self._check_processes()
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"--out: expected a directory, or a new name, got the file {self.directory}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device: expected cpu or auto, as PyTorch finds no CUDA device here, got cuda")
+
+    def _check_processes(self) -> None:
+        processes = Processes.launched()
+        if processes.count == 1:
+            one = "auto or none with one process; torchrun starts several"
+            expect("gather", self.gather, one, self.gather in ("auto", "none"))
+            return
+        each = f"2 images for each of the {processes.count} processes"
+        expect("batch_size", self.batch_size, f"at least {each}", self.batch_size >= 2 * processes.count)
+        if self.batching == "gcbs":
+            multiple = f"a multiple of the {processes.count} processes with --batching gcbs"
+            expect("batch_size", self.batch_size, multiple, self.batch_size % processes.count == 0)
+        gpus = torch.cuda.device_count()
+        if self.torch_device.type == "cuda" and processes.local_count > gpus:
+            raise ValueError(f"--device: expected cpu, or a GPU for each process, got {self.device} with {gpus} GPUs")
 
     @property
     def directory(self) -> Path:
@@ -110,9 +130,15 @@ class Config:
 
     @property
     def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
+        return torch.device("cuda", Processes.launched().local_rank) if cuda else torch.device("cpu")
+
+    @property
+    def gathers(self) -> str:
+        """The loss's argument."""
+        if self.gather == "auto":
+            return "all" if Processes.launched().count > 1 else "none"
+        return self.gather
 
     def own_options(self, *settings: str) -> dict[str, Any]:
         """Those that mean something with this run's method and batching, or with those of the two that are named."""
@@ -132,6 +158,7 @@ class Config:
         settings |= self.own_options()
         # The state of a random generator cannot move to another kind of device.
         settings["device"] = self.torch_device.type
+        settings |= {"gather": self.gathers, "processes": Processes.launched().count}
         return settings
 
 
@@ -149,7 +176,7 @@ HELP = {
     "method": "loss: emc2 (negatives sampled from the whole data set), simclr (NT-Xent, the batch's negatives), sogclr "
     "(the batch's, weighted by each image's running denominator), isogclr (that, and a temperature learned for each "
     "image) or cached (sampled from a cache of embeddings)",
-    "batch_size": "images per step; each is encoded twice",
+    "batch_size": "images per step, of all processes together; each is encoded twice",
     "epochs": "passes over the training images",
     "lr": "peak learning rate of AdamW: linear warm-up over a tenth of the steps, then cosine to 0",
     "weight_decay": "weight decay of AdamW",
@@ -168,11 +195,15 @@ HELP = {
     "not with emc2 and proposals from the batch",
     "quantile": "gcbs only: similarities from this quantile on up join two images",
     "scope": "gcbs only: the quantile of all similarities (global) or of each image's own (row)",
+    "gather": "negatives and proposals of several processes (torchrun): none (each its own), all (those of all, "
+    "gathered), ring (those of all, one process's at a time; simclr, and emc2 with proposals from the batch); "
+    "auto is all, with one process none",
     "seed": "names the initial weights, the batches, the augmentations and the chains",
     "device": "auto, cpu or cuda; auto takes the GPU if there is one",
     "threads": "CPU threads of PyTorch; this model is too small for a second one to pay",
     "out": "directory of the checkpoint, metrics.csv and curves.png; without --resume its files are overwritten",
-    "resume": "continue from the checkpoint in --out; the result is that of an uninterrupted run",
+    "resume": "continue from the checkpoint in --out; the result is that of an uninterrupted run. Processes that "
+    "torchrun has started again do so by themselves",
     "quiet": "no progress bar",
 }
 

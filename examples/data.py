@@ -58,48 +58,71 @@ def mnist5k() -> Split:
 DATASETS: dict[str, Callable[[], Split]] = {"digits": digits, "mnist5k": mnist5k}
 
 
-def _uniform(n: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    return torch.empty(n, device=generator.device).uniform_(low, high, generator=generator)
+class Noise(NamedTuple):
+    """What n random views of images differ by, uniform unless said otherwise; each (n,), `pixels` (n, 1, h, w)."""
+
+    angle: Tensor  # of rotation, up to 20 degrees
+    log_scale: Tensor  # of 0.8 to 1.25
+    shift_x: Tensor  # up to an eighth of the side; the image spans -1 to 1
+    shift_y: Tensor
+    contrast: Tensor
+    pixels: Tensor  # normal
+    half: Tensor  # of the side of a square that is erased, in sides of the image
+    centre_y: Tensor
+    centre_x: Tensor
+    erased: Tensor  # below a half: the square is
+
+    def rows(self, positions: Tensor) -> Noise:
+        return Noise(*(field[positions] for field in self))
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """One random view of every image. images (n, 1, h, w) in [0, 1] -> the same shape, on the generator's device.
+def draw_noise(num_views: int, like: Tensor, generator: torch.Generator) -> Noise:
+    """For views of images of the shape of `like` (..., h, w), on the generator's device."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(num_views, device=generator.device).uniform_(low, high, generator=generator)
+
+    # All views draw all of it, so that what one draws does not depend on its neighbours.
+    return Noise(
+        angle=uniform(-math.pi / 9, math.pi / 9),
+        log_scale=uniform(math.log(0.8), math.log(1.25)),
+        shift_x=uniform(-0.25, 0.25),
+        shift_y=uniform(-0.25, 0.25),
+        contrast=uniform(0.6, 1.4),
+        pixels=like.new_empty(num_views, 1, *like.shape[-2:]).normal_(std=0.1, generator=generator),
+        half=uniform(0.125, 0.1875),
+        centre_y=uniform(0.0, 1.0),
+        centre_x=uniform(0.0, 1.0),
+        erased=uniform(0.0, 1.0),
+    )
+
+
+def augment(images: Tensor, noise: Noise) -> Tensor:
+    """One view of every image. images (n, 1, h, w) in [0, 1] -> the same shape.
 
     No mirroring: a mirrored digit is another sign, or none.
     """
-    return _erase(_intensity(_affine(images, generator), generator), generator)
+    changed = _affine(images, noise) * noise.contrast.view(-1, 1, 1, 1) + noise.pixels
+    return _erase(changed, noise)
 
 
-def _affine(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotation by up to 20 degrees, scale 0.8 to 1.25, shift by up to an eighth of the side."""
-    n = len(images)
-    angle = _uniform(n, -math.pi / 9, math.pi / 9, generator)
-    scale = _uniform(n, math.log(0.8), math.log(1.25), generator).exp()
-    shift_x, shift_y = (_uniform(n, -0.25, 0.25, generator) for _ in range(2))  # the image spans -1 to 1
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    theta = torch.stack([torch.stack([cos, -sin, shift_x], dim=1), torch.stack([sin, cos, shift_y], dim=1)], dim=1)
+def _affine(images: Tensor, noise: Noise) -> Tensor:
+    scale = noise.log_scale.exp()
+    cos, sin = noise.angle.cos() / scale, noise.angle.sin() / scale
+    rows = [[cos, -sin, noise.shift_x], [sin, cos, noise.shift_y]]
+    theta = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _intensity(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Contrast 0.6 to 1.4, and pixel noise of a standard deviation of 0.1."""
-    contrast = _uniform(len(images), 0.6, 1.4, generator).view(-1, 1, 1, 1)
-    noise = torch.empty_like(images).normal_(std=0.1, generator=generator)
-    return images * contrast + noise
-
-
-def _erase(images: Tensor, generator: torch.Generator) -> Tensor:
+def _erase(images: Tensor, noise: Noise) -> Tensor:
     """Half of the images lose a square of a quarter to three eighths of the side."""
-    n, _, height, width = images.shape
-    half = _uniform(n, 0.125, 0.1875, generator)
-    centre_y, centre_x = (_uniform(n, 0.0, 1.0, generator) for _ in range(2))
-    # Spared images keep their draws, so that what one image draws does not depend on its neighbours.
-    half = torch.where(_uniform(n, 0.0, 1.0, generator) < 0.5, half, -1.0)
+    _, _, height, width = images.shape
+    half = torch.where(noise.erased < 0.5, noise.half, -1.0)
     y = (torch.arange(height, device=images.device) + 0.5) / height
     x = (torch.arange(width, device=images.device) + 0.5) / width
-    inside_y = (y - centre_y[:, None]).abs() <= half[:, None]
-    inside_x = (x - centre_x[:, None]).abs() <= half[:, None]
+    inside_y = (y - noise.centre_y[:, None]).abs() <= half[:, None]
+    inside_x = (x - noise.centre_x[:, None]).abs() <= half[:, None]
     return images.masked_fill((inside_y[:, :, None] & inside_x[:, None, :]).unsqueeze(1), 0.0)
 
 

@@ -75,7 +75,8 @@ class Settings:
 
 HELP = {
     "data": "digits (1,792 pairs of halves, retrieval among themselves), digits-held-out (1,257 to train on, 540 to "
-    "retrieve from) or verses (two translations, frozen embeddings and a trained head; needs the extra `sentences`)",
+    "retrieve from) or verses (8,000 in two translations, 2,000 to retrieve from: a head on frozen embeddings; extra "
+    "`sentences`)",
     "quantiles": "of the similarity graph, one run for each",
     "scope": "of the quantile: global or row",
     "batch_size": "pairs per step",

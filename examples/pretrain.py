@@ -1,6 +1,7 @@
 """Pre-trains a small encoder with a contrastive loss and says what its features are worth.
 
 python examples/pretrain.py --data digits --method emc2
+torchrun --standalone --nproc-per-node 2 examples/pretrain.py --data digits --method emc2
 """
 
 from __future__ import annotations
@@ -16,24 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint
 from config import Config, parse_arguments
-from data import DATASETS, Split, augment, batches
+from data import DATASETS, Split, augment, batches, draw_noise
 from evaluate import FEW_LABELS, Accuracy, accuracy, encode, few_nearest_neighbour
 from model import build_encoder
 from plots import History, plot_curves
+from processes import LostProcess, Processes
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from emc2_kernels import losses
 from emc2_kernels.batching import GlobalContrastiveBatchSampler, check_loss
+from emc2_kernels.checkpoint import CheckpointError, load, save
 
 # What every loss reports, and what one method's does alone; the rest of that is not written.
 STATS = ("ntxent", "positive_similarity", "negative_similarity", "mean_cosine")
 OWN_STATS = ("acceptance", "carry_share", "cache_age", "weight_sum", "temperature")
 COLUMNS = ("epoch", "step", "loss", *STATS, *OWN_STATS, "lr", "images_per_second", "few_nearest_neighbour")
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
+ONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -48,27 +52,37 @@ class Results:
 
 
 class Run:
-    """All that changes during training, in one place, so that a checkpoint can hold all of it."""
+    """All that changes during training, in one place, so that a checkpoint can hold all of it.
 
-    def __init__(self, config: Config, split: Split) -> None:
+    With several processes each has a part of every batch. Encoder, optimizer and generators are alike in all of them,
+    and so is the loss's state unless it gathers nothing.
+    """
+
+    def __init__(self, config: Config, split: Split, processes: Processes = ONE) -> None:
         self.config = config
         self.split = split
+        self.processes = processes
         num_items = len(split.train_images)
         if config.batch_size > num_items:
             raise ValueError(f"--batch-size: expected at most {num_items} (training images), got {config.batch_size}")
         self.steps_per_epoch = num_items // config.batch_size
         device = config.torch_device
-        # No draw comes from PyTorch's global generators: these two are the whole random state outside the loss.
-        seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        # No draw comes from PyTorch's global generators: these are the whole random state outside the loss.
+        seeds = torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(config.seed)).tolist()
         self.order_generator = torch.Generator().manual_seed(seeds[0])
         self.view_generator = torch.Generator(device).manual_seed(seeds[1])
+        # Of each process alone: what it encodes again is its own affair.
+        self.again_generator = torch.Generator(device).manual_seed(seeds[2] + processes.rank)
         self.encoder = build_encoder(config.dim, config.seed).to(device)
+        self.averaging_encoder = processes.averaging(self.encoder)
         self.loss = build_loss(config, num_items, self.encode_again).to(device)
         self.sampler: GlobalContrastiveBatchSampler | None = None
         if config.batching == "gcbs":
             check_loss(self.loss)
             options = {"drop_last": True, "seed": config.seed, **config.own_options("batching")}
-            self.sampler = GlobalContrastiveBatchSampler(num_items, config.batch_size, **options)
+            place = {"rank": processes.rank, "world_size": processes.count}
+            part = config.batch_size // processes.count
+            self.sampler = GlobalContrastiveBatchSampler(num_items, part, **options, **place)
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         schedule = warmup_cosine(config.epochs * self.steps_per_epoch)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
@@ -79,12 +93,15 @@ class Run:
 
     def encode_again(self, items: Tensor, views: Tensor) -> Tensor:
         """items (k,), views (k,) -> (k, dim) with gradient. Views 0 and 1 are drawn alike: `views` is unused."""
-        return self.encoder(augment(self.split.train_images[items], self.view_generator))
+        images = self.split.train_images[items]
+        return self.encoder(augment(images, draw_noise(len(items), images, self.again_generator)))
 
     def batches(self) -> Iterator[Tensor]:
-        """One epoch of items, (b,) int64 each; where batches are chosen, by the encoder as it is now."""
+        """One epoch of this process's parts of batches, int64 items; where batches are chosen, by the encoder as it is
+        now."""
         if self.sampler is None:
-            yield from batches(len(self.split.train_images), self.config.batch_size, self.order_generator)
+            whole = batches(len(self.split.train_images), self.config.batch_size, self.order_generator)
+            yield from map(self.processes.part, whole)
             return
         if self.epoch > 0:  # an untrained encoder has nothing to say
             self.sampler.update(*self.embeddings())
@@ -96,7 +113,8 @@ class Run:
         costs nothing; else encoded, without augmentation."""
         images = self.split.train_images
         bank = getattr(self.loss, "bank", None)
-        if bank is None:
+        own = self.config.gathers == "none" and self.processes.count > 1  # the bank: without the others' last epoch
+        if bank is None or own:
             encoded = torch.cat([self.encoder(part) for part in images.split(1024)])
             return encoded, encoded
         labels = torch.arange(bank.num_slots, device=images.device).view(-1, bank.views).T
@@ -106,11 +124,22 @@ class Run:
             view[missing] = self.encoder(images[missing])
         return tuple(views)
 
-    def train_step(self, index: Tensor) -> dict[str, Tensor]:
-        """index (b,): one update. Returns detached 0-d statistics; nothing is read back from the device."""
+    def views(self, index: Tensor) -> Tensor:
+        """index: this process's part (b,) of a batch -> (2b, 1, h, w), one view of each image and then another.
+
+        Every process draws the noise of the whole batch and keeps its part of it: images are then changed as one
+        process would change them.
+        """
         images = self.split.train_images[index]
-        views = augment(torch.cat([images, images]), self.view_generator)
-        z0, z1 = self.encoder(views).chunk(2)
+        size = self.config.batch_size
+        noise = draw_noise(2 * size, images, self.view_generator)
+        part = self.processes.part(torch.arange(size, device=images.device))
+        return augment(torch.cat([images, images]), noise.rows(torch.cat([part, part + size])))
+
+    def train_step(self, index: Tensor) -> dict[str, Tensor]:
+        """index: this process's part (b,) of a batch: one update. Returns its detached 0-d statistics; nothing is read
+        back from the device."""
+        z0, z1 = self.averaging_encoder(self.views(index)).chunk(2)
         loss, stats = self.loss(z0, z1, index, return_stats=True)
         self.optimizer.zero_grad()
         loss.backward()
@@ -120,8 +149,9 @@ class Run:
         return {"loss": loss.detach(), **stats}
 
     def train_epoch(self, progress: tqdm) -> dict[str, float]:
-        """One pass over the training images. Returns the row of metrics.csv, means over the epoch's steps."""
-        self.encoder.train()
+        """One pass over the training images. Returns the row of metrics.csv, means over steps and processes; what only
+        the first process finds out is missing in the others."""
+        self.averaging_encoder.train()
         self.loss.train()
         sums: dict[str, Tensor] = {}
         lr = self.scheduler.get_last_lr()[0]
@@ -130,45 +160,62 @@ class Run:
             for name, value in self.train_step(index.to(self.view_generator.device)).items():
                 sums[name] = sums[name] + value if name in sums else value
             progress.update()
-        means = {name: value.item() / self.steps_per_epoch for name, value in sums.items()}  # waits for the device
+        found = self.processes.mean(torch.stack([value.double() for value in sums.values()]) / self.steps_per_epoch)
+        means = dict(zip(sums, found.tolist(), strict=True))  # waits for the device
         seconds = time.perf_counter() - start
         self.seconds += seconds
         self.epoch += 1
         row = {"epoch": self.epoch, "step": self.step, **means, "lr": lr}
         row["images_per_second"] = self.steps_per_epoch * self.config.batch_size / seconds
-        row["few_nearest_neighbour"] = few_nearest_neighbour(encode(self.encoder, self.split))
+        if self.processes.first:
+            row["few_nearest_neighbour"] = few_nearest_neighbour(encode(self.encoder, self.split))
         return row
 
     def state(self) -> dict[str, Any]:
+        """Of all processes, which all call this."""
+        of_each = self.processes.of_each
+        loss = {name: value.cpu() for name, value in self.loss.state_dict().items()}
+        generators = [self.order_generator, self.view_generator]
         return {
             "settings": self.config.settings(),
+            "job": self.processes.job,
             "epoch": self.epoch,
             "step": self.step,
             "encoder": self.encoder.state_dict(),
-            "loss": self.loss.state_dict(),
+            # Replicated state once, else by rank.
+            "losses": of_each(loss) if self.config.gathers == "none" else [loss],
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
-            "generators": [self.order_generator.get_state(), self.view_generator.get_state()],
+            "generators": [generator.get_state() for generator in generators],
+            "again_generators": of_each(self.again_generator.get_state()),
             "history": self.history,
             "seconds": self.seconds,
         }
 
+    def save(self, path: Path) -> None:
+        state = self.state()
+        if self.processes.first:
+            save(path, state)
+
     def restore(self, state: dict[str, Any]) -> None:
+        rank = self.processes.rank
         self.epoch, self.step = state["epoch"], state["step"]
         self.encoder.load_state_dict(state["encoder"])
-        self.loss.load_state_dict(state["loss"])
+        self.loss.load_state_dict(state["losses"][rank if len(state["losses"]) > 1 else 0])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.sampler is not None:
             self.sampler.load_state_dict(state["sampler"])
         self.order_generator.set_state(state["generators"][0])
         self.view_generator.set_state(state["generators"][1])
+        self.again_generator.set_state(state["again_generators"][rank])
         self.history, self.seconds = state["history"], state["seconds"]
 
 
 def build_loss(config: Config, num_items: int, encode_again: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
     common = {"num_items": num_items, "dim": config.dim, "temperature": config.temperature, "seed": config.seed}
+    common["gather"] = config.gathers
     takes = losses.TABLE[config.method].options()
     options = {name: value for name, value in common.items() if name in takes} | config.own_options("method")
     if config.method == "cached" or options.get("carry") == "recompute":
@@ -201,51 +248,76 @@ def cpu_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def train(config: Config) -> Results:
-    """One run, start to end or from its checkpoint; writes into `config.directory`."""
-    with cpu_threads(config.threads):
-        return _train(Run(config, DATASETS[config.data]().to(config.torch_device)))
+def train(config: Config) -> Results | None:
+    """One run, start to end or from its checkpoint; writes into `config.directory`. None in all processes but the
+    first."""
+    processes = Processes.launched()
+    with cpu_threads(config.threads), processes.together(config.torch_device):
+        return _train(Run(config, DATASETS[config.data]().to(config.torch_device), processes))
 
 
-def _train(run: Run) -> Results:
-    config = run.config
+def state_to_go_on_from(config: Config, processes: Processes, path: Path) -> dict[str, Any] | None:
+    """The checkpoint's, where asked for it and where torchrun has started the processes again; None: a fresh start."""
+    if config.resume:
+        return load_checkpoint(path, config.settings())
+    # Of an older run it may still be, where processes ended before they could replace it.
+    if processes.restarts and path.exists() and load(path).get("job") == processes.job:
+        return load_checkpoint(path, config.settings())
+    return None
+
+
+def _train(run: Run) -> Results | None:
+    config, processes = run.config, run.processes
     paths = tuple(config.directory / name for name in (CHECKPOINT, METRICS, CURVES))
     config.directory.mkdir(parents=True, exist_ok=True)
-    if config.resume:
-        state = load_checkpoint(paths[0], config.settings())
+    state = processes.from_first(lambda: state_to_go_on_from(config, processes, paths[0]))
+    if state is None:
+        # Also replaces the checkpoint of an older run: --resume after an early interrupt must not continue that one.
+        run.save(paths[0])
+    else:
         try:
             run.restore(state)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{paths[0]}: expected a checkpoint of this version of the code: {error}") from error
-    else:
-        # Also replaces the checkpoint of an older run: --resume after an early interrupt must not continue that one.
-        save_checkpoint(paths[0], run.state())
+        print(f"going on after epoch {run.epoch} of {paths[0]}", file=sys.stderr)
     total = config.epochs * run.steps_per_epoch
-    options = {"unit": "step", "mininterval": 1, "disable": config.quiet}
+    options = {"unit": "step", "mininterval": 1, "disable": config.quiet or not processes.first}
     with tqdm(total=total, initial=run.step, desc=config.method, **options) as progress:
         while run.epoch < config.epochs:
             row = run.train_epoch(progress)
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(f"the loss is {row['loss']} in epoch {run.epoch}; a lower --lr may help")
             run.history.append(row)
-            save_checkpoint(paths[0], run.state())
-            write_metrics(paths[1], run.history)
-            progress.set_postfix(ntxent=f"{row['ntxent']:.3f}", knn=f"{row['few_nearest_neighbour']:.1%}")
+            run.save(paths[0])
+            if processes.first:
+                write_metrics(paths[1], run.history)
+                progress.set_postfix(ntxent=f"{row['ntxent']:.3f}", knn=f"{row['few_nearest_neighbour']:.1%}")
+    if not processes.first:
+        return None
     write_metrics(paths[1], run.history)
     plot_curves(paths[2], {config.method: run.history}, f"{config.method} on {config.data}, batch {config.batch_size}")
     return Results(accuracy(encode(run.encoder, run.split)), run.history, run.step, run.seconds, paths)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    config = parse_arguments(arguments)
-    try:
-        results = train(config)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {config.directory / CHECKPOINT} holds the last whole epoch: add --resume to go on")
-        return 130
-    except (CheckpointError, FloatingPointError, ImportError, OSError, ValueError) as error:
-        print(f"pretrain.py: error: {error}", file=sys.stderr)
-        return 2
+    processes, stderr = Processes.launched(), sys.stderr
+    with processes.only_first_prints():
+        config = parse_arguments(arguments)
+        try:
+            results = train(config)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; {config.directory / CHECKPOINT} holds the last whole epoch: add --resume to go on")
+            return 130
+        except (CheckpointError, FloatingPointError, ImportError, LostProcess, OSError, ValueError) as error:
+            # Whichever process it is: the others may only see that it is gone.
+            stderr.write(f"pretrain.py: error: {processes.name}{error}\n")
+            return 2
+        if results is not None:
+            report(config, results)
+    return 0
+
+
+def report(config: Config, results: Results) -> None:
     found = results.accuracy
     print(f"{config.method}: {results.steps} steps of {config.batch_size} images, {results.seconds:.1f} s of training")
     print("accuracy on held-out images     linear probe    1-NN")
@@ -254,7 +326,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"  {FEW_LABELS} labels a class             {found.few_linear_probe:12.1%}  {found.few_nearest_neighbour:6.1%}"
     )
     print("written: " + ", ".join(str(path) for path in results.paths))
-    return 0
 
 
 if __name__ == "__main__":

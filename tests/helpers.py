@@ -41,6 +41,23 @@ def assert_unchanged(module, before):
     assert_identical(snapshot(module), before)
 
 
+def differences(a, b, path="state"):
+    """Where two nested states differ, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        alike = a.dtype == b.dtype and a.shape == b.shape
+        bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]
+        return [] if alike and torch.equal(*bits) else [path]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [path]
+        return [found for name in a for found in differences(a[name], b[name], f"{path}.{name}")]
+    if isinstance(a, list):
+        if len(a) != len(b):
+            return [path]
+        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{path}[{i}]")]
+    return [] if a == b else [path]
+
+
 def relative_rms(actual, expected):
     """Root mean square of the error over that of the expected values, in float64."""
     actual, expected = actual.double(), expected.double()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import differences
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -23,6 +24,9 @@ import demo
 import evaluate
 import model
 import pretrain
+from processes import Processes
+
+from emc2_kernels.checkpoint import CheckpointError, save
 
 TINY = config.Config(batch_size=64, epochs=3, dim=16, device="cpu", quiet=True)
 # In the second epoch chains carry states from the first; with small batches and no burn-in some of these are samples.
@@ -65,23 +69,6 @@ def flags(run: config.Config) -> list[str]:
     unused = {"quiet", "resume"} | config.ONLY_WITH.keys() - run.own_options().keys()
     given = {field.name: getattr(run, field.name) for field in fields(run) if field.name not in unused}
     return ["--quiet", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)]
-
-
-def differences(a: Any, b: Any, path: str = "state") -> list[str]:
-    """Where two nested states differ, bit for bit."""
-    if isinstance(a, Tensor):
-        alike = a.dtype == b.dtype and a.shape == b.shape
-        bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]
-        return [] if alike and torch.equal(*bits) else [path]
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [path]
-        return [found for name in a for found in differences(a[name], b[name], f"{path}.{name}")]
-    if isinstance(a, list):
-        if len(a) != len(b):
-            return [path]
-        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{path}[{i}]")]
-    return [] if a == b else [path]
 
 
 @pytest.mark.parametrize("method", config.METHODS)
@@ -162,6 +149,19 @@ def test_a_fresh_run_replaces_an_old_checkpoint_at_once(tmp_path: Path, monkeypa
     assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt", run.settings())["epoch"] == 0
 
 
+def test_started_again_a_process_goes_on_with_its_own_job_only(tmp_path: Path, split: data.Split) -> None:
+    run, path = replace(TINY, method="simclr"), tmp_path / "checkpoint.pt"
+    again = Processes(job="this", restarts=1)
+    assert pretrain.state_to_go_on_from(run, again, path) is None
+    for job, goes_on in (("older", False), ("this", True)):
+        pretrain.Run(run, split, Processes(job=job)).save(path)
+        assert (pretrain.state_to_go_on_from(run, again, path) is not None) == goes_on
+        assert pretrain.state_to_go_on_from(run, Processes(job="this"), path) is None
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="expected a whole checkpoint"):
+        pretrain.state_to_go_on_from(run, again, path)
+
+
 @pytest.mark.usefixtures("few_images")
 def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -183,40 +183,21 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
     assert str(path) in message
     assert "epochs: expected 7, found 1" in message and "temperature: expected 0.5, found 0.2" in message
 
-    for damaged in (b"", whole[: len(whole) // 2], whole[:-100], b"not a checkpoint" * 100):
+    for damaged in (b"", whole[: len(whole) // 2], whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :]):
         path.write_bytes(damaged)
         message = refusal()
         assert str(path) in message and "expected a whole checkpoint" in message
-    torch.save({"epoch": tmp_path}, path)  # unpickling a class: not data
-    message = refusal()
-    assert str(path) in message and "expected a whole checkpoint" in message
-    torch.save({"epoch": 1}, path)
+    save(path, {"epoch": 1})
     message = refusal()
     assert str(path) in message and "'optimizer'" in message and "missing" in message
 
     path.write_bytes(whole)
-    torch.save(torch.load(path) | {"encoder": {"backbone.0.weight": torch.zeros(3)}}, path)
+    save(path, torch.load(path) | {"encoder": {"backbone.0.weight": torch.zeros(3)}})
     message = refusal()
     assert str(path) in message and "this version of the code" in message
 
     path.write_bytes(whole)
     assert pretrain.main([*flags(run), "--resume"]) == 0
-
-
-def test_a_failed_write_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "checkpoint.pt"
-    state = dict.fromkeys(checkpoint.FIELDS, 1) | {"settings": {}}
-    checkpoint.save_checkpoint(path, state)
-
-    def half_written(_: object, file: Any) -> None:
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", half_written)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save_checkpoint(path, state | {"epoch": 2})
-    assert checkpoint.load_checkpoint(path, {}) == state
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +240,8 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch
         ),
         (["--seed=-1"], "--seed: expected an integer from 0 to below 2**63, got -1"),
         (["--threads=0"], "--threads: expected an integer of at least 1, got 0"),
+        (["--gather=some"], "--gather: expected one of auto, none, all, ring, got 'some'"),
+        (["--gather=all"], "--gather: expected auto or none with one process; torchrun starts several, got 'all'"),
         (["--device=tpu"], "--device: expected one of auto, cpu, cuda, got 'tpu'"),
         ([f"--out={__file__}"], "--out: expected a directory"),
         (["--batchsize=3"], "--batchsize=3"),
@@ -279,6 +262,27 @@ def test_bad_arguments_are_named(
     assert status == 2
     assert expected in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"batch_size": 3}, "--batch-size: expected at least 2 images for each of the 2 processes, got 3"),
+        (
+            {"method": "simclr", "batching": "gcbs", "batch_size": 33},
+            "--batch-size: expected a multiple of the 2 processes with --batching gcbs, got 33",
+        ),
+        ({"method": "sogclr", "gather": "ring"}, "gather must be one of"),
+        ({"proposals": "bank", "gather": "ring"}, 'gather="ring" needs proposals="batch"'),
+    ],
+)
+def test_what_several_processes_cannot_do_is_named(
+    options: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError) as error:
+        pretrain.build_loss(replace(TINY, **options), 100, lambda items, views: items)
+    assert expected in str(error.value)
 
 
 @pytest.mark.usefixtures("few_images")
@@ -367,9 +371,11 @@ def test_options_reach_the_loss(name: str, split: data.Split) -> None:
 
 def test_augmentation_follows_its_generator_and_keeps_the_image(split: data.Split) -> None:
     images = split.train_images[:400]
-    first, again = (data.augment(images, torch.Generator().manual_seed(3)) for _ in range(2))
-    generator = torch.Generator().manual_seed(4)
-    other, later = data.augment(images, generator), data.augment(images, generator)
+    seeded = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
+    noises = [data.draw_noise(400, images, generator) for generator in [*seeded, seeded[-1]]]
+    first, again, other, later = (data.augment(images, noise) for noise in noises)
+    part = torch.arange(100, 200)
+    torch.testing.assert_close(data.augment(images[part], noises[0].rows(part)), first[part])
     assert first.shape == images.shape and first.dtype == torch.float32
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(other, later)
     # Views differ from the image, and are yet nearer to it than to another image.

@@ -136,7 +136,7 @@ def test_options_of_a_wrong_type_are_named(change):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"gather": "all"}, "gather"),
+        ({"gather": "ranks"}, "gather"),
         ({"backend": "fpga"}, "backend"),
         ({"max_scale": 0.0}, "max_scale"),
         ({"max_scale": math.inf}, "max_scale"),

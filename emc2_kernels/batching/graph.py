@@ -169,8 +169,11 @@ class _Rows(NamedTuple):
 def _largest(x: Tensor, y: Tensor, threshold: float, most: int, progress: bool | None) -> _Rows:
     """Of each row of x yᵀ, what is at or above the threshold off the diagonal, and of that the ``most`` largest."""
     found, kept, columns, entries = [], [], [], 0
+    mask = None
     for scores in _row_blocks(x, y, progress):
-        places, counts = _of_block(scores, threshold, most)
+        # One for all blocks: freed between what is kept of two of them, each would leave a hole that the next misses.
+        mask = torch.empty_like(scores, dtype=torch.bool) if mask is None else mask[: len(scores)]
+        places, counts = _of_block(scores, threshold, most, mask)
         entries += len(places)
         if entries > MAX_ENTRIES:
             advice = "take a higher quantile or a lower max_per_row"
@@ -182,14 +185,14 @@ def _largest(x: Tensor, y: Tensor, threshold: float, most: int, progress: bool |
     return _Rows(np.concatenate(found), starts, np.concatenate(columns))
 
 
-def _of_block(scores: Tensor, threshold: float, most: int) -> tuple[Tensor, Tensor]:
-    """Places of what is kept, in the flattened block, ascending; and how much each row has."""
+def _of_block(scores: Tensor, threshold: float, most: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of what is kept, in the flattened block, ascending; and how much each row has. Writes to ``chosen``."""
     rows, n = scores.shape
     if threshold == -torch.inf:  # everything is above it: do not list that
         first = torch.arange(rows, device=scores.device)[:, None] * n
         places = scores.topk(most).indices.sort(1).values + first
         return places.view(-1), places.new_full((rows,), n - 1)
-    chosen = scores >= threshold
+    torch.ge(scores, threshold, out=chosen)
     places = chosen.view(-1).nonzero().squeeze(1)
     counts = torch.bincount(places // n, minlength=rows)  # the mask's sum takes four times as long
     over = (counts > most).nonzero().squeeze(1)

@@ -310,7 +310,7 @@ def _shared_encode(model: SentenceTransformer, texts: list[str], options: dict[s
     mine = [texts[place % len(texts)] for place in range(start, start + share)]
     with torch.no_grad():
         rows = model.encode(mine, convert_to_tensor=True, **options)
-        return accelerate.utils.gather(rows.clone())[: len(texts)]
+        return accelerate.utils.gather(rows)[: len(texts)]
 
 
 def _as_json(state: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
-from ..distributed import Shards, gather_rows, shards_of
+from ..distributed import Shards, gather_rows
 from ..gumbel import MAX_SAMPLES, gumbel_sample
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
 from .negatives import by_label, mean_negative
-from .pairs import Anchors, batch_stats, check, of_all_ranks, stack
+from .pairs import Anchors, batch_stats, check, of_all_ranks, over_ranks, stack
 
 DEFAULT_REFRESH = 0.01
 
@@ -146,7 +146,7 @@ class CachedSoftmaxLoss(nn.Module):
         check(z0, z1, index, dim=self.bank.dim, num_items=self.bank.num_items)
         self._check_device(z0)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = None if self.gather == "none" else shards_of(len(z0), z0, self.process_group)
+        shards = over_ranks(self, z0, index, step=self.step)
         whole = of_all_ranks(anchors, shards)
         labels = whole.items * 2 + whole.views
         if not self.training:

@@ -10,13 +10,13 @@ from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
-from ..distributed import GATHERS, Shards, each_rank, gather_views, shards_of
+from ..distributed import GATHERS, Shards, each_rank, gather_views
 from ..transition import MHState
 from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode
 from .negatives import mean_negative
-from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, stack
+from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
 from .ring_visits import ring_visit
 from .sitting import SittingQueries
 from .visits import num_proposed, visit
@@ -193,7 +193,7 @@ class EMC2Loss(nn.Module):
         if fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = None if self.gather == "none" else shards_of(len(z0), z0, self.process_group)
+        shards = over_ranks(self, z0, index, step=self.step)
         whole = anchors if self.gather == "ring" else of_all_ranks(anchors, shards)
         if self.gather == "ring":
             visited = ring_visit(self, anchors, shards, compute_dtype(z0))

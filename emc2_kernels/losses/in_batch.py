@@ -145,7 +145,8 @@ def in_batch(
     batch = _Batch(ids, bimodal, dtype, backend)
     if shards is not None:
         lse, similarity = _over_ranks(embeddings, temperature, batch, gather, shards, return_similarity)
-        excess = lse - (embeddings.view(2, lse.shape[1], -1).prod(0).sum(1) / temperature)
+        view_0, view_1 = embeddings.view(2, lse.shape[1], -1).unbind()
+        excess = lse - (view_0 * view_1).sum(1) / temperature
         value = torch.nn.functional.softplus(excess).mean() * shards.ddp_factor
         return InBatch(value, None if similarity is None else similarity.sum() / (lse > -torch.inf).sum().clamp_min(1))
     value, lse = _Value.apply(embeddings, temperature, batch)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
-from ..distributed import GATHERS, shards_of
+from ..distributed import GATHERS
 from .in_batch import in_batch
-from .pairs import batch_stats, check, compute_dtype, stack
+from .pairs import batch_stats, check, compute_dtype, over_ranks, stack
 from .temperature import TemperedLoss
 
 
@@ -28,7 +28,9 @@ class NTXentLoss(TemperedLoss):
         gather: "none": negatives are the process's own. "all": those of all processes, by a differentiable all-gather.
             "ring": the same with one process's keys at a time, memory O(b d). Both are collectives. They scale the
             value so that gradients averaged over processes, as DistributedDataParallel does, are those of one process
-            with the whole batch, however unequal the parts. ``index`` must name items alike on all processes.
+            with the whole batch, however unequal the parts. ``index`` must name items alike on all processes. A learnt
+            temperature must be averaged too: wrap the loss together with the encoder. Calls that are not of one form
+            on all processes (dim, dtype, index given or not, training mode, temperature) are a ValueError on all.
         process_group: that gather means; None: the default group.
         backend: of ``contrastive_lse``.
 
@@ -81,7 +83,10 @@ class NTXentLoss(TemperedLoss):
         if not self.normalize:  # unit vectors cannot overflow; no product is larger than its rows' own
             largest = anchors.embeddings.detach().square().sum(1) / temperature
             checks.finite("the similarities of z0 and z1", largest)
-        shards = None if self.gather == "none" else shards_of(len(z0), z0, self.process_group)
+        alike = {} if self.log_scale is None else {"log_scale": self.log_scale}
+        if self.gather == "ring":
+            alike["return_stats"] = return_stats  # the statistics go round too
+        shards = over_ranks(self, z0, index, **alike)
         value, negative_similarity = in_batch(
             anchors,
             temperature,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks
-from ..distributed import Shards, gather_views
+from ..distributed import Shards, gather_rows, gather_views, shards_of
 from .in_batch import in_batch
 
 NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
@@ -29,9 +29,33 @@ class Anchors(NamedTuple):
         return self.embeddings.roll(self.embeddings.shape[0] // 2, 0)
 
 
+def over_ranks(loss: nn.Module, z0: Tensor, index: Tensor | None, **alike: float | Tensor) -> Shards | None:
+    """How the batch of a loss's call lies over the ranks; None where the loss keeps to this process's part.
+
+    Args:
+        alike: what else must be the same on all ranks, beside the call's own form.
+
+    Raises:
+        RuntimeError, ValueError: see ``shards_of``.
+    """
+    if loss.gather == "none":
+        return None
+    form = {
+        "z0.shape[1]": z0.shape[1],
+        "z0.dtype": compute_dtype(z0),
+        "index is None": index is None,
+        "training": loss.training,
+    }
+    return shards_of(len(z0), z0.device, loss.process_group, form | alike)
+
+
 def of_all_ranks(anchors: Anchors, shards: Shards | None) -> Anchors:
     """The anchors of the whole batch, view by view, differentiable; the same ones where there is one rank's only."""
-    return anchors if shards is None else Anchors(*(gather_views(field, shards) for field in anchors))
+    if shards is None:
+        return anchors
+    items = gather_rows(anchors.items[: anchors.items.shape[0] // 2], shards)
+    views = torch.arange(2 * shards.total, device=items.device) // shards.total
+    return Anchors(gather_views(anchors.embeddings, shards), items.repeat(2), views)
 
 
 def check(z0: Tensor, z1: Tensor, index: Tensor | None, *, dim: int | None, num_items: int | None) -> None:

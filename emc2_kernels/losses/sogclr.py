@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
-from ..distributed import Shards, gather_views, shards_of
+from ..distributed import Shards, gather_views
 from ..lse import contrastive_lse
 from ..slots import SlotStore, last_duplicates
-from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, stack
+from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
 
 TEMPERATURE_LR = 0.01
 TEMPERATURE_MOMENTUM = 0.9
@@ -180,7 +180,7 @@ class SogCLRLoss(SlotStore):
             expected = f"on {self.log_u.device}, where the loss keeps its state"
             raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = None if self.gather == "none" else shards_of(len(z0), z0, self.process_group)
+        shards = over_ranks(self, z0, index, step=self.step)
         whole, dtype = of_all_ranks(anchors, shards), compute_dtype(z0)
         slots = self.slots(anchors.items, anchors.views if self.bimodal else 0, z0.device)
         temperature = self.item_temperature[slots] if self.individual_temperature else self.temperature
@@ -235,8 +235,8 @@ class SogCLRLoss(SlotStore):
             others = detached
         rows = anchors.embeddings.new_ones(anchors.items.shape[0]) * temperature
         with torch.enable_grad():
-            lse = self._lse(detached, others, dtype, rows.requires_grad_())
-        return -rows.detach() * torch.autograd.grad(lse.sum(), rows)[0]
+            total = self._lse(detached, others, dtype, rows.requires_grad_()).sum()
+        return -rows.detach() * torch.autograd.grad(total, rows)[0]
 
     def _denominators(self, anchors: Anchors, whole: Anchors, slots: Tensor, lse: Tensor) -> Denominators:
         keys = whole.items.shape[0] // (2 if self.bimodal else 1)

@@ -141,7 +141,8 @@ def _walk(loss: EMC2Loss, anchors: Anchors, part: Proposals, start: MHState, ret
     )
     positions = result.samples.long()
     if not recycled:
-        return _Walked(positions, torch.ones_like(positions, dtype=torch.float32), result.state, result.num_accepted)
+        weights = torch.ones_like(positions, dtype=embeddings.dtype)
+        return _Walked(positions, weights, result.state, result.num_accepted)
     points = torch.tensor(sample_points(count, burn_in, num_samples), device=positions.device)
     proposed = (points.expand(len(items), -1)) if drawn is None else drawn[:, points]
     before = torch.cat((torch.full_like(positions[:, :1], -1), positions), 1)[:, points - first]

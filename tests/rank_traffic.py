@@ -1,0 +1,121 @@
+"""Run by every rank (see ranks.py): bytes that a step sends, and the largest tensors that it makes."""
+
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from helpers import normal
+from rank_wrapped import make
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from emc2_kernels import lse, ring
+from emc2_kernels.distributed import Shards, gather_rows
+
+B, DIM = 6, 16
+CASES = ["ntxent all", "ntxent ring", "clip all", "clip ring", "emc2 all", "emc2 ring"]
+
+
+def step(case, rank):
+    """A loss, its forward pass and its backward pass."""
+    name, gather = case.split()
+    loss = make(name, {}, gather=gather)
+    z0, z1 = (normal(10 * rank + view, B, DIM).requires_grad_() for view in (0, 1))
+    index, values = torch.arange(B) + B * rank, []
+    return loss, lambda: values.append(loss(z0, z1, index)), lambda: values.pop().backward()
+
+
+@contextmanager
+def counted(rank, size):
+    """Bytes that this rank has to send, by collective; what goes to several receivers counts for each."""
+    sent = {}
+
+    def watch(name, bytes_of):
+        function = getattr(dist, name)
+
+        def watched(*arguments, **options):
+            sent[name] = sent.get(name, 0) + bytes_of(*arguments)
+            return function(*arguments, **options)
+
+        return mock.patch.object(dist, name, watched)
+
+    def to_others(_, mine, *__):
+        return mine.nbytes * (size - 1)
+
+    def split(_, mine, __, sizes, *___):
+        return mine.nbytes * (sum(sizes) - sizes[rank]) // sum(sizes)
+
+    def isends(calls):
+        return sum(call.tensor.nbytes for call in calls if call.op is dist.isend)
+
+    def broadcast(tensor, source, *_):
+        return tensor.nbytes * (size - 1) if source == rank else 0
+
+    all_gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    with (
+        watch(all_gather, to_others),
+        watch("all_to_all_single", split),
+        watch("batch_isend_irecv", isends),
+        watch("broadcast", broadcast),
+    ):
+        yield sent
+
+
+def traffic(case, rank, size):
+    """[forward, backward] bytes."""
+    totals = []
+    for half in step(case, rank)[1:]:
+        with counted(rank, size) as sent:
+            half()
+        totals.append(sum(sent.values()))
+    return totals
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any storage that operations give back, other than those of ``kept``."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept, self.elements = {tensor.untyped_storage().data_ptr() for tensor in kept}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self.kept:
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return made
+
+
+def largest(case, rank):
+    loss, forward, backward = step(case, rank)
+    with Largest(loss.buffers()) as seen:
+        forward()
+        backward()
+    return seen.elements
+
+
+def half_precision(rank, size):
+    """Relative errors of the keys' gradients in bfloat16: sums of what ranks send, over a ring and gathered."""
+    shards = Shards(None, rank, [B] * size)
+    queries, keys = normal(rank, B, DIM), normal(100 + rank, B, DIM)
+    ids = torch.arange(B) + B * rank, torch.arange(B) + 1000 + B * rank
+    found = {}
+    for name, dtype in (("exact", torch.float64), ("ring", torch.bfloat16), ("all", torch.bfloat16)):
+        rounded = queries.bfloat16().to(dtype), keys.bfloat16().to(dtype).requires_grad_()
+        options = {"temperature": 1.0, "query_ids": ids[0]}
+        if name == "ring":
+            lse_of_rows = ring.ring_lse(*rounded, key_ids=ids[1], shards=shards, **options)
+        else:
+            whole = gather_rows(rounded[1], shards), gather_rows(ids[1], shards)
+            lse_of_rows = lse.contrastive_lse(rounded[0], whole[0], key_ids=whole[1], **options)
+        lse_of_rows.sum().backward()
+        found[name] = rounded[1].grad.double()
+    return [((found[name] - found["exact"]).norm() / found["exact"].norm()).item() for name in ("ring", "all")]
+
+
+def checks(rank, size):
+    found = {f"traffic: {case}": partial(traffic, case, rank, size) for case in CASES}
+    found |= {f"largest: {case}": partial(largest, case, rank) for case in CASES}
+    return found | {"half precision": partial(half_precision, rank, size)}

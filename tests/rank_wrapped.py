@@ -1,0 +1,94 @@
+"""Run by every rank (see ranks.py): training under DistributedDataParallel, beside one process with the whole batch."""
+
+import copy
+from functools import partial
+
+import torch
+from rank_losses import ITEMS, relative, state_error
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from emc2_kernels import losses
+
+DIM = 16
+LOSSES = {  # name, options, gather
+    "ntxent all": ("ntxent", {"learn_temperature": True}, "all"),
+    "clip ring": ("clip", {"learn_temperature": True}, "ring"),
+    "emc2 all": ("emc2", {"bank_dtype": torch.float32}, "all"),
+    "emc2 ring": ("emc2", {"bank_dtype": torch.float32}, "ring"),
+    "isogclr all": ("isogclr", {}, "all"),
+    "cached all": ("cached", {"bank_dtype": torch.float32}, "all"),
+}
+ALONE = ("emc2 all", "emc2 ring", "cached all")  # without parameters of their own, which would not be averaged
+WRAPPED = [f"encoder: {name}" for name in ALONE] + [f"encoder and loss: {name}" for name in LOSSES]
+LOCAL = ["emc2", "isogclr", "cached"]  # those that keep something
+
+
+class Model(nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, DIM))
+        self.loss = loss
+        self.seen = None  # by the loss
+
+    def forward(self, views, index):
+        self.seen = self.encoder(views.flatten(0, 1)).chunk(2)
+        return self.loss(*self.seen, index)
+
+
+def make(name, options, **gather):
+    takes = losses.TABLE[name].options()
+    sizes = {size: value for size, value in {"num_items": ITEMS, "dim": DIM}.items() if size in takes}
+    return losses.get(name, **sizes, temperature=0.25, **options, **gather)
+
+
+def batches(rank, size):
+    """(2, B, 8) views and (B,) items of the whole batch, and this rank's rows."""
+    draw = torch.Generator().manual_seed(3)
+    for sizes in ([4, 2, 5, 3][:size], [2, 3, 1, 4][:size]):
+        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        total = sum(sizes)
+        yield torch.randn(2, total, 8, generator=draw), torch.randint(ITEMS, (total,), generator=draw), own
+
+
+def train(rank, size, kind, name):
+    """The worst relative errors of gradients and of what the loss keeps, over two steps of SGD."""
+    loss, options, gather = LOSSES[name]
+    whole, model = Model(make(loss, options)), Model(make(loss, options, gather=gather))
+    if kind == "encoder":
+        encoder = DistributedDataParallel(model.encoder)
+
+        def forward(views, index):
+            return model.loss(*encoder(views.flatten(0, 1)).chunk(2), index)
+    else:
+        forward = DistributedDataParallel(model)
+    optimizers = [torch.optim.SGD(some.parameters(), lr=0.1) for some in (whole, model)]
+    worst = {"gradient": 0.0, "state": 0.0}
+    for views, items, own in batches(rank, size):
+        whole(views, items).backward()
+        forward(views[:, own], items[own]).backward()
+        gradients = [torch.cat([p.grad.flatten() for p in some.parameters()]) for some in (model, whole)]
+        worst["gradient"] = max(worst["gradient"], relative(*gradients))
+        worst["state"] = max(worst["state"], state_error(model.loss, whole.loss)[0])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return worst
+
+
+def keep_to_oneself(rank, size, name):
+    """What of a loss with gather="none", inside the wrapped model, is other than the loss alone would have kept."""
+    model = Model(make(name, {}))
+    alone, wrapped = copy.deepcopy(model.loss), DistributedDataParallel(model)
+    changed = set()
+    for views, items, own in batches(rank, size):
+        wrapped(views[:, own], items[own]).backward()
+        alone(*(z.detach() for z in model.seen), items[own])
+        changed |= set(state_error(model.loss, alone)[1])
+    return sorted(changed)
+
+
+def checks(rank, size):
+    trained = {case: partial(train, rank, size, *case.split(": ")) for case in WRAPPED}
+    return trained | {f"local: {name}": partial(keep_to_oneself, rank, size, name) for name in LOCAL}
