@@ -59,7 +59,7 @@ class EmbeddingBank(SlotStore):
     def _checked(self, labels: Tensor) -> Tensor:
         checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
         checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
-        return labels.clamp_min(0)
+        return labels
 
     def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the bank holds each of the labels (k,) int64; (k, dim) embeddings, zeros for what it does not."""

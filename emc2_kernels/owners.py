@@ -46,12 +46,12 @@ class Owners(NamedTuple):
         return min((self.rank + 1) * self.block, self.num_items) - self.first
 
     def fetch(self, slots: Tensor, tables: list[Tensor]) -> list[Tensor]:
-        """Rows of the tables at slots (k,) of any rank. A collective: three exchanges, and one a table."""
+        """Rows of the tables at slots (k,) of any rank, zeros for slot -1: a collective, 2 exchanges and 1 a table."""
         order, here, there = self._plan(slots)
         asked = self._exchange(slots[order], here, there) - self.first * self.views
         results = []
         for table in tables:
-            result = table.new_empty(len(slots), *table.shape[1:])
+            result = table.new_zeros(len(slots), *table.shape[1:])
             result[order] = self._exchange(table[asked], there, here)
             results.append(result)
         return results
@@ -63,12 +63,13 @@ class Owners(NamedTuple):
         return arrived, [self._exchange(value[order], here, there) for value in values]
 
     def _plan(self, slots: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """An order of the slots by owner, how many go to each rank, and how many each rank has for this one."""
-        owner = slots // (self.views * self.block)
-        here = torch.bincount(owner, minlength=self.ranks)
+        """The slots' order by owner, but for -1; how many go to each rank, and how many each rank has for this one."""
+        owner = slots // (self.views * self.block)  # -1 stays -1
+        counts = torch.bincount(owner + 1, minlength=self.ranks + 1)
+        here = counts[1:].contiguous()
         there = torch.empty_like(here)
         dist.all_to_all_single(there, here, group=self.group)
-        return owner.argsort(stable=True), here.tolist(), there.tolist()
+        return owner.argsort(stable=True)[counts[0] :], here.tolist(), there.tolist()
 
     def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         arrived = rows.new_empty(sum(received), *rows.shape[1:])
@@ -86,8 +87,8 @@ class Owners(NamedTuple):
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
-    def own_part(self, loaded: Tensor) -> Tensor:
-        """This rank's table of a state: of a sharded one, or of the whole table of one process."""
-        if hasattr(loaded, "to_local"):
-            return loaded.to_local().flatten(0, 1)
-        return loaded[self.first * self.views : (self.first + self.own) * self.views]
+    def own_part(self, whole: Tensor) -> Tensor:
+        """This rank's table of a state: of the same ranks' DTensor, or of the whole table of one process."""
+        if hasattr(whole, "to_local"):
+            return whole.to_local().flatten(0, 1)
+        return whole[self.first * self.views :][: self.own * self.views]

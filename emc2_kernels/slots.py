@@ -45,9 +45,11 @@ class SlotStore(nn.Module):
         setattr(self, name, torch.full((rows,) if width is None else (rows, width), value, dtype=dtype, device=device))
 
     def rows(self, slots: Tensor, *names: str) -> list[Tensor]:
-        """What is kept for slots (k,), which may be other ranks'."""
+        """What is kept for slots (k,), which may be other ranks'; for slot -1 it is a row that means nothing."""
         tables = [getattr(self, name) for name in names]
-        return [table[slots] for table in tables] if self.owners is None else self.owners.fetch(slots, tables)
+        if self.owners is not None:
+            return self.owners.fetch(slots, tables)
+        return [table[slots.clamp_min(0)] for table in tables]
 
     def put(self, slots: Tensor, **values: Tensor) -> None:
         """Keeps values (k, ...) for slots (k,), which may be other ranks'; of a slot's rows the last one's, of the last
@@ -109,12 +111,18 @@ class SlotStore(nn.Module):
                 missing_keys.append(prefix + name)
                 continue
             table, loaded = getattr(self, name), state_dict[prefix + name]
+            by_item = hasattr(loaded, "full_tensor")  # a sharded store's
+            whole = (self.num_items, self.views) if by_item else (self.num_slots,)
+            # What has the wrong number of items must not fit by chance where a rank has a part of them.
+            if tuple(loaded.shape) != (*whole, *table.shape[1:]):
+                sizes = f"the checkpoint has {tuple(loaded.shape)}, this module {(*whole, *table.shape[1:])}"
+                error_msgs.append(f"size mismatch for {prefix}{name}: {sizes}")
+                continue
             if self.owners is not None:
                 loaded = self.owners.own_part(loaded)
-            if loaded.shape != table.shape:
-                sizes = f"the checkpoint has {tuple(loaded.shape)}, this module {tuple(table.shape)}"
-                error_msgs.append(f"size mismatch for {prefix}{name}: {sizes}")
-            elif local_metadata.get("assign_to_params_buffers", False):
+            elif by_item:
+                loaded = loaded.full_tensor().flatten(0, 1)
+            if local_metadata.get("assign_to_params_buffers", False):
                 setattr(self, name, loaded)
             else:
                 table.copy_(loaded)
