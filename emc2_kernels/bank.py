@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
-from .slots import SlotStore, last_duplicates
+from .slots import SlotStore
 
 
 class EmbeddingBank(SlotStore):
-    """Label = item * views + view -> latest embedding, detached, and the step that wrote it, in persistent buffers.
+    """Label = item * views + view -> latest embedding, detached, and the step that wrote it, in ``state_dict``.
 
     What was never written is infinite: where the whole bank is a walk's or a sampler's keys, its score is not finite
     and it is never moved to, without anyone asking (on a GPU, the question would wait for the answer).
@@ -28,12 +29,14 @@ class EmbeddingBank(SlotStore):
         views: int = 2,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        sharded: bool = False,
     ) -> None:
-        super().__init__(num_items, views)
+        super().__init__(num_items, views, process_group=process_group, sharded=sharded)
         self.dim = checks.at_least("dim", dim, 1)
         checks.embedding_dtype("dtype", dtype)
-        self.register_buffer("embeddings", torch.full((self.num_slots, dim), torch.inf, dtype=dtype, device=device))
-        self.register_buffer("written_at", torch.full((self.num_slots,), -1, dtype=torch.int64, device=device))
+        self.keep("embeddings", torch.inf, dtype, device, dim)
+        self.keep("written_at", -1, torch.int64, device)
         self.register_buffer("last_step", torch.zeros((), dtype=torch.int64, device=device))
 
     def update(self, index: Tensor, view: int | Tensor, embeddings: Tensor, step: int | Tensor) -> None:
@@ -49,24 +52,28 @@ class EmbeddingBank(SlotStore):
             expected = f"shape ({slots.shape[0]}, {self.dim}) on {slots.device}"
             raise ValueError(f"embeddings must have {expected}, got {checks.describe(embeddings)}")
         checks.counter("step", step, 32, slots.device)
-        self.embeddings[slots] = embeddings.detach()[last_duplicates(slots)].to(self.embeddings.dtype)
-        self.written_at[slots] = step
+        steps = torch.as_tensor(step, device=slots.device).expand(slots.shape[0])
+        self.put(slots, embeddings=embeddings.to(self.embeddings.dtype), written_at=steps)
         self.last_step.copy_(step) if isinstance(step, Tensor) else self.last_step.fill_(step)
 
     def _checked(self, labels: Tensor) -> Tensor:
         checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
         checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
-        return labels.clamp_min(0)
+        return labels
+
+    def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the bank holds each of the labels (k,) int64; (k, dim) embeddings, zeros for what it does not."""
+        embeddings, written_at = self.rows(self._checked(labels), "embeddings", "written_at")
+        held = (labels >= 0) & (written_at >= 0)
+        return held, torch.where(held[:, None], embeddings, 0)
 
     def lookup(self, labels: Tensor) -> Tensor:
         """(k, dim) embeddings of labels (k,) int64; zeros for -1 and for what was never written."""
-        rows = self._checked(labels)
-        held = (labels >= 0) & (self.written_at[rows] >= 0)
-        return torch.where(held[:, None], self.embeddings[rows], 0)
+        return self.find(labels)[1]
 
     def age(self, labels: Tensor) -> Tensor:
         """(k,) int64 steps between each embedding and the latest update; -1 for label -1 and what was never written."""
-        written_at = self.written_at[self._checked(labels)]
+        (written_at,) = self.rows(self._checked(labels), "written_at")
         return torch.where((labels >= 0) & (written_at >= 0), self.last_step - written_at, -1)
 
     def extra_repr(self) -> str:

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
 from .bank import EmbeddingBank
-from .slots import SlotStore, last_duplicates
+from .slots import SlotStore
 from .transition import MHState
 
 
 class ChainStore(SlotStore):
-    """States of ``num_items * views`` chains in persistent buffers; chain id = item * views + view.
+    """States of ``num_items * views`` chains; chain id = item * views + view. They are in ``state_dict``.
 
     One chain for each view, because the two views of an item have different targets (EMC2's public code shares one, and
     carries a score that was computed for the other view).
+
+    Args:
+        process_group, sharded: see ``SlotStore``.
     """
 
     key: Tensor  # (num_items * views,) int64  -1: not started
     score: Tensor  # (num_items * views,) float32
 
-    def __init__(self, num_items: int, *, views: int = 2, device: torch.device | str | None = None) -> None:
-        super().__init__(num_items, views)
-        self.register_buffer("key", torch.full((self.num_slots,), -1, dtype=torch.int64, device=device))
-        self.register_buffer("score", torch.full((self.num_slots,), -torch.inf, dtype=torch.float32, device=device))
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        views: int = 2,
+        device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        sharded: bool = False,
+    ) -> None:
+        super().__init__(num_items, views, process_group=process_group, sharded=sharded)
+        self.keep("key", -1, torch.int64, device)
+        self.keep("score", -torch.inf, torch.float32, device)
 
     def read(
         self,
@@ -47,7 +59,7 @@ class ChainStore(SlotStore):
             ValueError, TypeError: an index or view out of range, or only some of the three rescoring arguments.
         """
         slots = self.slots(index, view, self.key.device)
-        state = MHState(self.key[slots], self.score[slots])
+        state = MHState(*self.rows(slots, "key", "score"))
         given = [argument is not None for argument in (queries, bank, temperature)]
         if not any(given):
             return state
@@ -60,17 +72,15 @@ class ChainStore(SlotStore):
             raise ValueError(f"queries must have shape ({slots.shape[0]}, {bank.dim}), got {checks.describe(queries)}")
         checks.temperature(temperature, slots.shape[0], queries.device)
         with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-            held = bank.age(state.key) >= 0
-            similarity = (queries.float() * bank.lookup(state.key).float()).sum(-1)
+            held, embeddings = bank.find(state.key)
+            similarity = (queries.float() * embeddings.float()).sum(-1)
             return state._replace(score=torch.where(held, similarity / temperature, state.score))
 
     def write(self, index: Tensor, view: int | Tensor, state: MHState) -> None:
         """Keeps the states of b chains; of several rows with the same (index, view), the last one's."""
         slots = self.slots(index, view, self.key.device)
         checks.state(state, slots)
-        last = last_duplicates(slots)
-        self.key[slots] = state.key[last]
-        self.score[slots] = state.score.detach()[last]
+        self.put(slots, key=state.key, score=state.score)
 
     def extra_repr(self) -> str:
         return f"num_items={self.num_items}, views={self.views}"

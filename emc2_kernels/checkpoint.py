@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 # At the end of the file, after the SHA-256 digest of all before it. torch.load reads the file all the same.
 MARK = b"emc2_kernels:seal"
@@ -44,8 +45,10 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
         state: tensors, numbers, strings, and containers of them: what ``torch.load(weights_only=True)`` takes.
 
     Raises:
-        TypeError: there is something else in ``state``. OSError: the disk is full, say. ``path`` is as it was.
+        TypeError: there is something else in ``state``, or a sharded store's tensors, of which this process has a part.
+        OSError: the disk is full, say. ``path`` is as it was.
     """
+    _check_whole(state)
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -63,6 +66,13 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
         _sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check_whole(state: Any) -> None:
+    for leaf in tree_leaves(state):
+        if hasattr(leaf, "to_local"):
+            expected = "whole tensors (a sharded store is torch.distributed.checkpoint's to save)"
+            raise TypeError(f"state must have {expected}, got a DTensor of shape {tuple(leaf.shape)}")
 
 
 def _sync_directory(directory: Path) -> None:

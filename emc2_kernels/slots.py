@@ -3,26 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checks
+from .owners import Owners
 
 
 class SlotStore(nn.Module):
-    """A module of buffers with ``num_items * views`` slots; slot = label = item * views + view.
+    """A module of tensors with ``num_items * views`` slots; slot = label = item * views + view.
 
-    Casting the module (``.half()``, ``.to(torch.bfloat16)``) moves its buffers and leaves their dtypes alone: a score
-    rounded to half precision, or an item id through a float, would be another chain.
+    They are in ``state_dict`` and follow ``.to(device)`` as buffers do, and are none: before each forward pass
+    DistributedDataParallel would send the first rank's to all others, gigabytes of them, and over other ranks' chains.
+
+    Casting the module (``.half()``, ``.to(torch.bfloat16)``) leaves all dtypes alone: a score rounded to half
+    precision, or an item id through a float, would be another chain.
+
+    Args:
+        sharded: each rank of ``process_group`` keeps a block of items. Reads and writes are then collectives.
     """
 
-    def __init__(self, num_items: int, views: int) -> None:
+    def __init__(
+        self, num_items: int, views: int, *, process_group: dist.ProcessGroup | None = None, sharded: bool = False
+    ) -> None:
         super().__init__()
         self.num_items = checks.at_least("num_items", num_items, 1)
         self.views = checks.at_least("views", views, 1)
         if self.num_slots > checks.MAX_CHAIN_ID:
             raise ValueError(f"num_items * views must be at most 2^40, the number of chain ids, got {self.num_slots}")
+        checks.boolean("sharded", sharded)
+        self.owners = Owners.of(num_items, views, process_group) if sharded else None
+        self._kept: list[str] = []
+
+    def keep(self, name: str, value: float, dtype: torch.dtype, device: Any = None, width: int | None = None) -> None:
+        """Makes ``self.name``: (num_slots,) or (num_slots, width), of the slots of this rank where they are sharded."""
+        rows = self.num_slots if self.owners is None else self.owners.own * self.views
+        self._kept.append(name)
+        setattr(self, name, torch.full((rows,) if width is None else (rows, width), value, dtype=dtype, device=device))
+
+    def rows(self, slots: Tensor, *names: str) -> list[Tensor]:
+        """What is kept for slots (k,), which may be other ranks'; for slot -1 it is a row that means nothing."""
+        tables = [getattr(self, name) for name in names]
+        if self.owners is not None:
+            return self.owners.fetch(slots, tables)
+        return [table[slots.clamp_min(0)] for table in tables]
+
+    def put(self, slots: Tensor, **values: Tensor) -> None:
+        """Keeps values (k, ...) for slots (k,), which may be other ranks'; of a slot's rows the last one's, of the last
+        rank."""
+        given = [value.detach() for value in values.values()]
+        if self.owners is not None:
+            slots, given = self.owners.send(slots, given)
+        last = last_duplicates(slots)
+        for name, value in zip(values, given, strict=True):
+            table = getattr(self, name)
+            table[slots] = value[last].to(table.dtype)
 
     @property
     def num_slots(self) -> int:
@@ -45,7 +83,49 @@ class SlotStore(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        for name in self._kept:
+            setattr(self, name, move_only(getattr(self, name)))
         return super()._apply(move_only, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._kept:
+            table = getattr(self, name)
+            destination[prefix + name] = table if self.owners is None else self.owners.as_dtensor(table)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        of_module = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(*of_module)
+        unexpected_keys[:] = [key for key in unexpected_keys if key.removeprefix(prefix) not in self._kept]
+        for name in self._kept:
+            if prefix + name not in state_dict:
+                missing_keys.append(prefix + name)
+                continue
+            table, loaded = getattr(self, name), state_dict[prefix + name]
+            by_item = hasattr(loaded, "full_tensor")  # a sharded store's
+            whole = (self.num_items, self.views) if by_item else (self.num_slots,)
+            # What has the wrong number of items must not fit by chance where a rank has a part of them.
+            if tuple(loaded.shape) != (*whole, *table.shape[1:]):
+                sizes = f"the checkpoint has {tuple(loaded.shape)}, this module {(*whole, *table.shape[1:])}"
+                error_msgs.append(f"size mismatch for {prefix}{name}: {sizes}")
+                continue
+            if self.owners is not None:
+                loaded = self.owners.own_part(loaded)
+            elif by_item:
+                loaded = loaded.full_tensor().flatten(0, 1)
+            if local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, name, loaded)
+            else:
+                table.copy_(loaded)
 
 
 def last_duplicates(slots: Tensor) -> Tensor:

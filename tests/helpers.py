@@ -28,8 +28,12 @@ def normal(seed, *shape, dtype=torch.float32):
 
 
 def snapshot(module):
-    """A copy of all that a module keeps."""
-    return {name: buffer.clone() for name, buffer in module.state_dict().items()}
+    """A copy of all that a module keeps, as one process would have it: a collective where it lies over ranks."""
+    return {name: _whole(table).clone() for name, table in module.state_dict().items()}
+
+
+def _whole(table):
+    return table.full_tensor().flatten(0, 1) if hasattr(table, "full_tensor") else table
 
 
 def assert_identical(actual, expected):

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from helpers import snapshot
 
 from emc2_kernels import losses
 
-ITEMS, INPUTS, DIM = 24, 8, 16
+ITEMS, INPUTS, DIM = 25, 8, 16
 MEANS = ("positive_similarity", "negative_similarity", "carry_share", "weight_sum", "temperature")  # over rows
 
 FLOORS = (1, 0, 1)  # a value and a temperature's gradient are what is left of parts of this size
@@ -26,11 +27,12 @@ class Case(NamedTuple):
     index: bool = True
     dtype: torch.dtype = torch.float32
     exact: bool = False  # embeddings are not normalised, so that scores are exact
+    sharded: bool = False
 
     @property
     def name(self):
         options = " ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in self.options.items())
-        shown = [self.loss, self.gather, "" if self.index else "no index", options]
+        shown = [self.loss, self.gather, "sharded" * self.sharded, "" if self.index else "no index", options]
         dtype = "" if self.dtype == torch.float32 else str(self.dtype).removeprefix("torch.")
         return " ".join(filter(None, [*shown, dtype]))
 
@@ -38,6 +40,10 @@ class Case(NamedTuple):
     def wide(self):
         """The dtype of the encoder and of what is learnt."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def over(self, group):
+        """Options of a loss whose batch lies over ranks."""
+        return {"gather": self.gather, "process_group": group} | ({"sharded": True} if self.sharded else {})
 
     def make(self, encoder, **gather):
         options = self.options | ({"normalize": False, "bank_dtype": torch.float32} if self.exact else {})
@@ -67,6 +73,11 @@ def _cases():
         yield Case("emc2", {"backend": "reference", "bank_dtype": torch.float64}, gather, dtype=torch.float64)
     for carry, bimodal in product(("cached", "recompute", "drop"), (False, True)):
         yield Case("emc2", {"carry": carry, "bimodal": bimodal}, "ring", exact=True)
+    for gather in ("all", "ring"):
+        yield Case("emc2", {}, gather, sharded=True)
+        for carry, bimodal in product(("cached", "recompute", "drop"), (False, True)):
+            yield Case("emc2", {"carry": carry, "bimodal": bimodal}, gather, exact=True, sharded=True)
+    yield Case("emc2", {"estimator": "recycled"}, exact=True, sharded=True)
     for proposals, bimodal in product(("batch", "bank"), (False, True)):
         yield Case("emc2", {"estimator": "recycled", "proposals": proposals, "bimodal": bimodal}, exact=True)
     for loss, gather, options in IN_HALF_PRECISION:
@@ -90,6 +101,7 @@ IN_A_SUBGROUP = [
     "clip all learn_temperature=True",
     "emc2 all proposals=batch carry=cached bimodal=False",
     "emc2 ring carry=recompute bimodal=True",
+    "emc2 all sharded carry=cached bimodal=False",
     "cached all carry=corrected refresh=0.1 bimodal=False",
     "isogclr all bimodal=False",
 ]
@@ -162,9 +174,9 @@ def step(loss, encoder, items, noise, case):
 
 def state_error(found, expected):
     """The worst relative error of a buffer, and the names of those of other bits."""
-    worst, others = 0.0, []
+    worst, others, found = 0.0, [], snapshot(found)
     for name, buffer in expected.state_dict().items():
-        mine = found.state_dict()[name]
+        mine = found[name]
         if not torch.equal(mine, buffer):
             others.append(name)
             a, b = (torch.where(x.isfinite(), x, 0).double() for x in (mine, buffer))
@@ -176,7 +188,7 @@ def compare(case, group=None, seed=0):
     """The worst relative errors over four steps and an evaluation."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     encoder = Encoder(case.wide, seed)
-    whole, part = case.make(encoder), case.make(encoder, gather=case.gather, process_group=group)
+    whole, part = case.make(encoder), case.make(encoder, **case.over(group))
     worst = dict.fromkeys(("value", "gradient", "temperature", "state", "evaluation", "statistics"), 0.0)
     others = set()
     for sizes, items, noise in batches(size, seed):
@@ -196,7 +208,7 @@ def compare(case, group=None, seed=0):
 @torch.no_grad()
 def evaluate(case, whole, part, encoder, items, own, group, share):
     """In evaluation mode, with statistics, whose mean over rows must be the whole batch's."""
-    before = [buffer.clone() for buffer in part.state_dict().values()]
+    before = snapshot(part)
     results = []
     for loss, rows in ((whole.eval(), items), (part.eval(), items[own])):
         z = [encoder.encode(rows, view).to(case.dtype) for view in (0, 1)]
@@ -213,7 +225,7 @@ def evaluate(case, whole, part, encoder, items, own, group, share):
         "statistics": max(
             relative(mean, expected_stats[name].double(), 1e-2) for name, mean in zip(names, means, strict=True)
         ),
-        "unchanged": all(torch.equal(a, b) for a, b in zip(before, part.state_dict().values(), strict=True)),
+        "unchanged": all(torch.equal(table, before[name]) for name, table in snapshot(part).items()),
     }
 
 

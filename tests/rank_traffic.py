@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from emc2_kernels import lse, ring
 from emc2_kernels.distributed import Shards, gather_rows
+from emc2_kernels.losses import EMC2Loss
 
 B, DIM = 6, 16
 CASES = ["ntxent all", "ntxent ring", "clip all", "clip ring", "emc2 all", "emc2 ring"]
+MANY, OF = 3000, 15000  # rows of a rank and items, of which a rank then asks the others for what can be told beforehand
 
 
 def step(case, rank):
@@ -44,8 +46,8 @@ def counted(rank, size):
     def to_others(_, mine, *__):
         return mine.nbytes * (size - 1)
 
-    def split(_, mine, __, sizes, *___):
-        return mine.nbytes * (sum(sizes) - sizes[rank]) // sum(sizes)
+    def split(_, mine, __=None, sizes=(1,) * size, *___):
+        return mine.nbytes * (sum(sizes) - sizes[rank]) // max(sum(sizes), 1)
 
     def isends(calls):
         return sum(call.tensor.nbytes for call in calls if call.op is dist.isend)
@@ -61,6 +63,27 @@ def counted(rank, size):
         watch("broadcast", broadcast),
     ):
         yield sent
+
+
+def sharded(gather, rank, size):
+    """[forward, backward] bytes with chains and embeddings at their owners. All chains sit on items drawn uniformly,
+    and what is outside the batch is left out, so that reads and writes are all that is asked of others."""
+    draw = torch.Generator().manual_seed(0)
+    options = {"num_items": OF, "dim": DIM, "carry": "drop", "num_samples": 1, "burn_in": 0.0}
+    whole, part = EMC2Loss(**options), EMC2Loss(**options, gather=gather, sharded=True)
+    whole.chains.key.copy_(torch.randint(2 * OF, (2 * OF,), generator=draw))
+    whole.chains.score.zero_()
+    whole.bank.embeddings.normal_(generator=draw)
+    whole.bank.written_at.zero_()
+    part.load_state_dict(whole.state_dict())
+    z0, z1 = (normal(10 * rank + view, MANY, DIM).requires_grad_() for view in (0, 1))
+    index = torch.randperm(OF, generator=draw)[rank * MANY :][:MANY]
+    totals = []
+    with counted(rank, size) as sent:
+        value = part(z0, z1, index)
+        totals.append(sum(sent.values()))
+        value.backward()
+    return [totals[0], sum(sent.values()) - totals[0]]
 
 
 def traffic(case, rank, size):
@@ -90,7 +113,7 @@ class Largest(TorchDispatchMode):
 
 def largest(case, rank):
     loss, forward, backward = step(case, rank)
-    with Largest(loss.buffers()) as seen:
+    with Largest(loss.state_dict().values()) as seen:
         forward()
         backward()
     return seen.elements
@@ -118,4 +141,5 @@ def half_precision(rank, size):
 def checks(rank, size):
     found = {f"traffic: {case}": partial(traffic, case, rank, size) for case in CASES}
     found |= {f"largest: {case}": partial(largest, case, rank) for case in CASES}
+    found |= {f"traffic: sharded {gather}": partial(sharded, gather, rank, size) for gather in ("all", "ring")}
     return found | {"half precision": partial(half_precision, rank, size)}

@@ -16,10 +16,16 @@ LOSSES = {  # name, options, gather
     "clip ring": ("clip", {"learn_temperature": True}, "ring"),
     "emc2 all": ("emc2", {"bank_dtype": torch.float32}, "all"),
     "emc2 ring": ("emc2", {"bank_dtype": torch.float32}, "ring"),
+    "emc2 sharded": ("emc2", {"bank_dtype": torch.float32}, "all"),
     "isogclr all": ("isogclr", {}, "all"),
     "cached all": ("cached", {"bank_dtype": torch.float32}, "all"),
 }
-ALONE = ("emc2 all", "emc2 ring", "cached all")  # without parameters of their own, which would not be averaged
+ALONE = (
+    "emc2 all",
+    "emc2 ring",
+    "emc2 sharded",
+    "cached all",
+)  # without parameters of their own, which would not be averaged
 WRAPPED = [f"encoder: {name}" for name in ALONE] + [f"encoder and loss: {name}" for name in LOSSES]
 LOCAL = ["emc2", "isogclr", "cached"]  # those that keep something
 
@@ -55,7 +61,8 @@ def batches(rank, size):
 def train(rank, size, kind, name):
     """The worst relative errors of gradients and of what the loss keeps, over two steps of SGD."""
     loss, options, gather = LOSSES[name]
-    whole, model = Model(make(loss, options)), Model(make(loss, options, gather=gather))
+    over = {"gather": gather} | ({"sharded": True} if name.endswith("sharded") else {})
+    whole, model = Model(make(loss, options)), Model(make(loss, options, **over))
     if kind == "encoder":
         encoder = DistributedDataParallel(model.encoder)
 

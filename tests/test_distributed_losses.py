@@ -54,11 +54,6 @@ def test_distributed_data_parallel_trains_as_one_process(over_ranks, size, case)
         assert errors["state"] <= 1e-6
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="DistributedDataParallel writes rank 0's buffers over the other ranks' before each forward pass",
-)
 @SEVERAL
 @pytest.mark.parametrize("name", rank_wrapped.LOCAL)
 def test_inside_distributed_data_parallel_a_local_loss_keeps_its_own_state(over_ranks, size, name):

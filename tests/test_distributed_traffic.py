@@ -1,41 +1,39 @@
-"""What a step over ranks sends and keeps: formulas for b rows of d numbers on each of W ranks."""
+"""What a step over ranks sends and keeps, against the formulas of bench/scaling.py."""
+
+import sys
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 import rank_traffic
 import ranks
-from rank_traffic import DIM, B
+from rank_traffic import DIM, MANY, B
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # scripts, not a package
+
+import scaling
 
 SIZES = pytest.mark.parametrize("size", ranks.SIZES)
 CASES = pytest.mark.parametrize("case", rank_traffic.CASES)
-
-KEYS = 2 * B * DIM * 4  # bytes of a rank's embeddings in float32
-IDS = 2 * B * 8
-STATES = 2 * B * (8 + 4)  # a chain's key and its score
-AGREED = 5 * 8  # rows, and what ranks make sure to have in common; the ring's flag and a step come on top
-
-
-def expected(case, size):
-    """[forward, backward] bytes that each rank sends, in a group of W."""
-    others = size - 1
-    return {
-        "ntxent all": [others * (AGREED + KEYS + IDS), others * KEYS],
-        "ntxent ring": [others * (AGREED + 8 + KEYS + IDS), others * (KEYS + IDS) + (others and size) * KEYS],
-        "clip all": [others * (AGREED + KEYS + IDS), others * KEYS],
-        "clip ring": [others * (AGREED + 8 + KEYS + IDS), others * (KEYS + IDS) + (others and size) * KEYS],
-        # Items come with the embeddings; chains' states go back to all.
-        "emc2 all": [others * (AGREED + 8 + KEYS + IDS // 2 + STATES), others * KEYS],
-        # One view's keys go round twice, for the walk and for its samples; then each rank's anchors go to all.
-        "emc2 ring": [
-            others * (AGREED + 8 + IDS // 2 + 2 * (KEYS // 2) + KEYS + 2 * IDS + STATES),
-            (others and size) * KEYS // 2,
-        ],
-    }[case]
 
 
 @SIZES
 @CASES
 def test_bytes_of_a_step(over_ranks, size, case):
-    assert over_ranks(size, f"traffic: {case}") == [expected(case, size)] * size
+    expected = scaling.sent(*case.split(), scaling.Batch(B, DIM, size))
+    assert over_ranks(size, f"traffic: {case}") == [list(expected)] * size
+
+
+@SIZES
+@pytest.mark.parametrize("gather", ["all", "ring"])
+def test_bytes_of_a_step_with_sharded_chains(over_ranks, size, gather):
+    """Items are drawn: how many of them are others' is near its mean only."""
+    batch = scaling.Batch(MANY, DIM, size)
+    expected = scaling.sent("emc2", gather, batch, sharded=True, carried=0)
+    forward, backward = zip(*over_ranks(size, f"traffic: sharded {gather}"), strict=True)
+    assert backward == (expected.backward,) * size
+    exchanged = expected.forward - scaling.exchanged(batch, carried=0, kept=2)
+    assert fmean(forward) - exchanged == pytest.approx(expected.forward - exchanged, rel=0.03)
 
 
 @SIZES

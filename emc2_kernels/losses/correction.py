@@ -36,7 +36,7 @@ class BatchMeans(SlotStore):
 
     def __init__(self, num_items: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__(num_items, views=2)
-        self.register_buffer("means", torch.zeros(self.num_slots, dim, dtype=dtype))
+        self.keep("means", 0, dtype, width=dim)
 
     def update(self, labels: Tensor, anchors: Anchors, bimodal: bool) -> None:
         """Of labels (k,) whose embeddings are kept now."""

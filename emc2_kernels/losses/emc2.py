@@ -74,6 +74,8 @@ class EMC2Loss(nn.Module):
             process's keys at a time, for proposals="batch", estimator="states" and the carries "cached", "recompute"
             and "drop"; the statistic acceptance is then NaN.
         process_group: that gather means; None: the default group.
+        sharded: each process keeps chains and bank of a block of items only, and asks the others for the rest. For
+            proposals="batch", gather="all" or "ring", and the carries "cached", "recompute" and "drop".
 
     State: ``chains``, ``bank``, ``step``, and with a carry that needs them ``batch_means`` or ``sitting``, are in
     ``state_dict``. They change in training mode only.
@@ -105,6 +107,7 @@ class EMC2Loss(nn.Module):
         encode: Encode | None = None,
         gather: str = "none",
         process_group: dist.ProcessGroup | None = None,
+        sharded: bool = False,
         seed: int = 0,
         bimodal: bool = False,
         normalize: bool = True,
@@ -130,6 +133,9 @@ class EMC2Loss(nn.Module):
         _check_proposals(proposals, num_proposals, views, bimodal)
         if gather == "ring":
             _check_ring(proposals, carry, estimator)
+        checks.boolean("sharded", sharded)
+        if sharded:
+            _check_sharded(proposals, carry, gather)
         if proposals == "bank" and carry in COLLAPSING:
             warn_of_collapse(f'EMC2Loss: proposals="bank" with carry="{carry}"')
         self.gather, self.process_group = gather, process_group
@@ -145,8 +151,10 @@ class EMC2Loss(nn.Module):
         self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
         self.normalize = normalize
         self.backend = backend
-        self.chains = ChainStore(num_items, views=2)
-        self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype)
+        shards = {"process_group": process_group, "sharded": sharded}
+        self.sharded = sharded
+        self.chains = ChainStore(num_items, views=2, **shards)
+        self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype, **shards)
         if proposals == "bank":
             self._number_slots()
         if carry == "corrected":
@@ -212,7 +220,7 @@ class EMC2Loss(nn.Module):
         if return_stats:
             stats = self._stats(anchors, acceptance, visited.carry_share, negative_similarity.detach())
         if self.training:
-            self._remember_all(whole, visited.state, shards)
+            self._remember_all(anchors, whole, visited.state, shards)
         return loss if stats is None else (loss, stats)
 
     def _check_device(self, z0: Tensor) -> None:
@@ -254,15 +262,17 @@ class EMC2Loss(nn.Module):
         return (anchors.embeddings * sitting).sum(1)
 
     @torch.no_grad()
-    def _remember_all(self, whole: Anchors, state: MHState, shards: Shards | None) -> None:
+    def _remember_all(self, anchors: Anchors, whole: Anchors, state: MHState, shards: Shards | None) -> None:
         """Writes what all ranks have found, in the order in which one process would: the last duplicate wins.
 
         Args:
-            whole: the anchors of all ranks; in a ring, this rank's. state: (2b,) of this rank's.
+            whole: the anchors of all ranks; unused in a ring. state: (2b,) of this rank's.
         """
         state = MHState(state.key, state.score.float())
-        if self.gather == "ring":  # of a slot's rows, the last rank's come last
-            for embeddings, items, views, *found in each_rank([*whole, *state], shards):
+        if self.sharded:  # what a rank has goes to the owners, and to nobody else
+            self._remember(anchors, state)
+        elif self.gather == "ring":  # of a slot's rows, the last rank's come last
+            for embeddings, items, views, *found in each_rank([*anchors, *state], shards):
                 self._remember(Anchors(embeddings, items, views), MHState(*found))
         else:
             everyone = state if shards is None else MHState(*(gather_views(field, shards) for field in state))
@@ -311,6 +321,13 @@ def _check_ring(proposals: str, carry: str, estimator: str) -> None:
     if proposals != "batch" or carry not in ("cached", "recompute", "drop") or estimator != "states":
         expected = 'proposals="batch", carry="cached", "recompute" or "drop", and estimator="states"'
         raise ValueError(f'gather="ring" needs {expected}, got {proposals!r}, {carry!r} and {estimator!r}')
+
+
+def _check_sharded(proposals: str, carry: str, gather: str) -> None:
+    """Of the settings, those that need a few rows of other processes' tables, and no whole table."""
+    if proposals != "batch" or carry not in ("cached", "recompute", "drop") or gather == "none":
+        expected = 'proposals="batch", carry="cached", "recompute" or "drop", and gather="all" or "ring"'
+        raise ValueError(f"sharded=True needs {expected}, got {proposals!r}, {carry!r} and {gather!r}")
 
 
 def _check_proposals(proposals: str, num_proposals: int | None, views: str, bimodal: bool) -> None:

@@ -21,7 +21,7 @@ class SittingQueries(SlotStore):
 
     def __init__(self, num_items: int, dim: int, *, views: int = 2) -> None:
         super().__init__(num_items, views)
-        self.register_buffer("sums", torch.zeros(self.num_slots, dim))
+        self.keep("sums", 0, torch.float32, width=dim)
 
     def on(self, labels: Tensor) -> Tensor:
         """(k, dim) sums of labels (k,) int64."""

@@ -127,7 +127,7 @@ class SogCLRLoss(SlotStore):
         checks.one_of("backend", backend, NAMES)
         self.individual_temperature, self.normalize, self.backend = individual_temperature, normalize, backend
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("log_u", torch.full((self.num_slots,), -torch.inf))
+        self.keep("log_u", -torch.inf, torch.float32)
         options = {
             "temperature_lr": temperature_lr,
             "temperature_momentum": temperature_momentum,
@@ -153,8 +153,8 @@ class SogCLRLoss(SlotStore):
         self.temperature_momentum = checks.number_in("temperature_momentum", momentum, 0, 1, open_high=True)
         self.temperature_bounds = _bounds(temperature_bounds, self.temperature)
         self.rho = checks.number_in("rho", RHO if rho is None else rho, 0, math.inf, open_high=True)
-        self.register_buffer("item_temperature", torch.full((self.num_slots,), self.temperature))
-        self.register_buffer("item_velocity", torch.zeros(self.num_slots))
+        self.keep("item_temperature", self.temperature, torch.float32)
+        self.keep("item_velocity", 0, torch.float32)
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
