@@ -32,9 +32,9 @@ def shared_folder(tmp_path_factory):
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-def found(size, check, folder):
+def found(size, check, folder, modules=CHECKS):
     """What each rank has returned from a check; fails where one has raised or did not come that far."""
-    ranks = _launched(size, folder)
+    ranks = _launched(size, folder, modules)
     for rank, said in enumerate(ranks):
         if check in said["raised"]:
             pytest.fail(f"rank {rank} of {size}: {said['raised'][check]}")
@@ -45,13 +45,13 @@ def found(size, check, folder):
 
 
 @functools.cache
-def _launched(size, folder):
-    results = folder / f"ranks-{size}"
-    with open(folder / f"ranks-{size}.lock", "w") as lock:
+def _launched(size, folder, modules):
+    results = folder / f"{modules[0]}-{size}"
+    with open(results.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not results.exists():
             results.mkdir()
-            _launch(size, results)
+            _launch(size, results, modules)
     return [_said(results, rank) for rank in range(size)]
 
 
@@ -65,21 +65,21 @@ def _said(results, rank):
     return said | {"log": "".join(log.read_text()[-4000:] for log in logs if log.exists())}
 
 
-def _launch(size, results):
+def _launch(size, results, modules):
     """A process of its own for the imports, which then forks the ranks: starting each by itself would cost more than
     all that they do."""
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         settings["GLOO_SOCKET_IFNAME"] = "lo"  # a host name need not resolve
     with open(results / "log", "w") as log:
-        code = f"import ranks; ranks.start({size}, {str(results)!r})"
+        code = f"import ranks; ranks.start({size}, {str(results)!r}, {modules!r})"
         command = [sys.executable, "-W", "ignore", "-c", code]
         subprocess.run(command, env=os.environ | settings, stdout=log, stderr=log, check=False)
 
 
-def start(size, results):
+def start(size, results, modules):
     """Runs all ranks to their end; kills those that are left after SECONDS, or soon after one has died."""
-    checks = [importlib.import_module(module).checks for module in CHECKS]
+    checks = [importlib.import_module(module).checks for module in modules]
     importlib.import_module("torch._dynamo")  # which torch imports when it is first needed: by each rank for itself
     process = multiprocessing.get_context("fork").Process
     ranks = [process(target=_work, args=(rank, size, Path(results), checks)) for rank in range(size)]

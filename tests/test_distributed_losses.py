@@ -4,6 +4,7 @@ What is compared is made in tests/rank_losses.py and tests/rank_wrapped.py, once
 """
 
 import pytest
+import rank_combinations
 import rank_losses
 import rank_wrapped
 import ranks
@@ -44,6 +45,21 @@ def test_a_group_of_some_processes_does_the_same(over_ranks, size, case):
 def test_every_loss_that_has_a_name_is_tried():
     untried = set(losses.TABLE) - {case.loss for case in rank_losses.CASES.values()}
     assert untried == {"simclr"}  # ntxent's other name
+
+
+@pytest.mark.slow
+def test_every_combination_of_options_matches_one_process_or_is_refused(over_ranks):
+    """The cases above are its smaller twin."""
+    outcomes = {}
+    for name, case in rank_combinations.CASES.items():
+        found = over_ranks(2, name, modules=("rank_combinations",))
+        refused = [outcome for outcome in found if isinstance(outcome, str)]
+        assert len(refused) in (0, len(found))
+        assert all(" got " in message for message in refused)
+        if not refused:
+            assert_equal_to_one_process(found, case)
+        outcomes[name] = bool(refused)
+    assert 0 < sum(outcomes.values()) < len(outcomes)
 
 
 @SIZES
