@@ -27,7 +27,7 @@ test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow
 
 bench: $(INSTALLED)
-	$(RUN) bench/throughput.py --memory
+	$(RUN) bench/throughput.py
 
 gpu-check: $(filter .venv/.installed,$(INSTALLED))
 	$(RUN) bench/gpu_check.py

@@ -1,4 +1,4 @@
-"""Peak extra memory of one sweep, measured in a process of its own.
+"""Peak extra memory of one call of a peer, measured in a process of its own.
 
 `python bench/memory.py --size 16384x16384x128` measures in the process that it starts and prints one line of JSON;
 `measure` starts that process. A fresh process matters on the CPU, where only the *peak* of the resident set is
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peers import MHStep, make_operands
+from peers import make_operands, sweep_peers
 
 import emc2_kernels
 
@@ -68,22 +68,32 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int:
     return after - before
 
 
-def sweep_growth(n: int, m: int, d: int, dtype: torch.dtype, device: torch.device, backend: str) -> int:
-    """Peak extra bytes of one `mh_step` with one sample per row, the library loaded and the operands in place."""
+def call_growth(peer: str, n: int, m: int, d: int, dtype: torch.dtype, device: torch.device, backend: str) -> int:
+    """Peak extra bytes of one call with one sample per row, the library loaded and the operands in place. The buffers
+    that a peer makes for itself count."""
     settings = {"temperature": 0.07, "num_samples": 1, "backend": backend}
-    small = make_operands(256, 256, d, dtype, device)
+    small = sweep_peers(*make_operands(256, 256, d, dtype, device), **settings)[peer]
     for _ in range(2):  # builds and loads the native library, starts its threads
-        MHStep(*small, burn_in=128, **settings)()
+        small()()
     square = torch.ones(1024, 1024, dtype=dtype, device=device)
     (square @ square).exp_().sum()  # starts the threads of torch and of its matrix library, with their buffers
-    step = MHStep(*make_operands(n, m, d, dtype, device), burn_in=m // 2, **settings)
-    return peak_growth(step, device)
+    build = sweep_peers(*make_operands(n, m, d, dtype, device), **settings)[peer]
+    return peak_growth(lambda: build()(), device)
 
 
-def measure(size: tuple[int, int, int], *, dtype: str, device: str, backend: str, threads: int) -> dict[str, object]:
-    """Run `sweep_growth` in a fresh process; `size` is (n, m, d). Returns the record that goes into the results."""
+def measure(
+    size: tuple[int, int, int], *, dtype: str, device: str, backend: str, threads: int, peer: str = "mh_step"
+) -> dict[str, object]:
+    """Run `call_growth` in a fresh process; `size` is (n, m, d). Returns the record that goes into the results."""
     n, m, d = size
-    options = {"size": f"{n}x{m}x{d}", "dtype": dtype, "device": device, "backend": backend, "threads": str(threads)}
+    options = {
+        "peer": peer,
+        "size": f"{n}x{m}x{d}",
+        "dtype": dtype,
+        "device": device,
+        "backend": backend,
+        "threads": str(threads),
+    }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     # Blocks from 64 KiB up then go back to the system when freed; else what the warm-up freed would serve the sweep
     # uncounted.
@@ -98,6 +108,7 @@ def measure(size: tuple[int, int, int], *, dtype: str, device: str, backend: str
         raise RuntimeError(f"the process that measures memory failed with exit status {done.returncode}")
     growth = json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"]  # a build may have printed lines before
     return {
+        "peer": peer,
         "n": n,
         "m": m,
         "d": d,
@@ -111,7 +122,8 @@ def measure(size: tuple[int, int, int], *, dtype: str, device: str, backend: str
 
 def main() -> None:
     """Measure in this process and print one line of JSON."""
-    parser = argparse.ArgumentParser(description="Peak extra memory of one mh_step, measured in this process.")
+    parser = argparse.ArgumentParser(description="Peak extra memory of one call, measured in this process.")
+    parser.add_argument("--peer", default="mh_step", help="as bench/peers.py calls it (default: %(default)s)")
     parser.add_argument("--size", default="16384x16384x128", help="n x m x d (default: %(default)s)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -120,7 +132,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     n, m, d = map(int, options.size.split("x"))
-    growth = sweep_growth(n, m, d, getattr(torch, options.dtype), torch.device(options.device), options.backend)
+    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
+    growth = call_growth(options.peer, n, m, d, dtype, device, options.backend)
     print(json.dumps({"peak_extra_bytes": growth}))
 
 

@@ -2,16 +2,21 @@
 
 All of them get the same operands, include the scores in their time, and own the buffers that a careful user would
 reuse, so that none is slowed down by the allocator. What differs is how many samples they return per row, and of which
-kind: `naive` draws independent samples from the softmax over `keys`, the two Metropolis-Hastings walks return states of
-a chain.
+kind: `naive`, `race` and `gumbel` draw independent samples from the softmax over `keys`, the Metropolis-Hastings walks
+return states of a chain, and `mm` and `ntxent` none.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 import emc2_kernels as emc2
+from emc2_kernels.losses import NTXentLoss
+
+DRAWS = 64  # proposals of a visit to a bank, of which half are burn-in
 
 
 class Peer(Protocol):
@@ -53,6 +58,62 @@ class NaiveSoftmax:
         scores = self.product().div_(self.temperature)
         torch.softmax(scores, dim=1, dtype=torch.float32, out=self.probabilities)
         return torch.multinomial(self.probabilities, self.samples_per_row, replacement=True, generator=self.generator)
+
+
+class ExponentialRace:
+    """One exact draw a row: the argmax of the softmax over exponential noise, whose size is that of the scores."""
+
+    samples_per_row = 1
+
+    def __init__(self, queries: Tensor, keys: Tensor, temperature: float, seed: int = 0) -> None:
+        """`queries` (n, d), `keys` (m, d)."""
+        self.product = MatrixProduct(queries, keys)
+        self.temperature = temperature
+        self.probabilities = torch.empty_like(self.product.out, dtype=torch.float32)
+        self.noise = torch.empty_like(self.probabilities)
+        self.generator = torch.Generator(queries.device).manual_seed(seed)
+
+    def __call__(self) -> Tensor:
+        """Key positions (n,), int64."""
+        scores = self.product().div_(self.temperature)
+        torch.softmax(scores, dim=1, dtype=torch.float32, out=self.probabilities)
+        return self.probabilities.div_(self.noise.exponential_(generator=self.generator)).argmax(1)
+
+
+class GumbelDraws:
+    """This library: `emc2_kernels.gumbel_sample`, exact draws without the scores in memory."""
+
+    def __init__(self, queries: Tensor, keys: Tensor, temperature: float, samples_per_row: int) -> None:
+        """`queries` (n, d), `keys` (m, d)."""
+        self.queries, self.keys, self.temperature = queries, keys, temperature
+        self.samples_per_row = samples_per_row
+        self.step = 0
+
+    def __call__(self) -> Tensor:
+        """Key positions (n, samples_per_row), int64."""
+        self.step += 1
+        options = {"temperature": self.temperature, "num_samples": self.samples_per_row, "seed": 0, "step": self.step}
+        return emc2.gumbel_sample(self.queries, self.keys, **options)
+
+
+class NTXentStep:
+    """What a training step without a sampler does with such a batch: NT-Xent of n / 2 pairs, forward and backward."""
+
+    samples_per_row = 0
+
+    def __init__(self, queries: Tensor, temperature: float) -> None:
+        """`queries` (n, d): the first half are one view, the second half the other."""
+        pairs = queries.shape[0] // 2
+        self.views = [rows.clone().requires_grad_() for rows in (queries[:pairs], queries[pairs : 2 * pairs])]
+        self.loss = NTXentLoss(temperature=temperature)
+
+    def __call__(self) -> Tensor:
+        """() value; the views' gradients are made, too."""
+        for view in self.views:
+            view.grad = None
+        value = self.loss(*self.views)
+        value.backward()
+        return value
 
 
 def walk_columns(
@@ -154,9 +215,17 @@ class MHStep:
     """This library: `emc2_kernels.mh_step`, state carried and step advanced from call to call as in training."""
 
     def __init__(
-        self, queries: Tensor, keys: Tensor, temperature: float, burn_in: int, num_samples: int, backend: str = "auto"
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        temperature: float,
+        burn_in: int,
+        num_samples: int,
+        backend: str = "auto",
+        draws: int | None = None,
     ) -> None:
-        """`queries` (n, d), `keys` (m, d); `num_samples` of the m - burn_in states after burn-in are returned."""
+        """`queries` (n, d), `keys` (m, d); `num_samples` of the states after burn-in are returned. `draws`: so many
+        proposals, uniform over the keys; None: a sweep of all m."""
         self.queries, self.keys = queries, keys
         self.options = {
             "temperature": temperature,
@@ -165,6 +234,8 @@ class MHStep:
             "backend": backend,
             "seed": 0,
         }
+        if draws is not None:
+            self.options |= {"proposal": "uniform", "num_proposals": draws}
         self.samples_per_row = num_samples
         self.state = emc2.init_state(queries.shape[0], device=queries.device)
         self.step = 0
@@ -181,20 +252,55 @@ def make_operands(n: int, m: int, d: int, dtype: torch.dtype, device: torch.devi
     """Random unit vectors: queries (n, d) and keys (m, d). Always the same ones for the same arguments."""
     generator = torch.Generator(device).manual_seed(0)
     sides = [torch.randn(count, d, device=device, generator=generator) for count in (n, m)]
-    queries, keys = (torch.nn.functional.normalize(side, dim=1).to(dtype) for side in sides)
+    for side in sides:  # in place: ten million keys are gigabytes
+        side.div_(side.norm(dim=1, keepdim=True))
+    queries, keys = (side.to(dtype) for side in sides)
     return queries, keys
 
 
-def build_peers(
-    queries: Tensor, keys: Tensor, *, temperature: float, num_samples: int, backend: str
-) -> dict[str, Peer]:
-    """Every competitor on these operands, by name. Half of the proposals are burn-in; `naive` draws m/4 per row."""
-    proposals = keys.shape[0]
-    burn_in = proposals // 2
-    return {
-        "mh_step": MHStep(queries, keys, temperature, burn_in, min(num_samples, proposals - burn_in), backend),
-        "mm": MatrixProduct(queries, keys),
-        "naive": NaiveSoftmax(queries, keys, temperature, max(1, proposals // 4)),
-        "column_loop": ColumnLoop(queries, keys, temperature, burn_in),
-        "lean_loop": LeanColumnLoop(queries, keys, temperature, burn_in),
+Builders = dict[str, Callable[[], Peer]]
+
+
+def sweep_peers(
+    queries: Tensor, keys: Tensor, *, temperature: float, num_samples: int, backend: str, others: Sequence[str] = ()
+) -> Builders:
+    """Every competitor by name, to be made in its turn. All m keys are proposed, half of them burn-in; `naive` draws
+    m/4 a row. `others`: backends that `mh_step` is timed on beside its own."""
+    m = keys.shape[0]
+    burn_in = m // 2
+    returned = min(num_samples, m - burn_in)
+    builders: Builders = {"mh_step": lambda: MHStep(queries, keys, temperature, burn_in, returned, backend)}
+    for name in others:
+        builders[f"mh_step {name}"] = partial(MHStep, queries, keys, temperature, burn_in, returned, name)
+    builders |= {
+        "mm": lambda: MatrixProduct(queries, keys),
+        "naive": lambda: NaiveSoftmax(queries, keys, temperature, max(1, m // 4)),
+        "race": lambda: ExponentialRace(queries, keys, temperature),
+        "gumbel": lambda: GumbelDraws(queries, keys, temperature, 1),
+        "column_loop": lambda: ColumnLoop(queries, keys, temperature, burn_in),
+        "lean_loop": lambda: LeanColumnLoop(queries, keys, temperature, burn_in),
+        "ntxent": lambda: NTXentStep(queries, temperature),
     }
+    if keys.shape[0] != queries.shape[0]:  # it is its own keys
+        del builders["ntxent"]
+    return builders
+
+
+def bank_peers(
+    queries: Tensor, keys: Tensor, *, temperature: float, num_samples: int, backend: str, others: Sequence[str] = ()
+) -> Builders:
+    """Those that sample from a fixed bank of keys. `mh_step` draws `DRAWS` of them, half of them burn-in."""
+    burn_in = DRAWS // 2
+    returned = min(num_samples, DRAWS - burn_in)
+    own = (queries, keys, temperature, burn_in, returned)
+    return {
+        "mh_step": lambda: MHStep(*own, backend, DRAWS),
+        **{f"mh_step {name}": partial(MHStep, *own, name, DRAWS) for name in others},
+        "mm": lambda: MatrixProduct(queries, keys),
+        "naive": lambda: NaiveSoftmax(queries, keys, temperature, returned),
+        "race": lambda: ExponentialRace(queries, keys, temperature),
+        "gumbel": lambda: GumbelDraws(queries, keys, temperature, returned),
+    }
+
+
+PEERS = {"sweep": sweep_peers, "uniform": bank_peers}

@@ -1,12 +1,15 @@
-"""Time of one sampling step beside its peers, in one interleaved run.
+"""Time and memory of one sampling step beside its peers, in one interleaved run.
 
-    python bench/throughput.py                      the default sizes
-    python bench/throughput.py --quick              the same in under a minute
-    python bench/throughput.py --memory --json      and peak memory, all written to bench/results/<machine>.json
+    python bench/throughput.py                      all sizes: about 20 minutes on 2 cores
+    python bench/throughput.py --quick              small sizes and fewer rounds: under 2 minutes
+    python bench/throughput.py --save               and JSON, CSV and figures: bench/results/<machine>.*
+    python bench/compare.py old.json new.json       what has become slower
 
-The peers are described in peers.py, the method in timing.py. Every ratio is the median over rounds of the ratio within
-a round.
+Sweeps propose a batch's keys to all rows; banks are fixed sets of keys from which a few are drawn uniformly. The peers
+are described in peers.py, the method in timing.py. Every ratio is the median over rounds of the ratio within a round.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -14,27 +17,55 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import machine
 import memory
 import torch
-from peers import build_peers, make_operands
+from peers import PEERS, Peer, make_operands
+from report import csv_of, notes, plot_all, shape, table
 from timing import Interleaved, figures, interleave, ratios, summarize, timer_for
 
 import emc2_kernels as emc2
+from emc2_kernels.backends import TABLE
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEFAULT_SIZES = "64,512,2048"
 DEFAULT_DIM = 128
-MEMORY_SIZE = (16384, 16384, DEFAULT_DIM)
+BANK_ROWS, BANK_DIM = 32, 64  # ten million keys are 2.6 GB then, and scores of one peer 1.3 GB
+MEMORY_PEERS = ("mh_step", "gumbel", "naive", "race", "column_loop")
 OURS, LIMIT = "mh_step", "mm"
-BY_MACHINE = "<machine>"  # stands for the default path of --json, which depends on the device
-SCHEMA = 1  # of the results file; raise it when a field changes its meaning
+BY_MACHINE = "<machine>"  # stands for the default path of --save, which depends on the device
+SCHEMA = 2  # of the results file; raise it when a field changes its meaning
 
 Size = tuple[int, int, int]
+
+
+class Extent(NamedTuple):
+    """What is measured, and for how long."""
+
+    sizes: str
+    banks: str
+    memory: str
+    rounds: int
+    figure_seconds: float  # that one figure spans at least
+    budget_seconds: float  # of one peer at one size, roughly
+    longest_call: float  # seconds; what takes longer is left out, and named
+
+
+FULL = Extent(
+    "32,64,128,512,2048,8192,16384,2048x2048x64,2048x2048x256,2048x2048x1024",
+    "10000,100000,1000000,10000000",
+    "1024,2048,4096,8192,16384",
+    rounds=25,
+    figure_seconds=0.01,
+    budget_seconds=15.0,
+    longest_call=6.0,
+)
+QUICK = Extent("32,256,1024", "10000,100000,1000000", "1024,4096", 7, 0.003, 1.0, 0.5)
+GPU = FULL._replace(sizes=FULL.sizes + ",16384x16384x512", longest_call=1.0)
 
 
 def parse_size(text: str) -> Size:
@@ -50,58 +81,94 @@ def parse_size(text: str) -> Size:
 
 
 def parse_sizes(text: str) -> list[Size]:
-    """A list of sizes with commas between."""
-    return [parse_size(part) for part in text.split(",")]
+    """A list of sizes with commas between; "none" is an empty one."""
+    return [] if text == "none" else [parse_size(part) for part in text.split(",")]
+
+
+def parse_counts(text: str) -> list[int]:
+    """Numbers of a bank's keys with commas between; "none": no bank."""
+    return [] if text == "none" else [parse_size(part)[0] for part in text.split(",")]
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; options that it leaves out come from `--quick` or the full defaults."""
+    """The command line; options that it leaves out come from `--quick` or the full extent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sizes", type=parse_sizes, default=DEFAULT_SIZES, help="n[xm][xd], commas between (%(default)s)"
-    )
+    parser.add_argument("--sizes", type=parse_sizes, help='of sweeps: n[xm][xd], commas between, or "none"')
+    parser.add_argument("--banks", type=parse_counts, help=f'keys of banks, for {BANK_ROWS} rows; or "none"')
+    parser.add_argument("--memory", type=parse_sizes, help='sizes whose peak memory is taken, or "none"')
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of queries and keys (%(default)s)")
-    parser.add_argument("--backend", default="auto", help="of mh_step (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="of mh_step; auto also times the others (%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (as torch chooses)")
     parser.add_argument("--temperature", type=float, default=0.07, help="(%(default)s)")
     parser.add_argument("--num-samples", type=int, default=16, help="of mh_step, per row (%(default)s)")
-    parser.add_argument("--rounds", type=int, help="(25; 9 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter ones, for a look")
-    parser.add_argument(
-        "--memory",
-        type=parse_size,
-        nargs="?",
-        const=MEMORY_SIZE,
-        metavar="SIZE",
-        help="also peak memory of one sweep (16384)",
-    )
-    parser.add_argument(
-        "--json", nargs="?", const=BY_MACHINE, metavar="PATH", help="write results (bench/results/<machine>.json)"
-    )
+    parser.add_argument("--rounds", type=int, help=f"({FULL.rounds}; {QUICK.rounds} with --quick)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and fewer, shorter rounds")
+    results = "write PATH (.json), and a .csv and figures beside it (bench/results/<machine>.json)"
+    parser.add_argument("--save", nargs="?", const=BY_MACHINE, metavar="PATH", help=results)
     options = parser.parse_args(arguments)
-    options.rounds = options.rounds or (9 if options.quick else 25)
+    options.extent = QUICK if options.quick else GPU if options.device == "cuda" else FULL
+    for name, parse in (("sizes", parse_sizes), ("banks", parse_counts), ("memory", parse_sizes)):
+        if getattr(options, name) is None:
+            setattr(options, name, parse(getattr(options.extent, name)))
+    options.rounds = options.rounds or options.extent.rounds
     reason = {"auto": "available", **emc2.backends()}.get(options.backend, "no such backend")
     if reason != "available":
         parser.error(f"--backend {options.backend}: {reason}")
     return options
 
 
-def time_size(size: Size, options: argparse.Namespace) -> dict[str, object]:
+def other_backends(options: argparse.Namespace) -> list[str]:
+    """Those that can run such operands here, where none was named; but for "cpu", which is all that "auto" chooses on
+    a CPU."""
+    if options.backend != "auto":
+        return []
+    device, dtype = options.device, getattr(torch, options.dtype)
+    return [
+        name
+        for name, backend in TABLE.items()
+        if name != "cpu"
+        and backend.why_unavailable() is None
+        and (backend.devices is None or device in backend.devices)
+        and (backend.dtypes is None or dtype in backend.dtypes)
+    ]
+
+
+def time_size(kind: str, size: Size, options: argparse.Namespace) -> dict[str, Any]:
     """Time all peers at one size. Returns the size and, for each peer, times, ratios and samples per second."""
     n, m, d = size
-    device = torch.device(options.device)
+    device, extent = torch.device(options.device), options.extent
     queries, keys = make_operands(n, m, d, getattr(torch, options.dtype), device)
     settings = {"temperature": options.temperature, "num_samples": options.num_samples, "backend": options.backend}
-    peers = build_peers(queries, keys, **settings)
-    min_seconds, budget_seconds = (0.003, 2.5) if options.quick else (0.01, 15.0)
-    pace = {"min_seconds": min_seconds, "budget_seconds": budget_seconds}
-    measured = interleave(peers, options.rounds, timer=timer_for(device), **pace)
+    builders = PEERS[kind](queries, keys, others=other_backends(options), **settings)
+    timer = timer_for(device)
+    peers, left_out = fast_enough(builders, timer, extent.longest_call)
+    pace = {"min_seconds": extent.figure_seconds, "budget_seconds": extent.budget_seconds, "warmup": 1}
+    measured = interleave(peers, options.rounds, timer=timer, **pace)
     records = {
         name: peer_record(name, measured, rows=n, samples_per_row=peer.samples_per_row) for name, peer in peers.items()
     }
-    return {"n": n, "m": m, "d": d, "dtype": options.dtype, "rounds": options.rounds, "peers": records}
+    shape = {"kind": kind, "n": n, "m": m, "d": d, "dtype": options.dtype, "rounds": options.rounds}
+    return {**shape, "peers": records, "left_out": left_out}
+
+
+def fast_enough(
+    builders: dict[str, Callable[[], Peer]], timer: Callable[[Peer, int], float], longest: float
+) -> tuple[dict[str, Peer], dict[str, float]]:
+    """The peers of which a call takes at most so many seconds, warmed up, and the seconds of the others. Ours and the
+    limit stay, whatever they take."""
+    peers, left_out = {}, {}
+    for name, build in builders.items():
+        peer = build()
+        seconds = timer(peer, 1)
+        if seconds < 10 * longest:  # the first call may compile
+            seconds = timer(peer, 1)
+        if seconds <= longest or name in (OURS, LIMIT):
+            peers[name] = peer
+        else:
+            left_out[name] = seconds
+    return peers, left_out
 
 
 def peer_record(name: str, measured: Interleaved, *, rows: int, samples_per_row: int) -> dict[str, object]:
@@ -118,55 +185,20 @@ def peer_record(name: str, measured: Interleaved, *, rows: int, samples_per_row:
     }
 
 
-def table(records: Sequence[dict]) -> str:
-    """The results as lines of text, one peer a line."""
-    head = f"{'n x m x d':>18}  {'peer':<12}{'rounds':>6}{'median ms':>11}{'quartiles ms':>20}{'/ mm':>9}"
-    lines = [head + f"{'speed-up':>10}{'samples/s':>11}"]
-    for record in records:
-        for name, peer in record["peers"].items():
-            time_ms, rate = peer["time_ms"], peer["samples_per_second"]
-            quartiles = f"{time_ms['lower_quartile']:.4g} .. {time_ms['upper_quartile']:.4g}"
-            row = f"{shape(record):>18}  {name:<12}{time_ms['count']:>6}{time_ms['median']:>11.4g}{quartiles:>20}"
-            row += f"{peer['ratio_to_mm']['median']:>9.2f}{peer['speedup_of_mh_step']['median']:>10.2f}"
-            lines.append(row + f"{'-' if rate is None else format(rate, '.3g'):>11}")
-    return "\n".join(lines)
-
-
-def shape(record: dict) -> str:
-    """`n x m x d` of a record."""
-    return f"{record['n']} x {record['m']} x {record['d']}"
-
-
-def notes(records: Sequence[dict]) -> str:
-    """How to read the table, and which peers were given fewer rounds."""
-    lines = [
-        "/ mm: time over that of the matrix product. speed-up: of mh_step over this peer. Both are medians over rounds",
-        "of the ratio within one round, not ratios of medians. samples/s counts what a call returns for all rows:",
-        "naive draws m/4 independent samples a row, mh_step and the loops return states of walks (correlated).",
-    ]
-    for record in records:
-        for name, peer in record["peers"].items():
-            taken = peer["time_ms"]["count"]
-            if taken < record["rounds"]:
-                lines.append(
-                    f"{name} at {shape(record)} is slow and took part in {taken} of {record['rounds']} rounds."
-                )
-    return "\n".join(lines)
-
-
 def command_line(arguments: Sequence[str]) -> str:
     """The command that made the results; absolute paths, which mean nothing elsewhere, are cut to their last part."""
     words = [re.sub(r"^(--[^=]+=)?/.*/", r"\1", word) for word in arguments]
     return shlex.join(["python", "bench/throughput.py", *words])
 
 
-def write_results(results: dict[str, object], path: str) -> Path:
-    """Write JSON to `path`, or to bench/results/<machine>.json where none was named."""
+def write_results(results: dict[str, Any], path: str) -> list[Path]:
+    """Write JSON to `path`, or to bench/results/<machine>.json where none was named; CSV and figures beside it."""
     default = Path(__file__).resolve().parent / "results" / f"{machine.slug(results['machine'])}.json"
     target = default if path == BY_MACHINE else Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=2) + "\n")
-    return target
+    target.with_suffix(".csv").write_text(csv_of(results))
+    return [target, target.with_suffix(".csv"), *plot_all(results, target.with_suffix(""))]
 
 
 def heading(described: dict[str, object], command: str) -> str:
@@ -180,20 +212,17 @@ def heading(described: dict[str, object], command: str) -> str:
     )
 
 
-def measure_memory(options: argparse.Namespace) -> dict[str, object]:
-    """Measure the peak extra memory of one sweep, print it, and return its record."""
+def measure_memory(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak extra memory of one call of each peer, or of as many as can be afforded, each in a process of its own."""
     chosen = {"dtype": options.dtype, "device": options.device, "backend": options.backend}
-    sweep = memory.measure(options.memory, threads=torch.get_num_threads(), **chosen)
-    print(
-        f"peak extra memory of mh_step at {shape(sweep)}, num_samples = 1: {sweep['peak_extra_mb']:.1f} MB (10^6 bytes)"
-    )
-    print(f"(the scores alone would be {sweep['score_matrix_mb']:.1f} MB in float32), measured by")
-    print(f"{sweep['how']}.")
-    return sweep
+    threads = torch.get_num_threads()
+    slow = size[0] * size[1] > options.extent.longest_call * 2e8  # tens of seconds for a loop over columns
+    peers = [name for name in MEMORY_PEERS if not (slow and name == "column_loop")]
+    return [memory.measure(size, peer=name, threads=threads, **chosen) for name in peers]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark that the command line asks for, print it, and write it where `--json` says."""
+    """Run the benchmark that the command line asks for, print it, and write it where `--save` says."""
     started = time.perf_counter()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parse_arguments(arguments)
@@ -201,12 +230,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     described, command = machine.describe(torch.device(options.device)), command_line(arguments)
     print(heading(described, command))
-    swept = [measure_memory(options)] if options.memory else []
-    timed = [time_size(size, options) for size in options.sizes]
-    print(table(timed))
+    cases = [("sweep", size) for size in options.sizes]
+    cases += [("uniform", (BANK_ROWS, keys, BANK_DIM)) for keys in options.banks]
+    timed = []
+    for case in cases:
+        timed.append(time_size(*case, options))
+        print(table(timed[-1:], head=len(timed) == 1), flush=True)
     print(notes(timed))
+    swept = []
+    for size in options.memory:
+        swept += measure_memory(size, options)
+        named = ", ".join(
+            f"{one['peer']} {one['peak_extra_mb']:.1f}" for one in swept if (one["n"], one["m"]) == size[:2]
+        )
+        print(f"peak extra memory at {shape(swept[-1])}, MB (10^6 bytes): {named}", flush=True)
     print(f"{time.perf_counter() - started:.0f} s in all")
-    if options.json:
+    if options.save:
         results = {
             "schema": SCHEMA,
             "command": command,
@@ -216,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "throughput": timed,
             "memory": swept,
         }
-        print(f"written to {write_results(results, options.json)}")
+        print("written: " + ", ".join(str(path) for path in write_results(results, options.save)))
 
 
 if __name__ == "__main__":

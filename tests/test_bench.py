@@ -1,6 +1,7 @@
 """The benchmark harness: its peers sample what they claim to, its rounds interleave, its ratios pair rounds."""
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -14,9 +15,11 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))  # scripts, not a package
 
+import compare  # noqa: E402
 import machine  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
+import report  # noqa: E402
 import throughput  # noqa: E402
 import timing  # noqa: E402
 
@@ -41,6 +44,50 @@ def test_naive_draws_from_the_softmax() -> None:
     for row in samples:
         assert chi_square(row) < CRITICAL
         assert chi_square(row, TEMPERATURE * 0.9) > CRITICAL
+
+
+@pytest.mark.parametrize("name", ["race", "gumbel"])
+def test_exact_draws_are_of_the_softmax(name: str) -> None:
+    queries, keys = torch.ones(10_000, 1), FIVE_ITEMS[:, None]
+    builders = peers.bank_peers(queries, keys, temperature=TEMPERATURE, num_samples=1, backend="auto")
+    peer = builders[name]()
+    assert peer.samples_per_row == 1
+    first, second = peer().clone(), peer()
+    for samples in (first, second):
+        assert chi_square(samples) < CRITICAL
+        assert chi_square(samples, TEMPERATURE * 0.9) > CRITICAL
+    assert not torch.equal(first, second)
+
+
+def test_a_bank_is_drawn_from_uniformly_and_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = peers.emc2.mh_step
+    monkeypatch.setattr(peers.emc2, "mh_step", lambda *a, **options: seen.append(options) or real(*a, **options))
+    queries, keys = peers.make_operands(4, 300, 8, torch.float32, torch.device("cpu"))
+    options = {"temperature": 0.07, "num_samples": 16, "backend": "auto", "others": ["reference"]}
+    builders = peers.bank_peers(queries, keys, **options)
+    assert list(builders) == ["mh_step", "mh_step reference", "mm", "naive", "race", "gumbel"]
+    for name in ("mh_step", "mh_step reference"):
+        assert builders[name]()().shape == (4, 16)
+    for given, backend in zip(seen, ("auto", "reference"), strict=True):
+        expected = {"proposal": "uniform", "num_proposals": 64, "burn_in": 32, "backend": backend}
+        assert given | expected == given
+
+
+def test_ntxent_makes_gradients() -> None:
+    queries, _ = peers.make_operands(8, 8, 4, torch.float32, torch.device("cpu"))
+    peer = peers.NTXentStep(queries, 0.07)
+    first, second = peer(), peer()
+    assert torch.equal(first, second)
+    assert all(view.grad.abs().sum() > 0 for view in peer.views)
+
+
+def test_a_peer_that_takes_too_long_is_left_out_and_named() -> None:
+    seconds = {"mh_step": 9.0, "mm": 9.0, "slow": 2.0, "fast": 0.5}
+    builders = {name: (lambda name=name: name) for name in seconds}
+    kept, left_out = throughput.fast_enough(builders, lambda name, repeats: seconds[name], longest=1.0)
+    assert list(kept) == ["mh_step", "mm", "fast"]
+    assert left_out == {"slow": 2.0}
 
 
 def test_column_loop_draws_from_the_softmax_under_independent_uniform_proposals() -> None:
@@ -118,7 +165,7 @@ def test_mh_step_carries_state_and_step(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(peers.emc2, "mh_step", recording)
     queries, keys = peers.make_operands(4, 8, 4, torch.float32, torch.device("cpu"))
-    peer = peers.build_peers(queries, keys, temperature=0.07, num_samples=16, backend="reference")["mh_step"]
+    peer = peers.sweep_peers(queries, keys, temperature=0.07, num_samples=16, backend="reference")["mh_step"]()
     assert peer().shape == (4, 4) and peer.samples_per_row == 4  # no more than the states after burn-in
     peer()
     assert [step for _, step, _, _ in seen] == [0, 1]
@@ -212,49 +259,123 @@ def test_unusable_backend_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_command_line_names_no_absolute_path() -> None:
-    command = throughput.command_line(["--quick", "--json", "/home/me/x.json", "--json=/home/me/y.json", "a/b.json"])
-    assert command == "python bench/throughput.py --quick --json x.json --json=y.json a/b.json"
+    command = throughput.command_line(["--quick", "--save", "/home/me/x.json", "--save=/home/me/y.json", "a/b.json"])
+    assert command == "python bench/throughput.py --quick --save x.json --save=y.json a/b.json"
 
 
-def test_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+SMALL = ["--memory", "none", "--device", "cpu", "--backend", "reference", "--rounds", "3", "--quick"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "sub" / "out.json"
+    throughput.main([*SMALL, "--sizes", "8x16x4,6,9", "--banks", "64,256", "--save", str(path)])
+    return path
+
+
+def test_nothing_is_written_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    sizes = ["--sizes", "8x16x4,6", "--device", "cpu", "--backend", "reference", "--rounds", "3", "--quick"]
-    throughput.main(sizes)
-    assert list(tmp_path.iterdir()) == []  # nothing is written unasked
-    throughput.main([*sizes, "--json", str(tmp_path / "sub" / "out.json")])
+    throughput.main([*SMALL, "--sizes", "6", "--banks", "none"])
+    assert list(tmp_path.iterdir()) == []
     printed = capsys.readouterr().out
-    results = json.loads((tmp_path / "sub" / "out.json").read_text())
+    assert all(name in printed for name in report.LOOKS)
 
+
+def test_results_file(saved: Path) -> None:
+    results = json.loads(saved.read_text())
     assert list(results) == ["schema", "command", "machine", "available_backends", "settings", "throughput", "memory"]
-    assert str(tmp_path) not in json.dumps(results)
+    assert str(saved.parent) not in json.dumps(results)
     expected = {"device", "cpu", "usable_cores", "threads", "torch", "python", "emc2_kernels", "commit", "dirty"}
     assert expected <= set(results["machine"])
     assert results["memory"] == [] and "reference" in results["available_backends"]
-    assert [(one["n"], one["m"], one["d"]) for one in results["throughput"]] == [(8, 16, 4), (6, 6, 128)]
+    cases = [(one["kind"], one["n"], one["m"], one["d"]) for one in results["throughput"]]
+    assert cases[:3] == [("sweep", 8, 16, 4), ("sweep", 6, 6, 128), ("sweep", 9, 9, 128)]
+    assert cases[3:] == [("uniform", 32, 64, 64), ("uniform", 32, 256, 64)]
     for one in results["throughput"]:
-        assert list(one["peers"]) == ["mh_step", "mm", "naive", "column_loop", "lean_loop"]
         for name, peer in one["peers"].items():
             for field in ("time_ms", "ratio_to_mm", "speedup_of_mh_step"):
                 spread = peer[field]
                 assert 0 < spread["lower_quartile"] <= spread["median"] <= spread["upper_quartile"]
                 assert spread["count"] == 3
-            if name == "mm":
-                assert peer["samples_per_second"] is None and peer["ratio_to_mm"]["median"] == 1.0
+            if name in ("mm", "ntxent"):
+                assert peer["samples_per_second"] is None
             else:
                 seconds = peer["time_ms"]["median"] / 1e3
                 assert peer["samples_per_second"] == pytest.approx(one["n"] * peer["samples_per_row"] / seconds)
-            assert name in printed
     samples = {name: peer["samples_per_row"] for name, peer in results["throughput"][0]["peers"].items()}
-    assert samples == {"mh_step": 8, "mm": 0, "naive": 4, "column_loop": 8, "lean_loop": 8}
+    assert samples == {"mh_step": 8, "mm": 0, "naive": 4, "race": 1, "gumbel": 1, "column_loop": 8, "lean_loop": 8}
+
+
+def test_lines_of_csv_say_what_was_measured_where(saved: Path) -> None:
+    results = json.loads(saved.read_text())
+    with saved.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(len(one["peers"]) for one in results["throughput"])
+    assert {row["commit"] for row in rows} == {results["machine"]["commit"]}
+    first = results["throughput"][0]["peers"]["mh_step"]
+    assert float(rows[0]["median_ms"]) == first["time_ms"]["median"]
+    assert float(rows[0]["ratio_to_mm"]) == first["ratio_to_mm"]["median"]
+
+
+def test_figures_are_drawn(saved: Path, tmp_path: Path) -> None:
+    assert {path.name for path in saved.parent.glob("*.png")} == {"out-time.png", "out-bank.png"}
+    results = json.loads(saved.read_text())
+    for n in (64, 128):
+        results["memory"].append({"peer": "mh_step", "n": n, "m": n, "d": 4, "dtype": "float32", "peak_extra_mb": 1.0})
+    assert [path.name for path in report.plot_all(results, tmp_path / "x")] == [
+        "x-time.png",
+        "x-bank.png",
+        "x-memory.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def changed(path: Path, out: Path, factor: float, machine: dict | None = None) -> Path:
+    """The results with one peer's figures times a factor, and tight quartiles everywhere."""
+    results = json.loads(path.read_text())
+    results["machine"] |= machine or {}
+    for one in results["throughput"]:
+        for name, peer in one["peers"].items():
+            for field in ("time_ms", "ratio_to_mm"):
+                median = peer[field]["median"] * (factor if name == "mh_step" and one["n"] == 6 else 1)
+                peer[field] |= {"median": median, "lower_quartile": 0.99 * median, "upper_quartile": 1.01 * median}
+    out.write_text(json.dumps(results))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("factor", "code", "line"), [(1.05, 0, "0 regressions"), (1.3, 1, "SLOWER"), (0.7, 0, "faster")]
+)
+def test_comparison_flags_regressions(saved, tmp_path, capsys, factor, code, line) -> None:
+    old, new = changed(saved, tmp_path / "old.json", 1), changed(saved, tmp_path / "new.json", factor)
+    assert compare.main([str(old), str(new)]) == code
+    printed = capsys.readouterr().out
+    assert line in printed
+    assert printed.count("sweep 6 x 6 x 128 float32 mh_step") == (0 if factor == 1.05 else 2)  # the time and the ratio
+    elsewhere = changed(saved, tmp_path / "elsewhere.json", factor, {"device": "another"})
+    assert compare.main([str(old), str(elsewhere)]) == code
+    assert capsys.readouterr().out.count("mh_step") == (0 if factor == 1.05 else 1)  # times do not compare
+
+
+def test_comparison_refuses_other_files(saved, tmp_path) -> None:
+    with pytest.raises(SystemExit, match="expected a file of bench/throughput.py"):
+        compare.main([str(saved), str(tmp_path / "none.json")])
+    (tmp_path / "first.json").write_text('{"schema": 1}')
+    with pytest.raises(SystemExit, match="expected results of schema 2, got 1"):
+        compare.main([str(tmp_path / "first.json"), str(saved)])
 
 
 def test_slow_peers_are_named() -> None:
     spread = {"median": 1.0, "lower_quartile": 1.0, "upper_quartile": 1.0}
-    record = {"n": 4, "m": 5, "d": 6, "rounds": 9, "peers": {}}
+    record = {"kind": "sweep", "n": 4, "m": 5, "d": 6, "rounds": 9, "peers": {}, "left_out": {"race": 12.0}}
     for name, count in (("mm", 9), ("column_loop", 3)):
         record["peers"][name] = {"time_ms": {**spread, "count": count}}
-    assert "column_loop at 4 x 5 x 6 is slow and took part in 3 of 9 rounds." in throughput.notes([record])
-    assert "mm at" not in throughput.notes([record])
+    notes = report.notes([record])
+    assert "column_loop at 4 x 5 x 6 (sweep) is slow and took part in 3 of 9 rounds." in notes
+    assert "race at 4 x 5 x 6 (sweep) was left out: a call takes 12 s." in notes
+    assert "mm at" not in notes
 
 
 def test_commit_is_unknown_outside_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
