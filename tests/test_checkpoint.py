@@ -116,12 +116,15 @@ def save_for_ever(path, first):
         checkpoint.save(path, {"step": step, "tensors": [torch.full((size,), step) for size in (7, 10_000)]})
 
 
-def kill_while_saving(path, kills, seed):
+def kill_while_saving(path, kills, seed, until_amid=False):
     """Kills a process that saves as fast as it can; each time there must be a whole checkpoint, and no older one than
-    before. Returns the last step and how many kills left a half-written file behind."""
+    before. Returns the last step and how many kills left a half-written file behind. until_amid: goes on, up to ten
+    times as long, until there is one, which on busy cores can take a while."""
     draws, halves, step = random.Random(seed), 0, 0
     checkpoint.save(path, {"step": 0, "tensors": []})
-    for _ in range(kills):
+    for kill in range(10 * kills if until_amid else kills):
+        if kill >= kills and halves > 0:
+            break
         before = path.stat().st_mtime_ns
         process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path, step + 1))
         process.start()
@@ -140,7 +143,7 @@ def kill_while_saving(path, kills, seed):
 
 
 def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path):
-    _, halves = kill_while_saving(tmp_path / "state.pt", kills=10, seed=0)
+    _, halves = kill_while_saving(tmp_path / "state.pt", kills=10, seed=0, until_amid=True)
     assert halves > 0
 
 

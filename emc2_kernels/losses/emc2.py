@@ -10,19 +10,18 @@ from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
-from ..distributed import GATHERS, Shards, each_rank, gather_views
+from ..distributed import Shards, each_rank, gather_views
 from ..transition import MHState
 from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
-from .encoding import Encode, check_encode
+from .emc2_options import COLLAPSING, check_proposals, check_ranks, check_samples, resolved_carry
+from .encoding import Encode
 from .negatives import mean_negative
 from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
 from .ring_visits import ring_visit
 from .sitting import SittingQueries
 from .visits import num_proposed, visit
 
-CARRIES = ("cached", "corrected", "two_sided", "recompute", "drop")
-COLLAPSING = ("cached", "two_sided")  # carry, with proposals="bank"
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
 
 
@@ -116,26 +115,14 @@ class EMC2Loss(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = checks.one_temperature(temperature)
-        checks.one_of("proposals", proposals, ("batch", "bank"))
-        checks.one_of("views", views, ("one", "both"))
-        checks.one_of("carry", carry, ("auto", *CARRIES))
-        if carry == "auto":
-            carry = "corrected" if proposals == "bank" else "cached"
-        checks.one_of("estimator", estimator, ("states", "recycled"))
-        checks.one_of("gather", gather, GATHERS)
+        carry = resolved_carry(carry, proposals)
         checks.one_of("backend", backend, NAMES)
         checks.boolean("normalize", normalize)
         checks.boolean("bimodal", bimodal)
         checks.embedding_dtype("bank_dtype", bank_dtype)
-        if num_samples is not None:
-            checks.at_least("num_samples", num_samples, 1)
-        _check_carry(carry, encode, proposals)
-        _check_proposals(proposals, num_proposals, views, bimodal)
-        if gather == "ring":
-            _check_ring(proposals, carry, estimator)
-        checks.boolean("sharded", sharded)
-        if sharded:
-            _check_sharded(proposals, carry, gather)
+        check_samples(estimator, num_samples, carry, encode)
+        check_proposals(proposals, num_proposals, views, bimodal, carry)
+        check_ranks(gather, sharded, proposals, carry, estimator)
         if proposals == "bank" and carry in COLLAPSING:
             warn_of_collapse(f'EMC2Loss: proposals="bank" with carry="{carry}"')
         self.gather, self.process_group = gather, process_group
@@ -306,35 +293,3 @@ class EMC2Loss(nn.Module):
             f"burn_in={self.burn_in}, num_samples={samples}, carry={self.carry!r}, estimator={self.estimator!r}, "
             f"bimodal={self.bimodal}, seed={self.seed}"
         )
-
-
-def _check_carry(carry: str, encode: Encode | None, proposals: str) -> None:
-    check_encode(encode)
-    if encode is None and carry == "recompute":
-        raise ValueError('encode must be given with carry="recompute", got None')
-    if proposals == "bank" and carry == "drop":
-        raise ValueError('carry must not be "drop" with proposals="bank", whose samples are all outside, got "drop"')
-
-
-def _check_ring(proposals: str, carry: str, estimator: str) -> None:
-    """Of the settings, those for which keys that are here one after another are enough."""
-    if proposals != "batch" or carry not in ("cached", "recompute", "drop") or estimator != "states":
-        expected = 'proposals="batch", carry="cached", "recompute" or "drop", and estimator="states"'
-        raise ValueError(f'gather="ring" needs {expected}, got {proposals!r}, {carry!r} and {estimator!r}')
-
-
-def _check_sharded(proposals: str, carry: str, gather: str) -> None:
-    """Of the settings, those that need a few rows of other processes' tables, and no whole table."""
-    if proposals != "batch" or carry not in ("cached", "recompute", "drop") or gather == "none":
-        expected = 'proposals="batch", carry="cached", "recompute" or "drop", and gather="all" or "ring"'
-        raise ValueError(f"sharded=True needs {expected}, got {proposals!r}, {carry!r} and {gather!r}")
-
-
-def _check_proposals(proposals: str, num_proposals: int | None, views: str, bimodal: bool) -> None:
-    if proposals == "batch" and num_proposals is not None:
-        raise ValueError(f'num_proposals must be None with proposals="batch", whose keys are it, got {num_proposals!r}')
-    if num_proposals is not None:
-        checks.at_least("num_proposals", num_proposals, 1)
-    if views == "both" and (proposals == "bank" or bimodal):
-        case = 'proposals="bank", which draws from both' if proposals == "bank" else "bimodal=True"
-        raise ValueError(f'views must be "one" with {case}, got {views!r}')
