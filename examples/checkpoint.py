@@ -16,6 +16,7 @@ FIELDS = (
     "losses",
     "optimizer",
     "scheduler",
+    "scaler",
     "sampler",
     "generators",
     "again_generators",

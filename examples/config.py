@@ -1,17 +1,19 @@
-"""The settings of a run: defaults, checks, command line."""
+"""The settings of a run: defaults and checks."""
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from data import DATASETS
+from evaluate import PROBES
+from model import ENCODERS
+from optim import OPTIMIZERS
 from processes import Processes
+from resnet import NORMS, STEMS
+from sources import CHOICES, READERS, is_known, view_size
 
 from emc2_kernels.batching import SCOPES
 from emc2_kernels.distributed import GATHERS
@@ -23,8 +25,9 @@ PROPOSALS = ("batch", "bank")
 ESTIMATORS = ("states", "recycled")
 VIEWS = ("one", "both")
 BATCHINGS = ("shuffle", "gcbs")
+AMP = ("none", "bfloat16", "float16")
 # Options that mean something with some values of another option only. Where that is the method, their names are those
-# of the loss's arguments; where it is the batching, the sampler's.
+# of the loss's arguments; where it is the batching, the sampler's. Of --data, what is in front of the path counts.
 ONLY_WITH = {
     "proposals": ("method", ("emc2",)),
     "estimator": ("method", ("emc2",)),
@@ -37,7 +40,14 @@ ONLY_WITH = {
     "num_samples": ("method", ("cached",)),
     "quantile": ("batching", ("gcbs",)),
     "scope": ("batching", ("gcbs",)),
+    "image_size": ("data", tuple(READERS)),
+    "jitter": ("data", tuple(READERS)),
+    "blur": ("data", tuple(READERS)),
+    "stem": ("encoder", ENCODERS[1:]),
+    "momentum": ("optimizer", ("sgd", "lars")),
 }
+# What may differ between a run and the one that it continues.
+FREE = ("out", "resume", "quiet", "workers", "tensorboard", "profile")
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,27 @@ class Config:
     """Defaults are one reasonable setting for all methods, tuned for none. `out` None: see `directory`."""
 
     data: str = "digits"
+    subset: int | None = None
+    image_size: int | None = None
+    augmentations: int = 0
+    jitter: float = 0.5
+    blur: float = 0.0
+    encoder: str = "small"
+    stem: str = "imagenet"
+    norm: str = "group"
+    projector_hidden: int | None = None
+    dim: int = 64
     method: str = "emc2"
     batch_size: int = 32
     epochs: int = 30
+    optimizer: str = "adamw"
     lr: float = 1e-3
+    momentum: float = 0.9
     weight_decay: float = 1e-4
+    warmup_epochs: float | None = None
+    clip_grad: float | None = None
+    amp: str = "none"
     temperature: float = 0.2
-    dim: int = 64
     burn_in: float = 0.5
     proposals: str = "batch"
     estimator: str = "states"
@@ -65,15 +89,30 @@ class Config:
     quantile: float = 0.99
     scope: str = "global"
     gather: str = "auto"
+    probe: str = "auto"
+    evaluate_every: int = 1
     seed: int = 0
     device: str = "auto"
     threads: int = 1
+    workers: int = 2
     out: str | None = None
     resume: bool = False
     quiet: bool = False
+    tensorboard: bool = False
+    profile: int = 0
 
     def __post_init__(self) -> None:
-        expect_one_of("data", self.data, tuple(DATASETS))
+        expect("data", self.data, "one of " + ", ".join(CHOICES), is_known(self.data))
+        self._check_choices()
+        self._check_training()
+        self._check_method()
+        self._check_processes()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"--out: expected a directory, or a new name, got the file {self.directory}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device: expected cpu or auto, as PyTorch finds no CUDA device here, got cuda")
+
+    def _check_choices(self) -> None:
         expect_one_of("method", self.method, METHODS)
         expect_one_of("proposals", self.proposals, PROPOSALS)
         expect_one_of("estimator", self.estimator, ESTIMATORS)
@@ -83,30 +122,52 @@ class Config:
         expect_one_of("scope", self.scope, SCOPES)
         expect_one_of("gather", self.gather, ("auto", *GATHERS))
         expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
-        expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
+        expect_one_of("encoder", self.encoder, ENCODERS)
+        expect_one_of("stem", self.stem, STEMS)
+        expect_one_of("norm", self.norm, NORMS)
+        expect_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        expect_one_of("amp", self.amp, AMP)
+        expect_one_of("probe", self.probe, PROBES)
+
+    def _check_training(self) -> None:
+        """Numbers that mean something with every method."""
+        expect_at_least("batch_size", self.batch_size, 2)
+        expect_at_least("epochs", self.epochs, 1)
         expect("lr", self.lr, "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
         decay = self.weight_decay
         expect("weight_decay", decay, "a finite number of at least 0", math.isfinite(decay) and decay >= 0)
         heat = self.temperature
         expect("temperature", heat, "a finite number above 0", math.isfinite(heat) and heat > 0)
-        expect("dim", self.dim, "an integer of at least 2", self.dim >= 2)
+        expect_at_least("dim", self.dim, 2)
+        expect("momentum", self.momentum, "a share from 0 to below 1", 0 <= self.momentum < 1)
+        warmup = 0 if self.warmup_epochs is None else self.warmup_epochs
+        expect("warmup_epochs", warmup, f"from 0 to the {self.epochs} epochs", 0 <= warmup <= self.epochs)
+        clip = 1 if self.clip_grad is None else self.clip_grad
+        expect("clip_grad", clip, "a finite norm above 0", math.isfinite(clip) and clip > 0)
+        expect("jitter", self.jitter, "a strength from 0 to 2", 0 <= self.jitter <= 2)
+        expect("blur", self.blur, "a share from 0 to 1", 0 <= self.blur <= 1)
+        fixed = self.augmentations
+        expect("augmentations", fixed, "0 (fresh ones at each visit) or at least 2", fixed == 0 or fixed >= 2)
+        expect_at_least("subset", 2 if self.subset is None else self.subset, 2)
+        expect_at_least("image_size", 8 if self.image_size is None else self.image_size, 8)
+        expect_at_least("projector_hidden", 1 if self.projector_hidden is None else self.projector_hidden, 1)
+        expect_at_least("evaluate_every", self.evaluate_every, 1)
+        expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
+        expect_at_least("threads", self.threads, 1)
+        expect_at_least("workers", self.workers, 1)
+        expect_at_least("profile", self.profile, 0)
+
+    def _check_method(self) -> None:
+        """Numbers that mean something with some methods or batchings."""
         expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= self.burn_in < 1)
         expect("gamma", self.gamma, "a share above 0, up to 1", 0 < self.gamma <= 1)
         expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
         expect("refresh", self.refresh, "a share from 0 to 1", 0 <= self.refresh <= 1)
-        expect("num_samples", self.num_samples, "an integer of at least 1", self.num_samples >= 1)
+        expect_at_least("num_samples", self.num_samples, 1)
         expect("quantile", self.quantile, "a share from 0 to below 1", 0 <= self.quantile < 1)
         if (self.method, self.proposals, self.batching) == ("emc2", "batch", "gcbs"):
             uniform = "shuffle, as chains take the batch for uniform draws with --method emc2 --proposals batch"
             raise ValueError(f"--batching: expected {uniform}, got gcbs: add --proposals bank")
-        expect("seed", self.seed, "an integer from 0 to below 2**63", 0 <= self.seed < 2**63)
-        expect("threads", self.threads, "an integer of at least 1", self.threads >= 1)
-        self._check_processes()
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ValueError(f"--out: expected a directory, or a new name, got the file {self.directory}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device: expected cpu or auto, as PyTorch finds no CUDA device here, got cuda")
 
     def _check_processes(self) -> None:
         processes = Processes.launched()
@@ -114,6 +175,9 @@ class Config:
             one = "auto or none with one process; torchrun starts several"
             expect("gather", self.gather, one, self.gather in ("auto", "none"))
             return
+        if self.norm == "batch":
+            # Each would take the statistics of its own part, and run ahead of the others where it encodes again.
+            raise ValueError(f"--norm: expected group or none with {processes.count} processes, got batch")
         each = f"2 images for each of the {processes.count} processes"
         expect("batch_size", self.batch_size, f"at least {each}", self.batch_size >= 2 * processes.count)
         if self.batching == "gcbs":
@@ -126,7 +190,21 @@ class Config:
     @property
     def directory(self) -> Path:
         chosen = "" if self.batching == "shuffle" else f"-{self.batching}"
-        return Path(self.out or f"runs/{self.data}-{self.method}{chosen}-b{self.batch_size}")
+        name, _, path = self.data.partition(":")
+        data = f"{name}-{Path(path).resolve().name}" if name == "folder" else name
+        return Path(self.out or f"runs/{data}-{self.method}{chosen}-b{self.batch_size}")
+
+    @property
+    def warmups(self) -> float:
+        """How many times the warm-up fits into the run."""
+        if self.warmup_epochs is None:
+            return 10
+        return math.inf if self.warmup_epochs == 0 else self.epochs / self.warmup_epochs
+
+    @property
+    def view_size(self) -> int | None:
+        """Side of the views; None: that of the images."""
+        return view_size(self.data, self.image_size)
 
     @property
     def torch_device(self) -> torch.device:
@@ -141,17 +219,18 @@ class Config:
         return self.gather
 
     def own_options(self, *settings: str) -> dict[str, Any]:
-        """Those that mean something with this run's method and batching, or with those of the two that are named."""
+        """Those that mean something with this run's method, batching and so on, or with those of these that are
+        named."""
         return {
             name: getattr(self, name)
             for name, (setting, values) in ONLY_WITH.items()
-            if getattr(self, setting) in values and setting in (settings or (setting,))
+            if getattr(self, setting).partition(":")[0] in values and setting in (settings or (setting,))
         }
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it continues."""
         settings = asdict(self)
-        for name in ("out", "resume", "quiet"):
+        for name in FREE:
             del settings[name]
         for name in ONLY_WITH:
             del settings[name]
@@ -167,70 +246,9 @@ def expect(name: str, value: object, expected: str, holds: bool) -> None:
         raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value!r}")
 
 
+def expect_at_least(name: str, value: int, least: int) -> None:
+    expect(name, value, f"an integer of at least {least}", value >= least)
+
+
 def expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     expect(name, value, "one of " + ", ".join(choices), value in choices)
-
-
-HELP = {
-    "data": f"data set to pre-train on: {', '.join(DATASETS)}; nothing is downloaded",
-    "method": "loss: emc2 (negatives sampled from the whole data set), simclr (NT-Xent, the batch's negatives), sogclr "
-    "(the batch's, weighted by each image's running denominator), isogclr (that, and a temperature learned for each "
-    "image) or cached (sampled from a cache of embeddings)",
-    "batch_size": "images per step, of all processes together; each is encoded twice",
-    "epochs": "passes over the training images",
-    "lr": "peak learning rate of AdamW: linear warm-up over a tenth of the steps, then cosine to 0",
-    "weight_decay": "weight decay of AdamW",
-    "temperature": "similarities are divided by this",
-    "dim": "size of the projections",
-    "burn_in": "emc2 only: share of a visit's proposals that give no sample",
-    "proposals": "emc2 only: what is proposed to the chains, the batch or draws from the bank of all embeddings",
-    "estimator": "emc2 only: chains' states, or recycled, which also counts what was rejected",
-    "carry": "emc2 and cached only: what stands for samples outside the batch, see EMC2Loss; auto is the loss's choice",
-    "views": "emc2 only: views of an image that are proposed, one or both (both is the paper's choice, biased)",
-    "gamma": "sogclr and isogclr only: weight of the present batch in an image's running denominator",
-    "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",
-    "refresh": "cached only: share of the cache that is encoded again at each step",
-    "num_samples": "cached only: negatives drawn for each anchor",
-    "batching": "shuffle (uniform batches), or gcbs (batches of alike images, chosen before each epoch but the first); "
-    "not with emc2 and proposals from the batch",
-    "quantile": "gcbs only: similarities from this quantile on up join two images",
-    "scope": "gcbs only: the quantile of all similarities (global) or of each image's own (row)",
-    "gather": "negatives and proposals of several processes (torchrun): none (each its own), all (those of all, "
-    "gathered), ring (those of all, one process's at a time; simclr, and emc2 with proposals from the batch); "
-    "auto is all, with one process none",
-    "seed": "names the initial weights, the batches, the augmentations and the chains",
-    "device": "auto, cpu or cuda; auto takes the GPU if there is one",
-    "threads": "CPU threads of PyTorch; this model is too small for a second one to pay",
-    "out": "directory of the checkpoint, metrics.csv and curves.png; without --resume its files are overwritten",
-    "resume": "continue from the checkpoint in --out; the result is that of an uninterrupted run. Processes that "
-    "torchrun has started again do so by themselves",
-    "quiet": "no progress bar",
-}
-
-UNSET = {
-    "out": "runs/DATA-METHOD-bBATCH_SIZE, or runs/DATA-METHOD-gcbs-bBATCH_SIZE",
-}
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
-    parser = argparse.ArgumentParser(description="Contrastive pre-training of a small convolutional encoder.")
-    for field in fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        if isinstance(field.default, bool):
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=HELP[field.name])
-            continue
-        default = UNSET[field.name] if field.default is None else field.default
-        kind = str if field.default is None else type(field.default)
-        help_text = f"{HELP[field.name]} (default: {default})"
-        # Suppressed, so that what was not given is told apart from what was: the defaults live in Config.
-        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help_text, metavar=kind.__name__.upper())
-    given = vars(parser.parse_args(arguments))
-    try:
-        config = Config(**given)
-    except ValueError as error:
-        parser.error(str(error))
-    for name in ONLY_WITH.keys() & given.keys() - config.own_options().keys():
-        (setting, values), flag = ONLY_WITH[name], "--" + name.replace("_", "-")
-        expected = f"--{setting} {' or '.join(values)}"
-        parser.error(f"{flag}: expected only with {expected}, got --{setting} {getattr(config, setting)}")
-    return config

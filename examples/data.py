@@ -8,19 +8,24 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from images import Images
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 TEST_SHARE = 0.3
+UNLABELLED = -1
 
 
 class Split(NamedTuple):
-    """Images are (n, 1, height, width) float32 in [0, 1], labels (n,) int64."""
+    """Images are (n, channels, height, width) float32 in [0, 1], in memory or on disk; labels (n,) int64 from 0.
 
-    train_images: Tensor
+    Training images may be UNLABELLED: they are trained on, and the probes leave them out.
+    """
+
+    train_images: Tensor | Images
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | Images
     test_labels: Tensor
 
     def to(self, device: torch.device) -> Split:

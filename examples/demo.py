@@ -24,7 +24,7 @@ HEADER = ("", "probe", "1-NN", "probe*", "1-NN*", "NT-Xent", "mean cosine", "sec
 
 
 def row(name: str, found: Accuracy, results: Results | None = None) -> tuple[str, ...]:
-    cells = (name, *(f"{100 * share:.1f}" for share in found))
+    cells = (name, *(f"{100 * share:.1f}" for share in found[:4]))
     if results is None:
         return (*cells, "", "", "", "")
     last = results.history[-1]

@@ -24,7 +24,8 @@ from config import expect, expect_one_of
 from demo import table
 from gcbs_data import DATASETS, Pairs
 from gcbs_plot import plot
-from pretrain import cpu_threads, warmup_cosine
+from optim import warmup_cosine
+from pretrain import cpu_threads
 from torch import Tensor
 from tqdm import tqdm
 

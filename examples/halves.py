@@ -16,7 +16,8 @@ import torch
 from config import expect, expect_one_of
 from data import batches, digits
 from demo import table
-from pretrain import cpu_threads, warmup_cosine
+from optim import warmup_cosine
+from pretrain import cpu_threads
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm

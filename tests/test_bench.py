@@ -451,6 +451,20 @@ def test_losses_are_timed_beside_plain_ntxent_which_is_ntxent() -> None:
     torch.testing.assert_close(plain, ours, atol=1e-6, rtol=1e-4)
 
 
+def test_whole_steps_are_timed_with_the_share_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import end_to_end
+
+    monkeypatch.setattr(end_to_end, "METHODS", {"simclr": {"method": "simclr"}, "emc2": {"method": "emc2"}})
+    monkeypatch.setattr(end_to_end, "TRACED", 1)
+    torch.set_num_threads(1)
+    small = end_to_end.Config(batch_size=16, dim=8, device="cpu", quiet=True, out=str(tmp_path))
+    split = end_to_end.load("digits", subset=64)
+    rows = end_to_end.time_batch(small, split, 2)
+    assert set(rows) == set(end_to_end.METHODS) and rows["simclr"]["ratio_to_simclr"] == 1
+    for name, row in rows.items():
+        assert 0 < row["loss_share"] < 1 and (row["drawing_share"] > 0) == (name == "emc2")
+
+
 def test_draws_are_timed_beside_naive_ones(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     import gumbel
 

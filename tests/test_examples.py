@@ -22,8 +22,10 @@ import config
 import data
 import demo
 import evaluate
+import logs
 import model
 import pretrain
+import training
 from processes import Processes
 
 from emc2_kernels.checkpoint import CheckpointError, save
@@ -66,9 +68,11 @@ def few_images(split: data.Split, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def flags(run: config.Config) -> list[str]:
     """The command line that gives `run`."""
-    unused = {"quiet", "resume"} | config.ONLY_WITH.keys() - run.own_options().keys()
+    unused = config.ONLY_WITH.keys() - run.own_options().keys()
     given = {field.name: getattr(run, field.name) for field in fields(run) if field.name not in unused}
-    return ["--quiet", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)]
+    switches = [f"--{name}" for name, value in given.items() if value is True]
+    values = {name: value for name, value in given.items() if value is not None and not isinstance(value, bool)}
+    return [*switches, *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
 
 
 @pytest.mark.parametrize("method", config.METHODS)
@@ -91,10 +95,10 @@ def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split:
     assert results.paths[2].read_bytes().startswith(b"\x89PNG")
     with open(results.paths[1], newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == pretrain.COLUMNS
+    assert tuple(rows[0]) == logs.COLUMNS
     assert [row["epoch"] for row in rows] == [str(epoch + 1) for epoch in range(epochs)]
     for row in rows:
-        for column in pretrain.COLUMNS:
+        for column in logs.COLUMNS:
             if method not in OWN_COLUMNS.get(column, (method,)):
                 assert row[column] == ""
             else:
@@ -204,12 +208,13 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
     ("arguments", "expected"),
     [
         (["--method=moco"], f"--method: expected one of {', '.join(config.METHODS)}, got 'moco'"),
-        (["--data=mnist"], "--data: expected one of digits, mnist5k, got 'mnist'"),
+        (["--data=mnist"], "--data: expected one of digits, mnist5k, stl10:PATH, folder:PATH, got 'mnist'"),
         (["--batch-size=1"], "--batch-size: expected an integer of at least 2, got 1"),
         (["--batch-size=1258"], "--batch-size: expected at most 1257 (training images), got 1258"),
         (["--epochs=0"], "--epochs: expected an integer of at least 1, got 0"),
-        (["--epochs=many"], "--epochs: invalid int value: 'many'"),
-        (["--lr=nan"], "--lr: expected a finite number above 0, got nan"),
+        (["--epochs=many"], "--epochs: expected an integer, got 'many'"),
+        (["--lr=nan"], "--lr: expected a number, got 'nan'"),
+        (["--lr=.inf"], "--lr: expected a finite number above 0, got inf"),
         (["--lr=0"], "--lr: expected a finite number above 0, got 0.0"),
         (["--weight-decay=-1"], "--weight-decay: expected a finite number of at least 0, got -1.0"),
         (["--temperature=0"], "--temperature: expected a finite number above 0, got 0.0"),
@@ -245,6 +250,20 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
         (["--device=tpu"], "--device: expected one of auto, cpu, cuda, got 'tpu'"),
         ([f"--out={__file__}"], "--out: expected a directory"),
         (["--batchsize=3"], "--batchsize=3"),
+        (["--subset=some"], "--subset: expected an integer, got 'some'"),
+        (["--subset=1258"], "--subset: expected 2 to 1257 (training images), got 1258"),
+        (["--augmentations=1"], "--augmentations: expected 0 (fresh ones at each visit) or at least 2, got 1"),
+        (["--image-size=32"], "--image-size: expected only with --data stl10 or folder, got --data digits"),
+        (["--data=stl10:"], "--data: expected one of digits, mnist5k, stl10:PATH, folder:PATH, got 'stl10:'"),
+        (["--data=stl10:nowhere"], "--data stl10: expected a directory with train_X.bin"),
+        (["--stem=cifar"], "--stem: expected only with --encoder resnet18 or resnet50, got --encoder small"),
+        (["--norm=layer"], "--norm: expected one of group, batch, none, got 'layer'"),
+        (["--momentum=0.5"], "--momentum: expected only with --optimizer sgd or lars, got --optimizer adamw"),
+        (["--warmup-epochs=31"], "--warmup-epochs: expected from 0 to the 30 epochs, got 31.0"),
+        (["--clip-grad=0"], "--clip-grad: expected a finite norm above 0, got 0.0"),
+        (["--amp=half"], "--amp: expected one of none, bfloat16, float16, got 'half'"),
+        (["--profile=-1"], "--profile: expected an integer of at least 0, got -1"),
+        (["--config=nowhere.yaml"], "--config: File does not exist"),
     ],
 )
 def test_bad_arguments_are_named(
@@ -272,6 +291,7 @@ def test_bad_arguments_are_named(
             {"method": "simclr", "batching": "gcbs", "batch_size": 33},
             "--batch-size: expected a multiple of the 2 processes with --batching gcbs, got 33",
         ),
+        ({"norm": "batch"}, "--norm: expected group or none with 2 processes, got batch"),
         ({"method": "sogclr", "gather": "ring"}, "gather must be one of"),
         ({"proposals": "bank", "gather": "ring"}, 'gather="ring" needs proposals="batch"'),
     ],
@@ -281,7 +301,7 @@ def test_what_several_processes_cannot_do_is_named(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError) as error:
-        pretrain.build_loss(replace(TINY, **options), 100, lambda items, views: items)
+        training.build_loss(replace(TINY, **options), 100, lambda items, views: items)
     assert expected in str(error.value)
 
 

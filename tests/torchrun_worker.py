@@ -160,7 +160,7 @@ def train_and_die(directory, epoch):
         return step(run, index)
 
     pretrain.Run.train_step = killed
-    pretrain.DATASETS["digits"] = few_images
+    data.DATASETS["digits"] = few_images
     return pretrain.main([*LONG_FLAGS, f"--out={directory / 'broken'}"])
 
 
