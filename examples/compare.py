@@ -17,10 +17,13 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from config import Config
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pretrain import Results
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "SimCLR": {"method": "simclr"},
@@ -42,14 +45,18 @@ class Row(NamedTuple):
     peak_mb: float  # of the process
 
 
-def run(variant: str, batch_size: int, epochs: int, seed: int, data: str) -> Row:
-    """In a process of its own, so that the peak of its memory is its own."""
+def trained(**settings: Any) -> Results:
+    """A run of pretrain.py with these settings, of which nothing is kept; settings that collapse are meant to be."""
     from pretrain import train
 
-    warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as out:
-        options = {"batch_size": batch_size, "epochs": epochs, "seed": seed, "data": data, "out": out, "quiet": True}
-        results = train(Config(**VARIANTS[variant], **options))
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as out:
+        warnings.simplefilter("ignore")
+        return train(Config(**settings, out=out, quiet=True))
+
+
+def run(variant: str, batch_size: int, epochs: int, seed: int, data: str) -> Row:
+    """In a process of its own, so that the peak of its memory is its own."""
+    results = trained(**VARIANTS[variant], batch_size=batch_size, epochs=epochs, seed=seed, data=data)
     accuracy = results.accuracy
     return Row(
         100 * accuracy.few_linear_probe,

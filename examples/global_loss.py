@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gradient_bias import DIM, ITEMS, METHODS, PIXELS, global_loss, make_loss, views
+from gradient_bias import DIM, ITEMS, METHODS, PIXELS, TEMPERATURE, global_loss, make_loss, mean_cosine, views
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -58,13 +58,13 @@ def evaluate(encoder: Encoder) -> tuple[float, float]:
     """The exact global loss and the mean cosine of all pairs."""
     with torch.no_grad():
         z = functional.normalize(encoder.layers(views().transpose(0, 1).reshape(2 * ITEMS, PIXELS)), dim=1)
-        return global_loss(z).item(), ((z.sum(0).square().sum() - len(z)) / (len(z) * (len(z) - 1))).item()
+        return global_loss(z).item(), mean_cosine(z)
 
 
 def train(method: str, batch_size: int, steps: int, rate: float, seed: int) -> Trained:
     torch.set_num_threads(1)
     images, encoder = views(), Encoder(seed)
-    loss = make_loss(method, lambda items, which: encoder(images[items, which]))
+    loss = make_loss(METHODS[method], lambda items, which: encoder(images[items, which]), ITEMS, DIM, TEMPERATURE)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=rate)
     generator = torch.Generator().manual_seed(seed + 10)
     budget, per_encoding = 2 * batch_size * steps, None

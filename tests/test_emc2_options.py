@@ -283,10 +283,10 @@ class TestCorrected:
         assert EMC2Loss(ITEMS, DIM).carry == "cached"
 
 
-@pytest.mark.parametrize("carry", ["cached", "two_sided"])
-def test_settings_that_collapse_warn(carry):
-    with pytest.warns(UserWarning, match="collapses.*mean_cosine"):
-        EMC2Loss(ITEMS, DIM, proposals="bank", carry=carry)
+@pytest.mark.parametrize(("proposals", "carry"), [("bank", "cached"), ("bank", "two_sided"), ("batch", "two_sided")])
+def test_settings_that_collapse_warn(proposals, carry):
+    with pytest.warns(UserWarning, match=f'proposals="{proposals}" with carry="{carry}" collapses.*mean_cosine'):
+        EMC2Loss(ITEMS, DIM, proposals=proposals, carry=carry)
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,8 @@ class EMC2Loss(nn.Module):
     ``state_dict``. They change in training mode only.
 
     Warns:
-        UserWarning: proposals="bank" with carry="cached" or "two_sided": training from scratch collapses there, all
-            embeddings to one point (docs/choosing.md).
+        UserWarning: carry="two_sided", and carry="cached" with proposals="bank": training from scratch collapses there,
+            all embeddings to one point (docs/choosing.md, docs/results.md).
 
     Example:
         >>> loss = EMC2Loss(len(dataset), 128, temperature=0.2)
@@ -123,8 +123,8 @@ class EMC2Loss(nn.Module):
         check_samples(estimator, num_samples, carry, encode)
         check_proposals(proposals, num_proposals, views, bimodal, carry)
         check_ranks(gather, sharded, proposals, carry, estimator)
-        if proposals == "bank" and carry in COLLAPSING:
-            warn_of_collapse(f'EMC2Loss: proposals="bank" with carry="{carry}"')
+        if (proposals, carry) in COLLAPSING:
+            warn_of_collapse(f'EMC2Loss: proposals="{proposals}" with carry="{carry}"')
         self.gather, self.process_group = gather, process_group
         self.proposals = proposals
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals

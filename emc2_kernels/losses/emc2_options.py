@@ -7,7 +7,7 @@ from ..distributed import GATHERS
 from .encoding import Encode, check_encode
 
 CARRIES = ("cached", "corrected", "two_sided", "recompute", "drop")
-COLLAPSING = ("cached", "two_sided")  # carry, with proposals="bank"
+COLLAPSING = (("bank", "cached"), ("bank", "two_sided"), ("batch", "two_sided"))  # proposals, carry
 
 
 def resolved_carry(carry: str, proposals: str) -> str:

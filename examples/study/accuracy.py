@@ -1,0 +1,53 @@
+"""Part a: accuracy over batch sizes, with the same epochs, settings and encoder for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from compare import VARIANTS, trained
+
+from study.cells import Row, finish
+
+NAMED = ("SimCLR", "EMC²", "EMC² from the bank", "SogCLR", "iSogCLR", "negative cache")
+# Settings of pretrain.py; with both views, EMC² is the paper's.
+METHODS: dict[str, dict[str, Any]] = {name: VARIANTS[name] for name in NAMED}
+METHODS["EMC², both views"] = {"method": "emc2", "views": "both"}
+NAMES = ("data", "epochs", "batch_size", "seed", "method")
+FILE = "accuracy.csv"
+# Data, epochs, batch sizes, seeds.
+FULL = (("digits", 8, (8, 16, 32, 64, 128, 256), 5), ("mnist5k", 2, (8, 64), 3))
+QUICK = (("digits", 1, (128, 256), 1),)
+
+
+def cells(quick: bool) -> Iterator[tuple]:
+    """Seed by seed: an interrupted study has all methods."""
+    for data, epochs, sizes, seeds in QUICK if quick else FULL:
+        for seed in range(seeds):
+            for size in sizes:
+                for method in METHODS:
+                    yield data, epochs, size, seed, method
+
+
+def measure(data: str, epochs: int, batch_size: int, seed: int, method: str) -> list[Row]:
+    """A row an epoch; the last has the accuracies, in %, few: with 10 labels a class."""
+    results = trained(**METHODS[method], data=data, epochs=epochs, batch_size=batch_size, seed=seed)
+    rows: list[Row] = [
+        {
+            "epoch": row["epoch"],
+            "step": row["step"],
+            "ntxent": row["ntxent"],
+            "mean_cosine": row["mean_cosine"],
+            "few_nearest": 100 * row["few_nearest_neighbour"],
+            "few_probe": None,
+            "probe": None,
+        }
+        for row in results.history
+    ]
+    rows[-1] |= {"few_probe": 100 * results.accuracy.few_linear_probe, "probe": 100 * results.accuracy.linear_probe}
+    return rows
+
+
+def run(folder: Path, quick: bool) -> list[Row]:
+    return finish(folder / FILE, NAMES, cells(quick), measure)

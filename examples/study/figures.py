@@ -1,0 +1,156 @@
+"""The study's figures, one a part."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from gradient_bias import COLOURS
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from study.cells import Row, grouped
+from study.speed import ratios
+from study.tables import curves, last_epochs
+
+STYLES = [*((colour, "-") for colour in COLOURS), *((colour, "--") for colour in COLOURS)]
+
+
+def _figure(width: float, height: float, rows: int, columns: int, **shared: object) -> tuple[Figure, list[Axes]]:
+    """Figure instead of pyplot: it draws without a display and leaves the caller's backend alone."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+
+
+def _finish(path: Path, figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all panels, beside them."""
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def accuracy(rows: Sequence[Row], path: Path) -> None:
+    found = last_epochs(rows)
+    data_sets = list(dict.fromkeys((row["data"], row["epochs"]) for row in found))
+    figure, axes = _figure(9.5, 3.6 * len(data_sets), len(data_sets), 2)
+    panels = [(case, column) for case in data_sets for column in ("few_probe", "few_nearest")]
+    for axis, ((data, epochs), column) in zip(axes, panels, strict=True):
+        chosen = [row for row in found if (row["data"], row["epochs"]) == (data, epochs)]
+        for (method,), runs in grouped(chosen, "method").items():
+            number = list(dict.fromkeys(row["method"] for row in found)).index(method)
+            sizes = grouped(runs, "batch_size")
+            points = [_mean_and_spread([row[column] for row in at]) for at in sizes.values()]
+            # Side by side, so that bars do not hide each other.
+            x = [size * 1.03 ** (number - 2.5) for (size,) in sizes]
+            means, spreads = zip(*points, strict=True)
+            axis.errorbar(x, means, spreads, color=COLOURS[number], marker="o", markersize=4, capsize=2, label=method)
+        axis.set_xscale("log", base=2)
+        ticks = sorted({row["batch_size"] for row in chosen})
+        axis.set_xticks(ticks, [str(size) for size in ticks])
+        axis.set_xlabel("Batch size")
+        name = "Linear probe" if column == "few_probe" else "1-NN"
+        axis.set_ylabel(f"{name}, 10 labels a class (%)")
+        axis.set_title(f"{data}, {epochs} epochs", fontsize=10)
+    _finish(path, figure, axes)
+
+
+def subset(rows: Sequence[Row], path: Path) -> None:
+    """A row of panels a learning rate; means over the seeds, whose spread is in the table."""
+    columns = {
+        "loss": "Exact global loss (nats)",
+        "squared_gradient": "Squared norm of its gradient",
+        "mean_cosine": "Mean cosine of all pairs",
+    }
+    rates = sorted({row["lr"] for row in rows})
+    figure, axes = _figure(13, 3.1 * len(rates), len(rates), len(columns), sharex=True)
+    panels = [(lr, column) for lr in rates for column in columns]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for axis, (lr, column) in zip(axes, panels, strict=True):
+        for (method,), runs in grouped([row for row in rows if row["lr"] == lr], "method").items():
+            colour, style = STYLES[methods.index(method)]
+            steps = grouped(runs, "step")
+            means = [statistics.fmean(row[column] for row in at) for at in steps.values()]
+            axis.plot([step for (step,) in steps], means, style, color=colour, label=method)
+        if column == "squared_gradient":
+            axis.set_yscale("log")
+        axis.set_ylabel(columns[column])
+        axis.set_title(f"learning rate {lr:g}", fontsize=10)
+        axis.set_xlabel("Iteration")
+    _finish(path, figure, axes)
+
+
+def sampler(rows: Sequence[Row], path: Path) -> None:
+    """The first anchor; all anchors are in the table."""
+    rows = [row for row in rows if row["anchor"] == 0]
+    temperatures = sorted({row["temperature"] for row in rows}, reverse=True)
+    figure, axes = _figure(13.5, 7, 2, len(temperatures), sharex=True, sharey="row")
+    markers = {"uniform": "o", "sweep, one view": "s", "sweep, both views": "^"}
+    panels = [(over, temperature) for over in ("", "_items") for temperature in temperatures]
+    for axis, (over, temperature) in zip(axes, panels, strict=True):
+        kinds = grouped([row for row in rows if row["temperature"] == temperature], "proposals")
+        for number, ((kind,), found) in enumerate(kinds.items()):
+            x = [row["after"] for row in found]
+            chains = [row[f"chains_distance{over}"] for row in found]
+            axis.plot(x, chains, markers[kind], color=COLOURS[number + 1], markersize=5, label=f"chains, {kind}")
+            if kind == "uniform":
+                lines = {
+                    f"exact_distance{over}": "transition matrix",
+                    f"expected_distance{over}": "the same, drawn from",
+                }
+                if not over:
+                    lines |= {"bound": "bound of these scores", "worst_bound": "bound of any unit vectors"}
+                for (column, name), style in zip(lines.items(), ("-", "--", "-.", ":"), strict=False):
+                    colour = "black" if "bound" not in column else "grey"
+                    axis.plot(x, [row[column] for row in found], style, color=colour, label=name, zorder=0)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_ylim(1e-3, 1.3)
+        axis.set_xlabel("Proposals")
+        axis.set_ylabel("Total variation to the softmax, " + ("items" if over else "views"))
+        axis.set_title(f"temperature {temperature:g}", fontsize=10)
+    _finish(path, figure, axes)
+
+
+def options(bias: Sequence[Row], trained: Sequence[Row], path: Path) -> None:
+    """In the order of the table."""
+    gradients, runs = grouped(bias, "options"), grouped(trained, "options")
+    names = [name for (name,) in gradients | runs]
+    figure, axes = _figure(12, 0.29 * len(names) + 1.2, 1, 3, sharey=True)
+    places = range(len(names))
+    for axis, column in zip(axes, ("bias", "deviation"), strict=False):
+        axis.barh(range(len(bias)), [row[column] for row in bias], color=COLOURS[1])
+    axes[0].set_xlabel("Bias, relative to the exact gradient")
+    axes[1].set_xlabel("Standard deviation of one gradient, relative")
+    for place in places:
+        if (names[place],) in runs:
+            mean, deviation = _mean_and_spread([row["few_probe"] for row in runs[names[place],]])
+            axes[2].errorbar(mean, place, xerr=deviation, fmt="o", color=COLOURS[2], capsize=2)
+    axes[2].set_xlabel("Linear probe, 10 labels a class (%)")
+    axes[0].set_yticks(list(places), names)
+    axes[0].set_ylim(len(names) - 0.4, -0.6)  # from top to bottom
+    _finish(path, figure, axes)
+
+
+def speed(timed: Sequence[Row], trained: Sequence[Row], path: Path) -> None:
+    costs, found = ratios(timed), curves(trained)
+    cases = [case for case in grouped(timed, "data", "batch_size") if any(case == key[:2] for key in found)]
+    figure, axes = _figure(4.3 * len(cases) + 2, 4, 1, len(cases), sharey=True)
+    for axis, (data, size) in zip(axes, cases, strict=True):
+        methods = [key[2] for key in found if key[:2] == (data, size) and key in costs]
+        for number, method in enumerate(methods):
+            case = (data, size, method)
+            x = [step / found[case][-1][0] * costs[case].median for step, _ in found[case]]
+            values = [value for _, value in found[case]]
+            axis.plot(x, values, color=COLOURS[number], marker=".", label=method)
+        axis.set_title(f"{data}, b = {size}", fontsize=10)
+        axis.set_xlabel("Time, all of SimCLR's training = 1")
+        axis.set_ylabel("1-NN, 10 labels a class (%)")
+    _finish(path, figure, axes)

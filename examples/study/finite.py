@@ -1,0 +1,86 @@
+"""Training on fixed views by plain SGD, where the exact loss and gradient are at hand to compare with."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from data import batches
+from gradient_bias import make_loss
+from model import build_encoder
+from torch import Tensor, nn
+
+from study.exact import Exact, exact, flat
+from study.fixed_views import fixed_views
+
+DIM, TEMPERATURE = 64, 0.2  # the paper's beta is 5
+
+
+class Error(NamedTuple):
+    """Of a method's gradients, at the encoder as it is, relative to the norm of the exact gradient."""
+
+    # Of the mean of an epoch: what two epochs from the same state of the loss have in common; 0 where noise is all that
+    # there is. It is bias, and for chains that move slowly also where they happen to be.
+    common: float
+    batch: float  # of one batch's gradient, root mean square
+    scale: float  # of the mean gradient along the exact one; 1: nothing to rescale
+
+
+class Finite:
+    """An encoder, a loss and the order of the batches.
+
+    Args:
+        options: of the loss, a value of gradient_bias.METHODS.
+    """
+
+    def __init__(self, options: Mapping[str, Any], data: str, num_items: int, batch_size: int, seed: int) -> None:
+        if batch_size > num_items:
+            raise ValueError(f"batch_size must be at most {num_items}, the items, got {batch_size}")
+        self.views = fixed_views(data, num_items)
+        self.encoder = build_encoder(DIM, seed)
+        self.parameters = list(self.encoder.parameters())
+        # Not a method of this object: measure() copies the loss, which must not copy the encoder.
+        encoder, views = self.encoder, self.views
+        self.loss = make_loss(options, lambda items, which: encoder(views[items, which]), num_items, DIM, TEMPERATURE)
+        self.batch_size = batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def embeddings(self, index: Tensor) -> tuple[Tensor, ...]:
+        """(b, dim) of the first views of these items, and of the second."""
+        return self.encoder(torch.cat((self.views[index, 0], self.views[index, 1]))).chunk(2)
+
+    def gradient(self, loss: nn.Module, index: Tensor) -> Tensor:
+        """(p,) of one batch; the loss's state moves on."""
+        return flat(torch.autograd.grad(loss(*self.embeddings(index), index), self.parameters))
+
+    def batches(self) -> Iterator[Tensor]:
+        while True:
+            yield from batches(len(self.views), self.batch_size, self.generator)
+
+    @torch.no_grad()
+    def update(self, gradient: Tensor, lr: float) -> None:
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, part in zip(self.parameters, gradient.split(sizes), strict=True):
+            parameter -= lr * part.view_as(parameter)
+
+    def exact(self) -> Exact:
+        return exact(self.encoder, self.views, TEMPERATURE)
+
+    def error(self, target: Tensor) -> Error:
+        """Of one epoch of batches, twice, from copies of the loss's present state, against the exact gradient."""
+        means, squares = [], []
+        for stream in (1, 2):
+            loss = copy.deepcopy(self.loss)
+            if hasattr(loss, "seed"):
+                loss.seed += stream  # else an item's draws would be alike in both
+            order = torch.Generator().manual_seed(stream)
+            found = [self.gradient(loss, index) for index in batches(len(self.views), self.batch_size, order)]
+            means.append(torch.stack(found).mean(0))
+            squares += [(gradient - target).square().sum().item() for gradient in found]
+        norm = target.norm().item()
+        common = ((means[0] - target) @ (means[1] - target)).item()
+        scale = ((means[0] + means[1]) / 2 @ target).item() / norm**2
+        return Error(math.sqrt(max(common, 0)) / norm, math.sqrt(sum(squares) / len(squares)) / norm, scale)

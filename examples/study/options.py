@@ -1,0 +1,99 @@
+"""Part d: bias, noise and accuracy with EMC²'s options one by one, and accuracy over the cache's refresh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradient_bias
+from compare import trained
+from pretrain import cpu_threads
+
+from study.cells import Row, finish
+
+BANK = {"proposals": "bank"}
+# What differs from EMC2Loss's defaults: proposals from the batch, one view, burn-in 0.5, carry cached, all states up to
+# 16; from the bank: 64 proposals, 16 samples, carry corrected.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "batch": {},
+    "batch, burn-in 0": {"burn_in": 0.0},
+    "batch, burn-in 0.25": {"burn_in": 0.25},
+    "batch, burn-in 0.75": {"burn_in": 0.75},
+    "batch, 1 sample": {"num_samples": 1},
+    "batch, both views": {"views": "both"},
+    "batch, recycled": {"estimator": "recycled"},
+    "batch, corrected": {"carry": "corrected"},
+    "batch, two_sided": {"carry": "two_sided"},
+    "batch, drop": {"carry": "drop"},
+    "batch, recompute": {"carry": "recompute"},
+    "batch, recompute, burn-in 0": {"carry": "recompute", "burn_in": 0.0},
+    "batch, recompute, burn-in 0.75": {"carry": "recompute", "burn_in": 0.75},
+    "batch, recompute, 1 sample": {"carry": "recompute", "num_samples": 1},
+    "batch, recompute, both views": {"carry": "recompute", "views": "both"},
+    "bank": BANK,
+    "bank, burn-in 0": BANK | {"burn_in": 0.0},
+    "bank, 1 sample": BANK | {"num_samples": 1},
+    "bank, 16 proposals": BANK | {"num_proposals": 16},
+    "bank, 256 proposals": BANK | {"num_proposals": 256},
+    "bank, recycled": BANK | {"estimator": "recycled"},
+    "bank, cached": BANK | {"carry": "cached"},
+    "bank, two_sided": BANK | {"carry": "two_sided"},
+    "bank, recompute": BANK | {"carry": "recompute"},
+}
+# With encoding again, one run stands for all; from the bank it costs as much as all other runs together.
+NOT_TRAINED = ("bank, recompute", *(name for name in OPTIONS if name.startswith("batch, recompute, ")))
+NO_SETTING = {"num_samples", "num_proposals"}  # of pretrain.py, for EMC²
+# What is kept does not age at fixed parameters, so refreshing it shows in training alone. The default is 0.01.
+REFRESH = {f"cache, refresh {share:g}": {"method": "cached", "refresh": share} for share in (0.0, 0.01, 0.05)}
+TRAINED: dict[str, dict[str, Any]] = REFRESH | {
+    name: {"method": "emc2", **options}
+    for name, options in OPTIONS.items()
+    if name not in NOT_TRAINED and not options.keys() & NO_SETTING
+}
+BIAS_FILE, BIAS_NAMES = "bias.csv", ("batch_size", "batches", "options")
+ACCURACY_FILE, ACCURACY_NAMES = "options.csv", ("data", "epochs", "batch_size", "seed", "options")
+# Batch sizes and batches; data, epochs, batch size, seeds.
+FULL = ((16,), 1500), ("digits", 8, 16, 3)
+QUICK = ((16,), 20), ("digits", 1, 256, 1)
+
+
+def bias_cells(quick: bool) -> Iterator[tuple]:
+    sizes, batches = (QUICK if quick else FULL)[0]
+    yield from ((size, batches, name) for size in sizes for name in OPTIONS)
+
+
+def accuracy_cells(quick: bool) -> Iterator[tuple]:
+    data, epochs, size, seeds = (QUICK if quick else FULL)[1]
+    yield from ((data, epochs, size, seed, name) for seed in range(seeds) for name in TRAINED)
+
+
+def measure_bias(batch_size: int, batches: int, options: str) -> list[Row]:
+    """Relative to the norm of the exact gradient; see gradient_bias.Found."""
+    with cpu_threads(1):
+        settings = {"name": "emc2", **OPTIONS[options]}
+        streams = [gradient_bias.run(settings, batch_size, batches, seed) for seed in gradient_bias.STREAMS]
+        found = gradient_bias.summary(streams)
+    return [{"error": found.errors[-1], "bias": found.bias, "deviation": found.deviation}]
+
+
+def measure_accuracy(data: str, epochs: int, batch_size: int, seed: int, options: str) -> list[Row]:
+    """In %, with 10 labels a class; statistics of the last epoch."""
+    results = trained(data=data, epochs=epochs, batch_size=batch_size, seed=seed, **TRAINED[options])
+    last = results.history[-1]
+    return [
+        {
+            "few_probe": 100 * results.accuracy.few_linear_probe,
+            "few_nearest": 100 * results.accuracy.few_nearest_neighbour,
+            "mean_cosine": last["mean_cosine"],
+            "acceptance": last.get("acceptance"),
+            "carry_share": last.get("carry_share"),
+        }
+    ]
+
+
+def run(folder: Path, quick: bool) -> tuple[list[Row], list[Row]]:
+    return (
+        finish(folder / BIAS_FILE, BIAS_NAMES, bias_cells(quick), measure_bias),
+        finish(folder / ACCURACY_FILE, ACCURACY_NAMES, accuracy_cells(quick), measure_accuracy),
+    )

@@ -1,0 +1,154 @@
+"""What the study prints: a Markdown table or two for each part."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from study.cells import Row, grouped
+from study.speed import BASE, ratios, reached
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(rows: Sequence[Row], column: str, digits: int = 1) -> str:
+    """Mean and standard deviation over rows that have the column; "-" where none has."""
+    values = [row[column] for row in rows if row[column] is not None]
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def last_epochs(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["probe"] is not None]
+
+
+def accuracy(rows: Sequence[Row]) -> str:
+    parts = []
+    for (data, epochs), found in grouped(last_epochs(rows), "data", "epochs").items():
+        sizes = sorted({row["batch_size"] for row in found})
+        seeds = len({row["seed"] for row in found})
+        for column, name in (("few_probe", "linear probe"), ("few_nearest", "1-NN")):
+            cells = grouped(found, "method", "batch_size")
+            methods = dict.fromkeys(row["method"] for row in found)
+            table = [[method, *(spread(cells[method, size], column) for size in sizes)] for method in methods]
+            title = f"{data}, {epochs} epochs, {seeds} seeds: {name}, 10 labels a class, %"
+            parts.append(f"{title}\n\n" + markdown(["", *(f"b = {size}" for size in sizes)], table))
+    return "\n\n".join(parts)
+
+
+def subset(rows: Sequence[Row]) -> str:
+    """At the end, by learning rate; the mark is on each method's best one by its loss. Late: over the last 3 tenths,
+    as the gradient's norm jumps from step to step."""
+    last = max(row["step"] for row in rows)
+    parts = []
+    for (data, size), found in grouped(rows, "data", "batch_size").items():
+        ends = grouped([row for row in found if row["step"] == last], "method", "lr")
+        means = {case: statistics.fmean(row["loss"] for row in case_rows) for case, case_rows in ends.items()}
+        late = grouped([row for row in found if row["step"] >= 0.7 * last], "method", "lr")
+        columns = {"mean_cosine": 2, "common_error": 2, "batch_error": 1, "scale": 2, "encodings": 1}
+        table = []
+        for (method, lr), end in sorted(ends.items(), key=lambda case: case[0][1]):
+            best = means[method, lr] == min(mean for case, mean in means.items() if case[0] == method)
+            seeds = grouped(late[method, lr], "seed").values()
+            smooth = [{"late": statistics.fmean(row["squared_gradient"] for row in seed)} for seed in seeds]
+            cells = [spread(end, "loss", 2), spread(end, "squared_gradient"), spread(smooth, "late")]
+            cells += [spread(end, column, digits) for column, digits in columns.items()]
+            table.append([f"{lr:g}", method + (" *" if best else ""), *cells])
+        header = ["lr", f"{data}, b = {size}, after {last} steps", "exact loss", "squared gradient norm", "late"]
+        header += ["mean cosine", "error of an epoch's mean", "error of one batch", "scale", "encodings"]
+        parts.append(markdown(header, table))
+    return "\n\n".join(parts)
+
+
+def lag(rows: Sequence[Row]) -> str:
+    """Scale and error of an epoch's mean gradient after so many epochs with the parameters held."""
+    epochs = sorted({row["epochs_held"] for row in rows})
+    table = []
+    for (method,), found in grouped(rows, "method").items():
+        held = grouped(found, "epochs_held")
+        cells = [spread(held[count,], column, 2) for column in ("scale", "common_error") for count in epochs]
+        table.append([method, *cells])
+    header = [f"{name}, after {count}" for name in ("scale", "error") for count in epochs]
+    return markdown(["epochs with the parameters held", *header], table)
+
+
+def sampler(rows: Sequence[Row]) -> str:
+    """z: how far the chains' distance is from that of as many draws from the exact law, in standard deviations."""
+    table = []
+    for (temperature, kind), found in grouped(rows, "temperature", "proposals").items():
+        z = [(row["chains_distance"] - row["expected_distance"]) / row["deviation"] for row in found]
+        most = max(row["after"] for row in found)
+        end = [row for row in found if row["after"] == most]
+        columns = ("exact_distance", "expected_distance", "chains_distance")
+        columns += ("expected_distance_items", "chains_distance_items", "bound")
+        cells = [f"{statistics.fmean(row[column] for row in end):.3f}" for column in columns]
+        table.append([f"{temperature:g}", kind, str(most), *cells, f"{min(z):.1f} to {max(z):.1f}"])
+    header = ["temperature", "proposals", "after", "exact law", "draws from it", "chains", "draws, items"]
+    return markdown([*header, "chains, items", "bound", "z, all points"], table)
+
+
+def options(bias: Sequence[Row], trained: Sequence[Row]) -> str:
+    gradients, runs = grouped(bias, "options"), grouped(trained, "options")
+    before = {"bias": 3, "error": 3, "deviation": 2}
+    after = {"few_probe": 1, "few_nearest": 1, "acceptance": 2, "carry_share": 2, "mean_cosine": 2}
+    table = [
+        [
+            *name,
+            *(spread(gradients.get(name, []), column, digits) for column, digits in before.items()),
+            *(spread(runs.get(name, []), column, digits) for column, digits in after.items()),
+        ]
+        for name in gradients | runs
+    ]
+    header = ["", "bias", "error of the mean", "deviation", "probe, %", "1-NN, %"]
+    return markdown([*header, "acceptance", "carried", "mean cosine"], table)
+
+
+def curves(rows: Sequence[Row]) -> dict[tuple, list[tuple[float, float]]]:
+    """(data, batch_size, method) -> (step, 1-NN with few labels, mean over the seeds)."""
+    found = {}
+    for (data, size, method), runs in grouped(rows, "data", "batch_size", "method").items():
+        steps = grouped(runs, "step")
+        found[data, size, method] = [
+            (step, statistics.fmean(row["few_nearest"] for row in at)) for (step,), at in steps.items()
+        ]
+    return found
+
+
+def speed(timed: Sequence[Row], trained: Sequence[Row]) -> str:
+    """Times relative to all of SimCLR's training; "-": not reached."""
+    costs, found = ratios(timed), curves(trained)
+    methods = list(dict.fromkeys(row["method"] for row in trained))
+    cases = sorted(costs.keys() & found.keys(), key=lambda case: (case[1], methods.index(case[2])))
+    table = []
+    for data, size, method in cases:
+        cost = costs[data, size, method]
+        base, curve = found[data, size, BASE], found[data, size, method]
+        cells = []
+        for less in (0, 1):
+            step = reached(curve, base[-1][1] - less)
+            cells.append("-" if step is None else f"{step / base[-1][0] * cost.median:.2f}")
+        table.append(
+            [
+                str(size),
+                method,
+                f"{cost.median:.2f}",
+                f"{cost.low:.2f} to {cost.high:.2f}",
+                f"{curve[-1][1]:.1f}",
+                *cells,
+            ]
+        )
+    header = [
+        "b",
+        "",
+        "a step's time, SimCLR = 1",
+        "quartiles",
+        "final 1-NN, %",
+        "time to SimCLR's final",
+        "to a point less",
+    ]
+    return markdown(header, table)
