@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,18 +15,13 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))  # scripts, not a package
 
+import compare  # noqa: E402
 import machine  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import throughput  # noqa: E402
 import timing  # noqa: E402
-
-# By its path: the examples have a script of that name, too.
-compare = importlib.util.module_from_spec(
-    spec := importlib.util.spec_from_file_location("comparison", BENCH / "compare.py")
-)
-spec.loader.exec_module(compare)
 
 FIVE_ITEMS = torch.tensor([0.0, 0.4, 1.1, -0.9, 1.7])  # similarities to one query
 TEMPERATURE = 0.7

@@ -441,11 +441,11 @@ def test_demo_compares_runs_that_differ_in_the_loss_alone(tmp_path: Path) -> Non
 
 
 def test_compare_prints_a_row_for_each_method_and_batch_size(tmp_path, capsys):
-    import compare
+    import compare_methods
 
     out = tmp_path / "compare.csv"
     arguments = ["--epochs", "1", "--seeds", "2", "--batch-sizes", "256", "--methods", "SimCLR", "--jobs", "1"]
-    assert compare.main([*arguments, "--out", str(out)]) == 0
+    assert compare_methods.main([*arguments, "--out", str(out)]) == 0
     assert "b = 256  SimCLR" in capsys.readouterr().out
     with out.open() as file:
         rows = list(csv.DictReader(file))
@@ -453,6 +453,6 @@ def test_compare_prints_a_row_for_each_method_and_batch_size(tmp_path, capsys):
 
 
 def test_every_variant_that_is_compared_is_a_legal_run():
-    import compare
+    import compare_methods
 
-    assert {config.Config(**options).method for options in compare.VARIANTS.values()} == set(config.METHODS)
+    assert {config.Config(**options).method for options in compare_methods.VARIANTS.values()} == set(config.METHODS)

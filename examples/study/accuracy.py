@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compare import VARIANTS, trained
+from compare_methods import VARIANTS, trained
 
 from study.cells import Row, finish
 

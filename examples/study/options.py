@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradient_bias
-from compare import trained
+from compare_methods import trained
 from pretrain import cpu_threads
 
 from study.cells import Row, finish

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from compare import trained
+from compare_methods import trained
 
 from study.accuracy import METHODS
 from study.cells import Row, finish, grouped

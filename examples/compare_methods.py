@@ -1,6 +1,6 @@
 """All methods on the same images, over batch sizes and seeds: accuracy, time of a step, memory.
 
-python examples/compare.py --batch-sizes 8 32 128 --seeds 5
+python examples/compare_methods.py --batch-sizes 8 32 128 --seeds 5
 
 Every run is ``pretrain.py`` with its defaults and the same number of epochs; no method is tuned.
 """
