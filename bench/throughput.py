@@ -2,7 +2,7 @@
 
     python bench/throughput.py                      all sizes: about 20 minutes on 2 cores
     python bench/throughput.py --quick              small sizes and fewer rounds: under 2 minutes
-    python bench/throughput.py --save               and JSON, CSV and figures: bench/results/<machine>.*
+    python bench/throughput.py --save               and JSON, CSV and figures: bench/results/<machine>-throughput.*
     python bench/compare.py old.json new.json       what has become slower
 
 Sweeps propose a batch's keys to all rows; banks are fixed sets of keys from which a few are drawn uniformly. The peers
@@ -105,7 +105,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=16, help="of mh_step, per row (%(default)s)")
     parser.add_argument("--rounds", type=int, help=f"({FULL.rounds}; {QUICK.rounds} with --quick)")
     parser.add_argument("--quick", action="store_true", help="small sizes and fewer, shorter rounds")
-    results = "write PATH (.json), and a .csv and figures beside it (bench/results/<machine>.json)"
+    results = "write PATH (.json), and a .csv and figures beside it (bench/results/<machine>-throughput.json)"
     parser.add_argument("--save", nargs="?", const=BY_MACHINE, metavar="PATH", help=results)
     options = parser.parse_args(arguments)
     options.extent = QUICK if options.quick else GPU if options.device == "cuda" else FULL
@@ -192,8 +192,9 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def write_results(results: dict[str, Any], path: str) -> list[Path]:
-    """Write JSON to `path`, or to bench/results/<machine>.json where none was named; CSV and figures beside it."""
-    default = Path(__file__).resolve().parent / "results" / f"{machine.slug(results['machine'])}.json"
+    """Write JSON to `path`, or to bench/results/<machine>-throughput.json where none was named; CSV and
+    figures beside it. <machine>.json is that of bench/gpu.py."""
+    default = Path(__file__).resolve().parent / "results" / f"{machine.slug(results['machine'])}-throughput.json"
     target = default if path == BY_MACHINE else Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=2) + "\n")
@@ -230,13 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     described, command = machine.describe(torch.device(options.device)), command_line(arguments)
     print(heading(described, command))
-    cases = [("sweep", size) for size in options.sizes]
-    cases += [("uniform", (BANK_ROWS, keys, BANK_DIM)) for keys in options.banks]
-    timed = []
-    for case in cases:
-        timed.append(time_size(*case, options))
-        print(table(timed[-1:], head=len(timed) == 1), flush=True)
-    print(notes(timed))
+    # First: a process inherits its parent's peak, and would have to fill gigabytes to see its own.
     swept = []
     for size in options.memory:
         swept += measure_memory(size, options)
@@ -244,6 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{one['peer']} {one['peak_extra_mb']:.1f}" for one in swept if (one["n"], one["m"]) == size[:2]
         )
         print(f"peak extra memory at {shape(swept[-1])}, MB (10^6 bytes): {named}", flush=True)
+    cases = [("sweep", size) for size in options.sizes]
+    cases += [("uniform", (BANK_ROWS, keys, BANK_DIM)) for keys in options.banks]
+    timed = []
+    for case in cases:
+        timed.append(time_size(*case, options))
+        print(table(timed[-1:], head=len(timed) == 1), flush=True)
+    print(notes(timed))
     print(f"{time.perf_counter() - started:.0f} s in all")
     if options.save:
         results = {
