@@ -1,6 +1,6 @@
 """Time and memory of one sampling step beside its peers, in one interleaved run.
 
-    python bench/throughput.py                      all sizes: about 20 minutes on 2 cores
+    python bench/throughput.py                      all sizes: about 25 minutes on 2 cores
     python bench/throughput.py --quick              small sizes and fewer rounds: under 2 minutes
     python bench/throughput.py --save               and JSON, CSV and figures: bench/results/<machine>-throughput.*
     python bench/compare.py old.json new.json       what has become slower
@@ -214,12 +214,10 @@ def heading(described: dict[str, object], command: str) -> str:
 
 
 def measure_memory(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak extra memory of one call of each peer, or of as many as can be afforded, each in a process of its own."""
+    """Peak extra memory of one call of each peer, each in a process of its own."""
     chosen = {"dtype": options.dtype, "device": options.device, "backend": options.backend}
     threads = torch.get_num_threads()
-    slow = size[0] * size[1] > options.extent.longest_call * 2e8  # tens of seconds for a loop over columns
-    peers = [name for name in MEMORY_PEERS if not (slow and name == "column_loop")]
-    return [memory.measure(size, peer=name, threads=threads, **chosen) for name in peers]
+    return [memory.measure(size, peer=name, threads=threads, **chosen) for name in MEMORY_PEERS]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -122,6 +122,10 @@ class SlotStore(nn.Module):
                 loaded = self.owners.own_part(loaded)
             elif by_item:
                 loaded = loaded.full_tensor().flatten(0, 1)
+            if loaded.shape != table.shape:
+                ranks = "over another number of ranks: torch.distributed.checkpoint loads that"
+                error_msgs.append(f"{prefix}{name} must lie over the ranks of this module, got a DTensor {ranks}")
+                continue
             if local_metadata.get("assign_to_params_buffers", False):
                 setattr(self, name, loaded)
             else:

@@ -104,6 +104,22 @@ def loaded(folder, group):
     return fresh
 
 
+def of_other_ranks(rank):
+    """The errors of ranks that are given what the first two have of a store; it must be left alone."""
+    pair = dist.new_group([0, 1])
+    found = []
+    if rank < 2:
+        state, other = filled(25, 2, pair, sharded=True).state_dict(), stores(25, sharded=True)
+        before = [table.clone() for table in (other[0].key, other[1].embeddings)]
+        try:
+            other.load_state_dict(state)
+        except RuntimeError as error:
+            found.append("0.key must lie over the ranks of this module, got a DTensor" in str(error))
+        found.append(torch.equal(other[0].key, before[0]) and torch.equal(other[1].embeddings, before[1]))
+    dist.barrier()
+    return found
+
+
 def single_file(size):
     """[error, whether there is a file] where what writes whole files is given a rank's part of a store."""
     state = filled(5, size, sharded=True).state_dict()
@@ -119,4 +135,6 @@ def checks(rank, size):
     found = {f"sharded reads: {items}": partial(reads, items, rank, size) for items in ITEMS}
     found |= {f"sharded loads: {items}": partial(loads, items, size) for items in ITEMS}
     found["sharded: another number of ranks"] = partial(another_number_of_ranks, rank, size)
+    if size > 2:
+        found["sharded: of other ranks"] = partial(of_other_ranks, rank)
     return found | {"sharded: single file": partial(single_file, size)}

@@ -359,6 +359,25 @@ def test_comparison_flags_regressions(saved, tmp_path, capsys, factor, code, lin
     assert capsys.readouterr().out.count("mh_step") == (0 if factor == 1.05 else 1)  # times do not compare
 
 
+def results_of(median: float, spread: float, megabytes: float) -> dict:
+    """Of one peer at one size, its quartiles the spread away from the median."""
+    figures = {"median": median, "lower_quartile": median - spread, "upper_quartile": median + spread}
+    case = {"kind": "sweep", "n": 4, "m": 4, "d": 2, "dtype": "float32", "peer": "mh_step"}
+    peers = {"mh_step": {"ratio_to_mm": figures, "time_ms": figures}}
+    on = dict.fromkeys(compare.SAME_MACHINE, 1)
+    return {"machine": on, "throughput": [case | {"peers": peers}], "memory": [case | {"peak_extra_mb": megabytes}]}
+
+
+@pytest.mark.parametrize(
+    ("new", "regressions"),
+    [((1.5, 0.1, 50), 2), ((1.5, 0.4, 50), 0), ((1, 0.1, 56), 1), ((1, 0.1, 53), 0), ((0.5, 0.1, 40), 0)],
+    ids=["slower", "within the spread", "more memory", "within a step of memory", "better"],
+)
+def test_a_regression_is_beyond_tolerance_and_spread(new, regressions) -> None:
+    found = list(compare.changes(results_of(1, 0.2, 50), results_of(*new), tolerance=0.1))
+    assert sum(change.regression for change in found) == regressions
+
+
 def test_comparison_refuses_other_files(saved, tmp_path) -> None:
     with pytest.raises(SystemExit, match="expected a file of bench/throughput.py"):
         compare.main([str(saved), str(tmp_path / "none.json")])

@@ -34,6 +34,11 @@ def test_a_distributed_checkpoint_loads_on_another_number_of_ranks(over_ranks, s
     assert found == [[True, True]] * half + [[True]] * (size - half)
 
 
+@pytest.mark.parametrize("size", ranks.SIZES[2:])
+def test_a_part_of_another_number_of_ranks_is_refused(over_ranks, size):
+    assert over_ranks(size, "sharded: of other ranks") == [[True, True]] * 2 + [[]] * (size - 2)
+
+
 @SIZES
 def test_a_part_of_a_store_is_not_written_as_a_whole_file(over_ranks, size):
     for message, exists in over_ranks(size, "sharded: single file"):
