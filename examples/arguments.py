@@ -50,7 +50,8 @@ HELP = {
     "gamma": "sogclr and isogclr only: weight of the present batch in an image's running denominator",
     "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",
     "refresh": "cached only: share of the cache that is encoded again at each step",
-    "num_samples": "cached only: negatives drawn for each anchor",
+    "num_samples": "emc2 and cached only: negatives of an anchor and step",
+    "num_proposals": "emc2 with proposals from the bank only: proposals of an anchor and step",
     "batching": "shuffle (uniform batches), or gcbs (batches of alike images, chosen before each epoch but the first); "
     "not with emc2 and proposals from the batch",
     "quantile": "gcbs only: similarities from this quantile on up join two images",
@@ -80,6 +81,8 @@ UNSET = {
     "projector_hidden": "as many as the backbone's features",
     "warmup_epochs": "a tenth of the epochs",
     "clip_grad": "no limit",
+    "num_samples": "16; emc2 with proposals from the batch: as many as it has after burn-in, up to 16",
+    "num_proposals": "64",
 }
 
 
@@ -132,9 +135,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     except ValueError as error:
         parser.error(str(error))
     flags = {argument.partition("=")[0] for argument in arguments}
-    for name in ONLY_WITH.keys() - config.own_options().keys():
-        setting, values = ONLY_WITH[name]
-        if _flag(name) in flags:
+    for name in ONLY_WITH:
+        unmet = config.unmet(name)
+        if unmet is not None and _flag(name) in flags:
+            setting, values = unmet
             got = f"{_flag(setting)} {getattr(config, setting)}"
             parser.error(f"{_flag(name)}: expected only with {_flag(setting)} {' or '.join(values)}, got {got}")
     return config

@@ -17,6 +17,7 @@ from sources import CHOICES, READERS, is_known, view_size
 
 from emc2_kernels.batching import SCOPES
 from emc2_kernels.distributed import GATHERS
+from emc2_kernels.losses.emc2 import NUM_DRAWS
 
 # Of the losses that losses.get knows, those for two views of one modality.
 METHODS = ("emc2", "simclr", "sogclr", "isogclr", "cached")
@@ -26,8 +27,9 @@ ESTIMATORS = ("states", "recycled")
 VIEWS = ("one", "both")
 BATCHINGS = ("shuffle", "gcbs")
 AMP = ("none", "bfloat16", "float16")
-# Options that mean something with some values of another option only. Where that is the method, their names are those
-# of the loss's arguments; where it is the batching, the sampler's. Of --data, what is in front of the path counts.
+# Options that mean something with some values of another option only. Where that is the method or the proposals, their
+# names are those of the loss's arguments; where it is the batching, the sampler's. Of --data, what is in front of the
+# path counts.
 ONLY_WITH = {
     "proposals": ("method", ("emc2",)),
     "estimator": ("method", ("emc2",)),
@@ -37,7 +39,8 @@ ONLY_WITH = {
     "gamma": ("method", ("sogclr", "isogclr")),
     "rho": ("method", ("isogclr",)),
     "refresh": ("method", ("cached",)),
-    "num_samples": ("method", ("cached",)),
+    "num_samples": ("method", ("emc2", "cached")),
+    "num_proposals": ("proposals", ("bank",)),
     "quantile": ("batching", ("gcbs",)),
     "scope": ("batching", ("gcbs",)),
     "image_size": ("data", tuple(READERS)),
@@ -84,7 +87,8 @@ class Config:
     gamma: float = 0.9
     rho: float = 1.0
     refresh: float = 0.01
-    num_samples: int = 1
+    num_samples: int | None = None
+    num_proposals: int | None = None
     batching: str = "shuffle"
     quantile: float = 0.99
     scope: str = "global"
@@ -163,11 +167,24 @@ class Config:
         expect("gamma", self.gamma, "a share above 0, up to 1", 0 < self.gamma <= 1)
         expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
         expect("refresh", self.refresh, "a share from 0 to 1", 0 <= self.refresh <= 1)
-        expect_at_least("num_samples", self.num_samples, 1)
+        expect_at_least("num_proposals", 1 if self.num_proposals is None else self.num_proposals, 1)
+        self._check_samples()
         expect("quantile", self.quantile, "a share from 0 to below 1", 0 <= self.quantile < 1)
         if (self.method, self.proposals, self.batching) == ("emc2", "batch", "gcbs"):
             uniform = "shuffle, as chains take the batch for uniform draws with --method emc2 --proposals batch"
             raise ValueError(f"--batching: expected {uniform}, got gcbs: add --proposals bank")
+
+    def _check_samples(self) -> None:
+        if self.num_samples is None:
+            return
+        expect_at_least("num_samples", self.num_samples, 1)
+        if self.method == "emc2":
+            parts = 1 if self.gathers == "all" else Processes.launched().count
+            keys = self.batch_size // parts * (2 if self.views == "both" else 1)
+            proposals = keys if self.proposals == "batch" else self.num_proposals or NUM_DRAWS
+            most = proposals - int(self.burn_in * proposals)
+            after = f"at most {most}, the {proposals} proposals after burn-in"
+            expect("num_samples", self.num_samples, after, self.num_samples <= most)
 
     def _check_processes(self) -> None:
         processes = Processes.launched()
@@ -223,9 +240,18 @@ class Config:
         named."""
         return {
             name: getattr(self, name)
-            for name, (setting, values) in ONLY_WITH.items()
-            if getattr(self, setting).partition(":")[0] in values and setting in (settings or (setting,))
+            for name, (setting, _) in ONLY_WITH.items()
+            if self.unmet(name) is None and setting in (settings or (setting,))
         }
+
+    def unmet(self, name: str) -> tuple[str, tuple[str, ...]] | None:
+        """The setting, and its values, without which this option means nothing in this run; None: it means
+        something."""
+        if name not in ONLY_WITH:
+            return None
+        setting, values = ONLY_WITH[name]
+        met = getattr(self, setting).partition(":")[0] in values
+        return self.unmet(setting) or (None if met else (setting, values))
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it continues."""

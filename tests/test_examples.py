@@ -40,11 +40,11 @@ OWN_COLUMNS = {
     "weight_sum": ("sogclr", "isogclr"),
     "temperature": ("isogclr",),
 }
-EPOCHS = {"cached": 8}  # one sample for each anchor is noisier than a batch of negatives
 RUNS: list[dict[str, Any]] = [{"method": name, "carry": "cached"} for name in config.METHODS]
-RUNS += [{"method": name, "carry": "recompute"} for name in config.ONLY_WITH["carry"][1]]
+RUNS += [{"method": name, "carry": "recompute", "num_samples": 2} for name in config.ONLY_WITH["carry"][1]]
 RUNS += [{"method": "simclr", "batching": "gcbs"}]
 RUNS += [{"method": "emc2", "proposals": "bank", "batching": "gcbs", "quantile": 0.9, "scope": "row"}]
+RUNS += [{"method": "emc2", "proposals": "bank", "num_proposals": 12, "num_samples": 3}]
 CLOCK_COLUMN = "images_per_second"
 
 
@@ -77,7 +77,7 @@ def flags(run: config.Config) -> list[str]:
 
 @pytest.mark.parametrize("method", config.METHODS)
 def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split: data.Split) -> None:
-    epochs = EPOCHS.get(method, 4)
+    epochs = 4
     run = config.Config(method=method, epochs=epochs, device="cpu", quiet=True, out=str(tmp_path / "run"))
     random_state = torch.get_rng_state()
     results = pretrain.train(run)
@@ -227,7 +227,17 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
         (["--method=sogclr", "--rho=0.5"], "--rho: expected only with --method isogclr, got --method sogclr"),
         (["--method=isogclr", "--carry=drop"], "--carry: expected only with --method emc2 or cached, got"),
         (["--method=simclr", "--refresh=0.1"], "--refresh: expected only with --method cached, got --method simclr"),
-        (["--num-samples=4"], "--num-samples: expected only with --method cached, got --method emc2"),
+        (
+            ["--method=simclr", "--num-samples=4"],
+            "--num-samples: expected only with --method emc2 or cached, got --method simclr",
+        ),
+        (["--num-proposals=9"], "--num-proposals: expected only with --proposals bank, got --proposals batch"),
+        (["--proposals=bank", "--num-proposals=0"], "--num-proposals: expected an integer of at least 1, got 0"),
+        (["--num-samples=17", "--batch-size=32"], "--num-samples: expected at most 16, the 32 proposals after burn-in"),
+        (
+            ["--proposals=bank", "--num-samples=33"],
+            "--num-samples: expected at most 32, the 64 proposals after burn-in",
+        ),
         (["--gamma=0"], "--gamma: expected a share above 0, up to 1, got 0.0"),
         (["--rho=-1"], "--rho: expected a finite number of at least 0, got -1.0"),
         (["--refresh=2"], "--refresh: expected a share from 0 to 1, got 2.0"),
