@@ -152,7 +152,7 @@ def small(monkeypatch):
     methods = {name: accuracy.METHODS[name] for name in ("SimCLR", "EMC², both views")}
     for module in (accuracy, speed):
         monkeypatch.setattr(module, "METHODS", methods)
-    monkeypatch.setattr(accuracy, "QUICK", (("digits", 1, (160,), 2),))
+    monkeypatch.setattr(accuracy, "QUICK", (("digits", 1, 1e-3, (160,), 2), ("digits", 1, 3e-4, (160,), 1)))
     monkeypatch.setattr(speed, "QUICK", ("digits", (160,), 1))
     monkeypatch.setattr(subset, "METHODS", {name: subset.METHODS[name] for name in ("SimCLR", "EMC², re-encoded")})
     monkeypatch.setattr(lag, "METHODS", subset.METHODS)

@@ -39,11 +39,11 @@ def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 def accuracy(rows: Sequence[Row], path: Path) -> None:
     found = last_epochs(rows)
-    data_sets = list(dict.fromkeys((row["data"], row["epochs"]) for row in found))
-    figure, axes = _figure(9.5, 3.6 * len(data_sets), len(data_sets), 2)
-    panels = [(case, column) for case in data_sets for column in ("few_probe", "few_nearest")]
-    for axis, ((data, epochs), column) in zip(axes, panels, strict=True):
-        chosen = [row for row in found if (row["data"], row["epochs"]) == (data, epochs)]
+    settings = grouped(found, "data", "epochs", "lr")
+    figure, axes = _figure(9.5, 3.6 * len(settings), len(settings), 2)
+    panels = [(case, column) for case in settings for column in ("few_probe", "few_nearest")]
+    for axis, ((data, epochs, lr), column) in zip(axes, panels, strict=True):
+        chosen = settings[data, epochs, lr]
         for (method,), runs in grouped(chosen, "method").items():
             number = list(dict.fromkeys(row["method"] for row in found)).index(method)
             sizes = grouped(runs, "batch_size")
@@ -58,23 +58,24 @@ def accuracy(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("Batch size")
         name = "Linear probe" if column == "few_probe" else "1-NN"
         axis.set_ylabel(f"{name}, 10 labels a class (%)")
-        axis.set_title(f"{data}, {epochs} epochs", fontsize=10)
+        axis.set_title(f"{data}, {epochs} epochs, learning rate {lr:g}", fontsize=10)
     _finish(path, figure, axes)
 
 
 def subset(rows: Sequence[Row], path: Path) -> None:
-    """A row of panels a learning rate; means over the seeds, whose spread is in the table."""
+    """A row of panels for each data set and learning rate; means over the seeds, whose spread is in the table."""
     columns = {
         "loss": "Exact global loss (nats)",
         "squared_gradient": "Squared norm of its gradient",
         "mean_cosine": "Mean cosine of all pairs",
     }
-    rates = sorted({row["lr"] for row in rows})
-    figure, axes = _figure(13, 3.1 * len(rates), len(rates), len(columns), sharex=True)
-    panels = [(lr, column) for lr in rates for column in columns]
+    cases = sorted(grouped(rows, "data", "lr"))
+    figure, axes = _figure(13, 3.1 * len(cases), len(cases), len(columns), sharex=True)
+    panels = [(*case, column) for case in cases for column in columns]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    for axis, (lr, column) in zip(axes, panels, strict=True):
-        for (method,), runs in grouped([row for row in rows if row["lr"] == lr], "method").items():
+    for axis, (data, lr, column) in zip(axes, panels, strict=True):
+        chosen = [row for row in rows if (row["data"], row["lr"]) == (data, lr)]
+        for (method,), runs in grouped(chosen, "method").items():
             colour, style = STYLES[methods.index(method)]
             steps = grouped(runs, "step")
             means = [statistics.fmean(row[column] for row in at) for at in steps.values()]
@@ -82,7 +83,7 @@ def subset(rows: Sequence[Row], path: Path) -> None:
         if column == "squared_gradient":
             axis.set_yscale("log")
         axis.set_ylabel(columns[column])
-        axis.set_title(f"learning rate {lr:g}", fontsize=10)
+        axis.set_title(f"{data}, learning rate {lr:g}", fontsize=10)
         axis.set_xlabel("Iteration")
     _finish(path, figure, axes)
 

@@ -27,23 +27,32 @@ def last_epochs(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["probe"] is not None]
 
 
+COLLAPSED = 0.99  # mean cosine of an epoch's batches
+
+
 def accuracy(rows: Sequence[Row]) -> str:
+    """Also which runs ended at one point."""
     parts = []
-    for (data, epochs), found in grouped(last_epochs(rows), "data", "epochs").items():
+    for (data, epochs, lr), found in grouped(last_epochs(rows), "data", "epochs", "lr").items():
         sizes = sorted({row["batch_size"] for row in found})
         seeds = len({row["seed"] for row in found})
+        cells = grouped(found, "method", "batch_size")
+        methods = dict.fromkeys(row["method"] for row in found)
+        title = f"{data}, {epochs} epochs, learning rate {lr:g}, {seeds} seeds"
         for column, name in (("few_probe", "linear probe"), ("few_nearest", "1-NN")):
-            cells = grouped(found, "method", "batch_size")
-            methods = dict.fromkeys(row["method"] for row in found)
             table = [[method, *(spread(cells[method, size], column) for size in sizes)] for method in methods]
-            title = f"{data}, {epochs} epochs, {seeds} seeds: {name}, 10 labels a class, %"
-            parts.append(f"{title}\n\n" + markdown(["", *(f"b = {size}" for size in sizes)], table))
+            part = markdown(["", *(f"b = {size}" for size in sizes)], table)
+            parts.append(f"{title}: {name}, 10 labels a class, %\n\n{part}")
+        counts = {case: sum(row["mean_cosine"] > COLLAPSED for row in runs) for case, runs in cells.items()}
+        collapsed = [f"{method}, b = {size}: {count}" for (method, size), count in counts.items() if count]
+        if collapsed:
+            parts.append(f"Runs whose last epoch has a mean cosine above {COLLAPSED}: " + "; ".join(collapsed))
     return "\n\n".join(parts)
 
 
 def subset(rows: Sequence[Row]) -> str:
-    """At the end, by learning rate; the mark is on each method's best one by its loss. Late: over the last 3 tenths,
-    as the gradient's norm jumps from step to step."""
+    """At the end, by learning rate; of several, the mark is on each method's best one by its loss. Late: over the last
+    3 tenths, as the gradient's norm jumps from step to step."""
     last = max(row["step"] for row in rows)
     parts = []
     for (data, size), found in grouped(rows, "data", "batch_size").items():
@@ -53,7 +62,8 @@ def subset(rows: Sequence[Row]) -> str:
         columns = {"mean_cosine": 2, "common_error": 2, "batch_error": 1, "scale": 2, "encodings": 1}
         table = []
         for (method, lr), end in sorted(ends.items(), key=lambda case: case[0][1]):
-            best = means[method, lr] == min(mean for case, mean in means.items() if case[0] == method)
+            others = [mean for case, mean in means.items() if case[0] == method]
+            best = len(others) > 1 and means[method, lr] == min(others)
             seeds = grouped(late[method, lr], "seed").values()
             smooth = [{"late": statistics.fmean(row["squared_gradient"] for row in seed)} for seed in seeds]
             cells = [spread(end, "loss", 2), spread(end, "squared_gradient"), spread(smooth, "late")]
