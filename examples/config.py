@@ -179,7 +179,7 @@ class Config:
             return
         expect_at_least("num_samples", self.num_samples, 1)
         if self.method == "emc2":
-            parts = 1 if self.gathers == "all" else Processes.launched().count
+            parts = Processes.launched().count if self.gathers == "none" else 1
             keys = self.batch_size // parts * (2 if self.views == "both" else 1)
             proposals = keys if self.proposals == "batch" else self.num_proposals or NUM_DRAWS
             most = proposals - int(self.burn_in * proposals)

@@ -298,6 +298,10 @@ def test_bad_arguments_are_named(
     [
         ({"batch_size": 3}, "--batch-size: expected at least 2 images for each of the 2 processes, got 3"),
         (
+            {"num_samples": 9, "batch_size": 32, "gather": "none"},
+            "--num-samples: expected at most 8, the 16 proposals after burn-in, got 9",
+        ),
+        (
             {"method": "simclr", "batching": "gcbs", "batch_size": 33},
             "--batch-size: expected a multiple of the 2 processes with --batching gcbs, got 33",
         ),
