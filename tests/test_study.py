@@ -153,7 +153,7 @@ def small(monkeypatch):
     for module in (accuracy, speed):
         monkeypatch.setattr(module, "METHODS", methods)
     monkeypatch.setattr(accuracy, "QUICK", (("digits", 1, 1e-3, (160,), 2), ("digits", 1, 3e-4, (160,), 1)))
-    monkeypatch.setattr(speed, "QUICK", ("digits", (160,), 1))
+    monkeypatch.setattr(speed, "QUICK", (("digits", (160,), 1),))
     monkeypatch.setattr(subset, "METHODS", {name: subset.METHODS[name] for name in ("SimCLR", "EMC², re-encoded")})
     monkeypatch.setattr(lag, "METHODS", subset.METHODS)
     monkeypatch.setattr(lag, "QUICK", ("digits", 16, 4, 4, 1e-3, 1))
@@ -162,8 +162,8 @@ def small(monkeypatch):
     chosen = ("batch", "bank, recompute")
     monkeypatch.setattr(options, "OPTIONS", {name: options.OPTIONS[name] for name in chosen})
     monkeypatch.setattr(options, "TRAINED", {name: options.TRAINED[name] for name in ("batch", "cache, refresh 0.05")})
-    monkeypatch.setattr(options, "QUICK", (((16,), 10), ("digits", 1, 160, 1)))
-    monkeypatch.setattr(sampler, "QUICK", ("digits", 20, 2, 200, (0.2,), 1, 32))
+    monkeypatch.setattr(options, "QUICK", ((16, 10), (("digits", 1, 160, 1),)))
+    monkeypatch.setattr(sampler, "QUICK", (("digits", 20, 2, 200, (0.2,), 1, 32),))
 
 
 COLUMNS = {
@@ -192,7 +192,7 @@ def test_all_parts_run_write_and_are_not_measured_again(tmp_path, capsys, monkey
         assert len(numbers) > len(rows) and all(math.isfinite(float(value)) for value in numbers)
     assert all(path.stat().st_size > 10_000 for path in (tmp_path / "figures").glob("*.png"))
     assert len(list((tmp_path / "figures").glob("study_*.png"))) == len(run.PARTS)
-    monkeypatch.setattr(sampler, "measure", None)
+    monkeypatch.setattr(sampler, "measure", lambda *_, **__: pytest.fail("measured again"))
     assert run.main(["--quick", "--out", str(tmp_path), "--parts", "c"]) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,12 +92,14 @@ def subset(rows: Sequence[Row], path: Path) -> None:
 def sampler(rows: Sequence[Row], path: Path) -> None:
     """The first anchor; all anchors are in the table."""
     rows = [row for row in rows if row["anchor"] == 0]
+    data_sets = list(dict.fromkeys(row["data"] for row in rows))
     temperatures = sorted({row["temperature"] for row in rows}, reverse=True)
-    figure, axes = _figure(13.5, 7, 2, len(temperatures), sharex=True, sharey="row")
+    figure, axes = _figure(13.5, 7 * len(data_sets), 2 * len(data_sets), len(temperatures), sharex=True, sharey="row")
     markers = {"uniform": "o", "sweep, one view": "s", "sweep, both views": "^"}
-    panels = [(over, temperature) for over in ("", "_items") for temperature in temperatures]
-    for axis, (over, temperature) in zip(axes, panels, strict=True):
-        kinds = grouped([row for row in rows if row["temperature"] == temperature], "proposals")
+    panels = itertools.product(data_sets, ("", "_items"), temperatures)
+    for axis, (data, over, temperature) in zip(axes, panels, strict=True):
+        chosen = [row for row in rows if (row["data"], row["temperature"]) == (data, temperature)]
+        kinds = grouped(chosen, "proposals")
         for number, ((kind,), found) in enumerate(kinds.items()):
             x = [row["after"] for row in found]
             chains = [row[f"chains_distance{over}"] for row in found]
@@ -116,35 +119,35 @@ def sampler(rows: Sequence[Row], path: Path) -> None:
         axis.set_ylim(1e-3, 1.3)
         axis.set_xlabel("Proposals")
         axis.set_ylabel("Total variation to the softmax, " + ("items" if over else "views"))
-        axis.set_title(f"temperature {temperature:g}", fontsize=10)
+        axis.set_title(f"{data}, temperature {temperature:g}", fontsize=10)
     _finish(path, figure, axes)
 
 
 def options(bias: Sequence[Row], trained: Sequence[Row], path: Path) -> None:
-    """In the order of the table."""
+    """In the order of the tables."""
     gradients, runs = grouped(bias, "options"), grouped(trained, "options")
     names = [name for (name,) in gradients | runs]
-    figure, axes = _figure(12, 0.29 * len(names) + 1.2, 1, 3, sharey=True)
-    places = range(len(names))
+    data_sets = [data for (data,) in grouped(trained, "data")]
+    figure, axes = _figure(9 + 3 * len(data_sets), 0.29 * len(names) + 1.2, 1, 2 + len(data_sets), sharey=True)
     for axis, column in zip(axes, ("bias", "deviation"), strict=False):
         axis.barh(range(len(bias)), [row[column] for row in bias], color=COLOURS[1])
     axes[0].set_xlabel("Bias, relative to the exact gradient")
     axes[1].set_xlabel("Standard deviation of one gradient, relative")
-    for place in places:
-        if (names[place],) in runs:
-            mean, deviation = _mean_and_spread([row["few_probe"] for row in runs[names[place],]])
-            axes[2].errorbar(mean, place, xerr=deviation, fmt="o", color=COLOURS[2], capsize=2)
-    axes[2].set_xlabel("Linear probe, 10 labels a class (%)")
-    axes[0].set_yticks(list(places), names)
+    for axis, data in zip(axes[2:], data_sets, strict=True):
+        for (name,), found in grouped([row for row in trained if row["data"] == data], "options").items():
+            mean, deviation = _mean_and_spread([row["few_probe"] for row in found])
+            axis.errorbar(mean, names.index(name), xerr=deviation, fmt="o", color=COLOURS[2], capsize=2)
+        axis.set_xlabel(f"{data}: probe, 10 labels a class (%)")
+    axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.4, -0.6)  # from top to bottom
     _finish(path, figure, axes)
 
 
 def speed(timed: Sequence[Row], trained: Sequence[Row], path: Path) -> None:
     costs, found = ratios(timed), curves(trained)
-    cases = [case for case in grouped(timed, "data", "batch_size") if any(case == key[:2] for key in found)]
-    figure, axes = _figure(4.3 * len(cases) + 2, 4, 1, len(cases), sharey=True)
-    for axis, (data, size) in zip(axes, cases, strict=True):
+    data_sets, sizes = ([value for (value,) in grouped(timed, column)] for column in ("data", "batch_size"))
+    figure, axes = _figure(4.3 * len(sizes) + 2, 4 * len(data_sets), len(data_sets), len(sizes), sharey="row")
+    for axis, (data, size) in zip(axes, itertools.product(data_sets, sizes), strict=True):
         methods = [key[2] for key in found if key[:2] == (data, size) and key in costs]
         for number, method in enumerate(methods):
             case = (data, size, method)

@@ -51,19 +51,19 @@ TRAINED: dict[str, dict[str, Any]] = CACHE | {
 }
 BIAS_FILE, BIAS_NAMES = "bias.csv", ("batch_size", "batches", "options")
 ACCURACY_FILE, ACCURACY_NAMES = "options.csv", ("data", "epochs", "batch_size", "seed", "options")
-# Batch sizes and batches; data, epochs, batch size, seeds.
-FULL = ((16,), 1500), ("digits", 8, 16, 3)
-QUICK = ((16,), 20), ("digits", 1, 256, 1)
+# Batch size and batches; data, epochs, batch size, seeds.
+FULL = (16, 1500), (("digits", 8, 16, 3), ("mnist5k", 4, 16, 2))
+QUICK = (16, 20), (("digits", 1, 256, 1),)
 
 
 def bias_cells(quick: bool) -> Iterator[tuple]:
-    sizes, batches = (QUICK if quick else FULL)[0]
-    yield from ((size, batches, name) for size in sizes for name in OPTIONS)
+    size, batches = (QUICK if quick else FULL)[0]
+    yield from ((size, batches, name) for name in OPTIONS)
 
 
 def accuracy_cells(quick: bool) -> Iterator[tuple]:
-    data, epochs, size, seeds = (QUICK if quick else FULL)[1]
-    yield from ((data, epochs, size, seed, name) for seed in range(seeds) for name in TRAINED)
+    for data, epochs, size, seeds in (QUICK if quick else FULL)[1]:
+        yield from ((data, epochs, size, seed, name) for seed in range(seeds) for name in TRAINED)
 
 
 def measure_bias(batch_size: int, batches: int, options: str) -> list[Row]:

@@ -1,13 +1,13 @@
 """Part c: how fast the chains' law approaches the softmax, beside the law by the exact transition matrix.
 
-Scores are those of real embeddings: digits with two fixed views each. An anchor's states are the views of the other
+Scores are those of real embeddings: images with two fixed views each. An anchor's states are the views of the other
 items. Chains begin unstarted, so that their law after one proposal is that of the proposals, uniform.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,8 +26,8 @@ FILE = "sampler.csv"
 BATCH = 16  # of a sweep: the anchor's item and 15 others
 SIMULATIONS = 40  # of the noise that so many chains have
 # Data, items, training steps, chains, temperatures, anchors, largest number of proposals.
-FULL = ("digits", 250, 300, 65_536, (0.5, 0.2, 0.07), 3, 1024)
-QUICK = ("digits", 40, 5, 1000, (0.2,), 1, 64)
+FULL = tuple((data, 250, 300, 65_536, (0.5, 0.2, 0.07), 3, 1024) for data in ("digits", "mnist5k"))
+QUICK = (("digits", 40, 5, 1000, (0.2,), 1, 64),)
 
 
 @cache
@@ -182,11 +182,13 @@ def measure(
 
 
 def run(folder: Path, quick: bool) -> list[Row]:
-    data, num_items, steps, chains, temperatures, anchors, most = QUICK if quick else FULL
-    cells = (
-        (data, num_items, steps, chains, temperature, anchor, kind)
-        for temperature in temperatures
-        for anchor in range(anchors)
-        for kind in KINDS
-    )
-    return finish(folder / FILE, NAMES, cells, lambda *cell: measure(*cell, most=most))
+    rows: list[Row] = []
+    for data, num_items, steps, chains, temperatures, anchors, most in QUICK if quick else FULL:
+        cells = (
+            (data, num_items, steps, chains, temperature, anchor, kind)
+            for temperature in temperatures
+            for anchor in range(anchors)
+            for kind in KINDS
+        )
+        rows += finish(folder / FILE, NAMES, cells, partial(measure, most=most))
+    return rows

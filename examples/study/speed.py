@@ -21,8 +21,9 @@ from study.cells import Row, finish, grouped
 NAMES = ("data", "batch_size", "round")
 FILE = "speed.csv"
 BASE = "SimCLR"
-FULL = ("digits", (8, 32), 7)
-QUICK = ("digits", (128,), 2)
+# Data, batch sizes, rounds.
+FULL = (("digits", (8, 32), 7), ("mnist5k", (8, 32), 3))
+QUICK = (("digits", (128,), 2),)
 
 
 @cache
@@ -43,8 +44,9 @@ def measure(data: str, batch_size: int, number: int) -> list[Row]:
 
 
 def run(folder: Path, quick: bool) -> list[Row]:
-    data, sizes, rounds = QUICK if quick else FULL
-    return finish(folder / FILE, NAMES, ((data, size, k) for k in range(rounds) for size in sizes), measure)
+    settings = QUICK if quick else FULL
+    cells = ((data, size, k) for data, sizes, rounds in settings for k in range(rounds) for size in sizes)
+    return finish(folder / FILE, NAMES, cells, measure)
 
 
 class Ratio(NamedTuple):

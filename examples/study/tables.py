@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from study.cells import Row, grouped
 from study.speed import BASE, ratios, reached
@@ -90,32 +90,35 @@ def lag(rows: Sequence[Row]) -> str:
 def sampler(rows: Sequence[Row]) -> str:
     """z: how far the chains' distance is from that of as many draws from the exact law, in standard deviations."""
     table = []
-    for (temperature, kind), found in grouped(rows, "temperature", "proposals").items():
+    for (data, temperature, kind), found in grouped(rows, "data", "temperature", "proposals").items():
         z = [(row["chains_distance"] - row["expected_distance"]) / row["deviation"] for row in found]
         most = max(row["after"] for row in found)
         end = [row for row in found if row["after"] == most]
         columns = ("exact_distance", "expected_distance", "chains_distance")
         columns += ("expected_distance_items", "chains_distance_items", "bound")
         cells = [f"{statistics.fmean(row[column] for row in end):.3f}" for column in columns]
-        table.append([f"{temperature:g}", kind, str(most), *cells, f"{min(z):.1f} to {max(z):.1f}"])
-    header = ["temperature", "proposals", "after", "exact law", "draws from it", "chains", "draws, items"]
+        table.append([data, f"{temperature:g}", kind, str(most), *cells, f"{min(z):.1f} to {max(z):.1f}"])
+    header = ["", "temperature", "proposals", "after", "exact law", "draws from it", "chains", "draws, items"]
     return markdown([*header, "chains, items", "bound", "z, all points"], table)
 
 
 def options(bias: Sequence[Row], trained: Sequence[Row]) -> str:
-    gradients, runs = grouped(bias, "options"), grouped(trained, "options")
-    before = {"bias": 3, "error": 3, "deviation": 2}
-    after = {"few_probe": 1, "few_nearest": 1, "acceptance": 2, "carry_share": 2, "mean_cosine": 2}
+    columns = {"bias": ("bias", 3), "error": ("error of the mean", 3), "deviation": ("deviation", 2)}
+    parts = [_columns("", grouped(bias, "options"), columns)]
+    columns = {"few_probe": ("probe, %", 1), "few_nearest": ("1-NN, %", 1), "acceptance": ("acceptance", 2)}
+    columns |= {"carry_share": ("carried", 2), "mean_cosine": ("mean cosine", 2)}
+    for (data, epochs, size), found in grouped(trained, "data", "epochs", "batch_size").items():
+        parts.append(_columns(f"{data}, {epochs} epochs, b = {size}", grouped(found, "options"), columns))
+    return "\n\n".join(parts)
+
+
+def _columns(title: str, found: Mapping[tuple, Sequence[Row]], columns: Mapping[str, tuple[str, int]]) -> str:
+    """columns: of the rows -> what it is called, and digits."""
     table = [
-        [
-            *name,
-            *(spread(gradients.get(name, []), column, digits) for column, digits in before.items()),
-            *(spread(runs.get(name, []), column, digits) for column, digits in after.items()),
-        ]
-        for name in gradients | runs
+        [*case, *(spread(rows, column, digits) for column, (_, digits) in columns.items())]
+        for case, rows in found.items()
     ]
-    header = ["", "bias", "error of the mean", "deviation", "probe, %", "1-NN, %"]
-    return markdown([*header, "acceptance", "carried", "mean cosine"], table)
+    return markdown([title, *(name for name, _ in columns.values())], table)
 
 
 def curves(rows: Sequence[Row]) -> dict[tuple, list[tuple[float, float]]]:
@@ -133,7 +136,7 @@ def speed(timed: Sequence[Row], trained: Sequence[Row]) -> str:
     """Times relative to all of SimCLR's training; "-": not reached."""
     costs, found = ratios(timed), curves(trained)
     methods = list(dict.fromkeys(row["method"] for row in trained))
-    cases = sorted(costs.keys() & found.keys(), key=lambda case: (case[1], methods.index(case[2])))
+    cases = sorted(costs.keys() & found.keys(), key=lambda case: (*case[:2], methods.index(case[2])))
     table = []
     for data, size, method in cases:
         cost = costs[data, size, method]
@@ -144,6 +147,7 @@ def speed(timed: Sequence[Row], trained: Sequence[Row]) -> str:
             cells.append("-" if step is None else f"{step / base[-1][0] * cost.median:.2f}")
         table.append(
             [
+                data,
                 str(size),
                 method,
                 f"{cost.median:.2f}",
@@ -153,6 +157,7 @@ def speed(timed: Sequence[Row], trained: Sequence[Row]) -> str:
             ]
         )
     header = [
+        "",
         "b",
         "",
         "a step's time, SimCLR = 1",
