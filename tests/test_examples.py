@@ -234,6 +234,11 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
         (["--num-proposals=9"], "--num-proposals: expected only with --proposals bank, got --proposals batch"),
         (["--proposals=bank", "--num-proposals=0"], "--num-proposals: expected an integer of at least 1, got 0"),
         (["--num-samples=17", "--batch-size=32"], "--num-samples: expected at most 16, the 32 proposals after burn-in"),
+        (["--num-samples=9", "--batch-size=8", "--views=both"], "expected at most 8, the 16 proposals after burn-in"),
+        (
+            ["--proposals=bank", "--num-proposals=8", "--num-samples=5"],
+            "--num-samples: expected at most 4, the 8 proposals after burn-in",
+        ),
         (
             ["--proposals=bank", "--num-samples=33"],
             "--num-samples: expected at most 32, the 64 proposals after burn-in",
@@ -291,6 +296,16 @@ def test_bad_arguments_are_named(
     assert status == 2
     assert expected in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_of_an_option_that_means_nothing_means_nothing() -> None:
+    """A file may hold proposals: bank for EMC2's sake; with another method its number of proposals is no one's."""
+    run = config.Config(method="simclr", proposals="bank", num_proposals=9)
+    assert "num_proposals" not in run.own_options() and "num_proposals" not in run.settings()
+    training.build_loss(run, 100, lambda items, views: items)
+    assert run.unmet("num_proposals") == ("method", ("emc2",))
+    chosen = training.build_loss(replace(run, method="emc2", num_samples=3), 100, lambda items, views: items)
+    assert (chosen.num_proposals, chosen.num_samples) == (9, 3)
 
 
 @pytest.mark.parametrize(
