@@ -16,7 +16,7 @@ import evaluate
 import gradient_bias
 import model
 import pretrain
-from study import accuracy, cells, exact, finite, fixed_views, lag, options, run, sampler, speed, subset
+from study import accuracy, cells, exact, finite, fixed_views, lag, options, run, sampler, speed, subset, tables
 
 TEMPERATURE = 0.2
 
@@ -139,6 +139,31 @@ def test_the_time_to_an_accuracy():
         for method, factor in (("EMC²", 3.0), ("SimCLR", 2.0))
     ]
     assert speed.ratios(rows) == {("d", 8, "EMC²"): (1.5, 1.5, 1.5), ("d", 8, "SimCLR"): (1.0, 1.0, 1.0)}
+
+
+def trained_rows(lr, few_nearest, mean_cosine=0.1, seed=0):
+    common = {"data": "d", "epochs": 1, "lr": lr, "batch_size": 8, "seed": seed, "method": "SimCLR", "epoch": 1}
+    return [
+        common | {"step": 9, "mean_cosine": mean_cosine, "few_nearest": few_nearest, "few_probe": 60.0, "probe": 70.0}
+    ]
+
+
+def test_time_to_an_accuracy_is_of_the_rate_at_which_steps_were_timed(tmp_path, monkeypatch):
+    rows = trained_rows(accuracy.LR, 50.0) + trained_rows(accuracy.LOWER, 90.0)
+    timed = [{"data": "d", "batch_size": 8, "round": 0, "method": "SimCLR", "step_ms": 1.0}]
+    monkeypatch.setattr(accuracy, "run", lambda *_: rows)
+    monkeypatch.setattr(speed, "run", lambda *_: timed)
+    assert "| 50.0 | 1.00 | 1.00 |" in run.part_e(tmp_path, tmp_path, True)
+
+
+def test_the_accuracy_table_keeps_rates_apart_and_counts_collapsed_runs():
+    rows = trained_rows(1e-3, 50.0, mean_cosine=0.98)
+    rows += trained_rows(3e-4, 70.0) + trained_rows(3e-4, 80.0, mean_cosine=0.999, seed=1)
+    text = tables.accuracy(rows)
+    assert "| SimCLR | 50.0 |" in text and "| SimCLR | 75.0 ± 7.1 |" in text
+    assert [line for line in text.splitlines() if line.startswith("Runs")] == [
+        "Runs whose last epoch has a mean cosine above 0.99: SimCLR, b = 8: 1"
+    ]
 
 
 @pytest.fixture
