@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -253,6 +254,11 @@ def instructions_per_logarithm(code: str) -> float | None:
     walks = [block for block in straight_blocks(code) if logarithms(block) and "STG" not in {op[:3] for op in block}]
     best = max(walks, key=logarithms, default=None)
     return None if best is None else len(best) / logarithms(best)
+
+
+def interpret_nothing() -> None:
+    """For the start of a process, before it imports Triton: what is interpreted is never compiled."""
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def measure(name: str, generation: int) -> list[Compiled]:

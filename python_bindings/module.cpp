@@ -5,6 +5,7 @@
 #include "../csrc/cpu/draws.h"
 #include "../csrc/cpu/gathered.h"
 #include "../csrc/cpu/gumbel.h"
+#include "../csrc/cpu/lanes.h"
 #include "../csrc/cpu/sweep.h"
 
 namespace py = pybind11;
@@ -92,6 +93,7 @@ void philox_words(uintptr_t counters, int64_t count, uint64_t seed, uintptr_t wo
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+  module.attr("instruction_set") = emc2::kInstructionSet;
   py::class_<emc2::Recorder>(module, "Recorder").def(py::init(&make_recorder));
   py::class_<emc2::Sweep>(module, "Sweep")
       .def(py::init<const emc2::Recorder&>(), ReleaseGil())

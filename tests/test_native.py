@@ -66,6 +66,7 @@ def run_checked(*command: str | Path, **changes: str | Path | None) -> str:
 # Ahead of time: three builds, one test program and one Python module each.
 
 ARCHITECTURES = {"native": "-march=native", "baseline": "", "avx2": "-mavx2 -mfma"}
+INSTRUCTION_SETS = {"native": ("AVX512", "AVX2", "DEFAULT"), "baseline": ("DEFAULT",), "avx2": ("AVX2",)}
 
 
 def why_not_here(architecture: str) -> str | None:
@@ -77,6 +78,7 @@ def why_not_here(architecture: str) -> str | None:
 
 
 class Build(NamedTuple):
+    architecture: str
     folder: Path
     log: str
 
@@ -94,7 +96,7 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     architecture = f"-DEMC2_ARCH={ARCHITECTURES[request.param]}"
     log = run_checked("cmake", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}", architecture)
-    return Build(folder, log + run_checked("cmake", "--build", folder, "--parallel", "2", "--verbose"))
+    return Build(request.param, folder, log + run_checked("cmake", "--build", folder, "--parallel", "2", "--verbose"))
 
 
 @needs_cmake
@@ -110,8 +112,7 @@ def test_cmake_has_the_flags_of_the_first_use(build: Build) -> None:
     """Or the two builds would differ in speed, or in rounding."""
     compiles = [line for line in build.log.splitlines() if " -c " in line and "/csrc/" in line]
     assert len(compiles) == len(native.sources()) - 1
-    wanted = {flag for flag in native.FLAGS if not flag.startswith("-march")}
-    assert all(wanted <= set(line.split()) for line in compiles)
+    assert all(set(native.FLAGS) <= set(line.split()) for line in compiles)
     assert all(str(source) in build.log for source in native.sources())
     assert "torch/include" not in build.log
 
@@ -123,6 +124,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 assert "torch" not in sys.modules
 members = [name for name in dir(module) if not name.startswith("__")]
+print(module.instruction_set)
 print(json.dumps({name: [m for m in dir(getattr(module, name)) if not m.startswith("__")] for name in members}))
 """
 
@@ -131,7 +133,9 @@ print(json.dumps({name: [m for m in dir(getattr(module, name)) if not m.startswi
 def test_the_module_built_ahead_of_time_has_the_same_names(build: Build) -> None:
     """In a process without torch, which it must not need."""
     out, _ = finish(start_python(NAMES, build.module))
+    said, out = out.splitlines()
     jit = native.library()
+    assert said in INSTRUCTION_SETS[build.architecture]
     members = [name for name in dir(jit) if not name.startswith("__")]
     assert {"Recorder", "Sweep", "small_sweep", "walk_gathered", "view_coins", "philox_words"} <= set(members)
     expected = {name: [m for m in dir(getattr(jit, name)) if not m.startswith("__")] for name in members}
@@ -221,6 +225,20 @@ def test_every_instruction_set_walks_the_same_chains(build: Build, tmp_path: Pat
 
 
 # On first use.
+
+
+def test_the_environment_chooses_the_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each choice is built for itself, in a folder of its own."""
+    paths = set()
+    for chosen, flags in ((None, ["-march=native"]), ("", []), ("-mavx2 -mfma", ["-mavx2", "-mfma"])):
+        if chosen is None:
+            monkeypatch.delenv("EMC2_ARCH", raising=False)
+        else:
+            monkeypatch.setenv("EMC2_ARCH", chosen)
+        assert native.architecture_flags() == flags
+        paths.add(native._library_path.__wrapped__())
+    assert len(paths) == 3
+
 
 IMPORT = """
 import importlib.abc, importlib.machinery, json, os, sys

@@ -18,8 +18,13 @@ namespace emc2 {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
+constexpr const char* kInstructionSet = "AVX512";
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr const char* kInstructionSet = "AVX2";
 #else
 constexpr int kLanes = 8;
+constexpr const char* kInstructionSet = "DEFAULT";  // torch's word for it
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));

@@ -23,7 +23,13 @@ import torch
 from .build import Extension, cache_root, digest_of, source_root
 
 MODULE = "emc2_native"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-Wno-psabi")
+
+
+def architecture_flags() -> list[str]:
+    """Which instruction sets: ``$EMC2_ARCH``, as for CMake; by default this processor's. Empty: what all of its kind
+    have."""
+    return shlex.split(os.environ.get("EMC2_ARCH", "-march=native"))
 
 
 def sources() -> list[Path]:
@@ -63,7 +69,8 @@ def _no_compiler() -> str:
 def _library_path() -> Path:
     root = source_root()
     files = (*sources(), *root.glob("csrc/*.h"), *root.glob("csrc/cpu/*.h"))
-    key = digest_of(files, (*FLAGS, sys.implementation.cache_tag, torch.__version__, _processor()))
+    parts = (*FLAGS, *architecture_flags(), sys.implementation.cache_tag, torch.__version__, _processor())
+    key = digest_of(files, parts)
     return cache_root() / key / f"{MODULE}.so"
 
 
@@ -91,7 +98,7 @@ def _compile(folder: Path) -> None:
         cpp_extension.load(
             MODULE,
             [str(source) for source in sources()],
-            extra_cflags=list(FLAGS),
+            extra_cflags=[*FLAGS, *architecture_flags()],
             extra_ldflags=["-fopenmp"],
             build_directory=str(folder),
         )

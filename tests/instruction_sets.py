@@ -1,0 +1,200 @@
+"""Which tests hang on the processor or on luck: the suite under other instruction sets, threads and seeds.
+
+    python tests/instruction_sets.py                      all settings, then other seeds (make test-isa)
+    python tests/instruction_sets.py --settings "avx2, 1 thread" --seeds 0 -- tests/test_lse.py
+
+Another instruction set adds in another order: training takes another path, and a score close to a tie falls to the
+other side. Reported are tests that fail under a setting, comparisons whose margin is below three standard deviations of
+its spread over seeds (tests/margins.py has what a margin is), and tests that fail with other seeds. The first two fail
+the run; known answers are among the third.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from margins import slack
+
+TESTS = Path(__file__).resolve().parent
+DEVIATIONS = 3.0
+
+# The suite's arithmetic is ATen's, oneDNN's (convolutions), MKL's (products; only Intel's processors heed
+# MKL_ENABLE_INSTRUCTIONS), OpenBLAS's (scikit-learn's probes), and our core's.
+INSTRUCTION_SETS = {
+    "native": {},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_CBWR": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+        "EMC2_ARCH": "-march=x86-64-v3",
+    },
+    "baseline": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "MKL_CBWR": "COMPATIBLE",
+        "OPENBLAS_CORETYPE": "Nehalem",
+        "EMC2_ARCH": "-march=x86-64",
+    },
+}
+SETTINGS = {
+    f"{name}, {threads} thread{'s' * (threads > 1)}": {**variables, "OMP_NUM_THREADS": str(threads)}
+    for name, variables in INSTRUCTION_SETS.items()
+    if name == "native" or platform.machine() == "x86_64"
+    for threads in (2, 1)
+}
+# What compiles for a GPU, or drives the check of one: their numbers are no floats of this processor's.
+WITHOUT_ARITHMETIC = ("test_compiled.py", "test_native_cuda.py", "test_gpu_check.py", "gpu")
+
+IN_FORCE = """
+import torch
+from emc2_kernels.backends import native
+print(f"ATen {torch.backends.cpu.get_cpu_capability()}, core {native.library().instruction_set}")
+"""
+
+
+class Done(NamedTuple):
+    """One test in one run of the suite."""
+
+    outcome: str
+    closest: dict[str, tuple[float, float]]  # where -> the smaller and the larger side
+    why: str
+
+
+class Thin(NamedTuple):
+    """A comparison that another seed may turn."""
+
+    test: str
+    where: str
+    sides: tuple[float, float]  # where they came closest, over settings
+    deviations: float  # their slack there, in standard deviations over seeds
+
+
+Outcomes = dict[str, Done]  # by test
+
+
+def in_force(variables: dict[str, str]) -> str:
+    """Which instruction sets torch and the core say they use. Builds the core."""
+    command = [sys.executable, "-c", IN_FORCE]
+    done = subprocess.run(command, env=os.environ | variables, cwd=TESTS.parent, capture_output=True, text=True)
+    return done.stdout.strip() or f"unknown: {done.stderr[-300:]}"
+
+
+def run_suite(variables: dict[str, str], move_seeds: int, selection: Iterable[str], file: Path) -> None:
+    """Runs pytest with these variables in the environment and all seeds moved; margins.py writes ``file``."""
+    part = file.with_suffix(".part")
+    part.write_text("")
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "margins", "-o", "enable_assertion_pass_hook=true"]
+    command += [f"--margins={part}", f"--move-seeds={move_seeds}"]  # a lone value would pass for a path of tests
+    command += ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal", *selection]
+    with tempfile.TemporaryDirectory() as compiled:  # the hook is compiled into the assertions
+        settings = {"PYTHONPATH": path, "PYTHONPYCACHEPREFIX": compiled, "OMP_WAIT_POLICY": "passive"}
+        environment = os.environ | variables | settings
+        done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # all passed, some failed
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    part.rename(file)
+
+
+def read(file: Path) -> Outcomes:
+    found: Outcomes = {}
+    for line in map(json.loads, file.read_text().splitlines()):
+        closest = {where: tuple(sides) for where, sides in line["closest"]}
+        if line["test"] not in found or line["outcome"] == "failed":  # of a set-up, a call and a tear-down the worst
+            found[line["test"]] = Done(line["outcome"], closest, line["why"])
+    return found
+
+
+def failures(runs: dict[str, Outcomes]) -> dict[str, list[str]]:
+    """Test -> the runs that it fails in."""
+    failed = defaultdict(list)
+    for name, tests in runs.items():
+        for test, done in tests.items():
+            if done.outcome == "failed":
+                failed[test].append(name)
+    return dict(failed)
+
+
+def thin_margins(settings: dict[str, Outcomes], seeds: dict[str, Outcomes]) -> list[Thin]:
+    """The comparisons whose least slack under any setting is below DEVIATIONS of the slack's spread over seeds."""
+    seen, moved = defaultdict(list), defaultdict(list)
+    for runs, sides_of in ((settings, seen), (seeds, moved)):
+        for tests in runs.values():
+            for test, done in tests.items():
+                for where, sides in done.closest.items():
+                    sides_of[test, where].append(sides)
+    thin = []
+    for place, all_sides in seen.items():
+        closest = min(all_sides, key=lambda sides: slack(*sides))
+        slacks = [slack(*sides) for sides in moved[place]]
+        spread = statistics.stdev(slacks) if len(slacks) > 1 else 0.0
+        if slack(*closest) < DEVIATIONS * spread:
+            thin.append(Thin(*place, closest, slack(*closest) / spread))
+    return sorted(thin, key=lambda found: found.deviations)
+
+
+def report(settings: dict[str, Outcomes], seeds: dict[str, Outcomes]) -> bool:
+    """Prints what was found; True where nothing hangs on the setting, or on the seed by more than is allowed."""
+    print(f"\n{'run':22}{'passed':>8}{'failed':>8}{'skipped':>9}")
+    for name, tests in (settings | seeds).items():
+        outcomes = [done.outcome for done in tests.values()]
+        print(f"{name:22}{outcomes.count('passed'):8}{outcomes.count('failed'):8}{outcomes.count('skipped'):9}")
+    failed = failures(settings)
+    for test, where in sorted(failed.items()):
+        print(f"\nFAILED {test}\n  under {'; '.join(where)}\n{settings[where[0]][test].why}")
+    thin = thin_margins(settings, seeds)
+    print(f"\nmargins below {DEVIATIONS:g} standard deviations of {len(seeds)} other seeds: {len(thin)}")
+    for test, where, (small, large), deviations in thin:
+        print(f"  {deviations:5.1f}  {small:.4g} < {large:.4g}  {test}\n         {where}")
+    unlucky = {test: runs for test, runs in failures(seeds).items() if test not in failed}
+    print(f"\ntests that fail with other seeds, and with how many of {len(seeds)}: {len(unlucky)}")
+    for test, runs in sorted(unlucky.items(), key=lambda item: len(item[1])):
+        print(f"  {len(runs)}  {test}")
+    return not failed and not thin
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=5, help="how many other seeds (default 5)")
+    parser.add_argument("--keep", type=Path, help="folder for what runs find; what is there is not run again")
+    parser.add_argument("selection", nargs="*", help="pytest's arguments, after --")
+    options = parser.parse_args(arguments)
+    folder = options.keep or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    selection = options.selection or [f"--ignore=tests/{name}" for name in WITHOUT_ARITHMETIC]
+
+    def run(name: str, variables: dict[str, str], move_seeds: int, selection: list[str]) -> Outcomes:
+        file = folder / f"{name}.jsonl"
+        if not file.exists():
+            print(f"{name}: {in_force(variables)} ...", flush=True)
+            start = time.monotonic()
+            run_suite(variables, move_seeds, selection, file)
+            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        return read(file)
+
+    settings = {name: run(name, SETTINGS[name], 0, selection) for name in options.settings}
+    # Other seeds for what compares numbers.
+    comparing = sorted({test for tests in settings.values() for test, done in tests.items() if done.closest})
+    numbers = range(1, options.seeds + 1) if comparing else ()
+    seeds = {f"seeds + {1000 * number}": run(f"seeds {number}", {}, 1000 * number, comparing) for number in numbers}
+    return 0 if report(settings, seeds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
