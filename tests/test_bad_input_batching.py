@@ -71,11 +71,11 @@ def graph(change):
 GRAPH_OPTION_ERRORS = {
     "x has one row": ({"x": X[:1]}, ValueError, "x must have shape .N, d., N >= 2"),
     "x has no rows": ({"x": X[:0]}, ValueError, "x must have shape .N, d., N >= 2"),
-    "products overflow": ({"x": X * 1e20, "normalize": False}, ValueError, "x and y must have.*inf"),
+    "products overflow": ({"x": X * 1e20, "normalize": False}, ValueError, "x and y must have finite similarities"),
     "one product overflows": (
         {"x": with_rows(X, 3, 1e20), "y": with_rows(Y, 4, 1e20), "normalize": False},
         ValueError,
-        "x and y must have.*inf",
+        "x and y must have finite similarities",
     ),
     "x is of zeros, which have a product": ({"x": X * 0, "normalize": False}, ValueError, "x and y must have.*differ"),
     "seed is negative": ({"seed": -1}, ValueError, "seed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -142,8 +143,10 @@ def _estimate_threshold(x: Tensor, y: Tensor, quantile: float, seed: int) -> tup
     diagonal = rows[:, None] == columns
     low = float(sample.masked_fill_(diagonal, torch.inf).min())
     high = float(sample.masked_fill_(diagonal, -torch.inf).max())  # stays so: the diagonal comes first in order
+    if not (math.isfinite(low) and math.isfinite(high)):  # NaN where products of both signs have overflowed
+        raise ValueError(f"x and y must have finite similarities, got values from {low} to {high}")
     rounding = EQUAL * max(abs(low), abs(high))
-    if not high - low > rounding:  # also where a product has overflowed
+    if not high - low > rounding:
         expected = "similarities that differ, for items to be ordered by them"
         raise ValueError(f"x and y must have {expected}, got {low:.7g} to {high:.7g}: has the encoder collapsed?")
     uncounted = int(diagonal.sum())
