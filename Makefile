@@ -1,5 +1,6 @@
 # make demo      train EMC2 and SimCLR on real digits and print both side by side
 # make test      run all tests but the slow ones
+# make test-slow run the slow ones, and the suite under other instruction sets, numbers of threads and seeds (test-isa)
 # make gpu-check on a GPU: its tests, the sanitizers and the benchmark; installs nothing and needs no network
 #
 # An environment that has torch already is used as it is; elsewhere .venv is made, with the torch that constraints.txt pins.
@@ -14,7 +15,10 @@ RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 endif
 
-.PHONY: demo test test-slow bench gpu-check compiled lint core-test clean install-into-this-environment
+# The tests start hundreds of processes: without bytecode each would compile all that it imports, for longer than it runs.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test test-slow test-isa bench gpu-check compiled lint core-test clean install-into-this-environment
 
 demo: $(INSTALLED)
 	$(RUN) examples/demo.py
@@ -23,8 +27,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) test-isa
 	$(RUN) -m pytest -m slow
+
+# What hangs on the processor or on luck: exits 1 where a test does.
+test-isa: $(INSTALLED)
+	$(RUN) tests/instruction_sets.py
 
 bench: $(INSTALLED)
 	$(RUN) bench/throughput.py

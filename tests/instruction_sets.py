@@ -102,10 +102,10 @@ def run_suite(variables: dict[str, str], move_seeds: int, selection: Iterable[st
     command = [sys.executable, "-m", "pytest", "-q", "-p", "margins", "-o", "enable_assertion_pass_hook=true"]
     command += [f"--margins={part}", f"--move-seeds={move_seeds}"]  # a lone value would pass for a path of tests
     command += ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal", *selection]
-    with tempfile.TemporaryDirectory() as compiled:  # the hook is compiled into the assertions
-        settings = {"PYTHONPATH": path, "PYTHONPYCACHEPREFIX": compiled, "OMP_WAIT_POLICY": "passive"}
-        environment = os.environ | variables | settings
-        done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+    bytecode = file.with_name("bytecode")  # of its own: the hook is compiled into the assertions
+    settings = {"PYTHONPATH": path, "PYTHONPYCACHEPREFIX": str(bytecode), "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | variables | settings
+    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     if done.returncode not in (0, 1):  # all passed, some failed
         raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     part.rename(file)
