@@ -99,12 +99,10 @@ def run_suite(variables: dict[str, str], move_seeds: int, selection: Iterable[st
     part = file.with_suffix(".part")
     part.write_text("")
     path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "margins", "-o", "enable_assertion_pass_hook=true"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "margins"]
     command += [f"--margins={part}", f"--move-seeds={move_seeds}"]  # a lone value would pass for a path of tests
     command += ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal", *selection]
-    bytecode = file.with_name("bytecode")  # of its own: the hook is compiled into the assertions
-    settings = {"PYTHONPATH": path, "PYTHONPYCACHEPREFIX": str(bytecode), "OMP_WAIT_POLICY": "passive"}
-    environment = os.environ | variables | settings
+    environment = os.environ | variables | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     if done.returncode not in (0, 1):  # all passed, some failed
         raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")

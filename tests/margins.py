@@ -1,6 +1,6 @@
 """A pytest plugin: writes down how close each comparison of a test came to failing, and moves the seeds.
 
-    PYTHONPATH=tests pytest -p margins -o enable_assertion_pass_hook=true --margins=FILE [--move-seeds=K]
+    PYTHONPATH=tests pytest -p margins --margins=FILE [--move-seeds=K]
 
 FILE gets a line of JSON for each test: its outcome, and of each `assert a < b` (of a chain, the last), each
 pytest.approx and each assert_close with a tolerance the sides that came closest, as [where, [smaller, larger]]. With K,
@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy
@@ -188,12 +189,35 @@ def move_seeds(by: int) -> None:
     torch.manual_seed, random.seed = moved(torch.manual_seed, 0), moved(random.seed, 0)
     numpy.random.default_rng, numpy.random.seed = moved(numpy.random.default_rng, 0), moved(numpy.random.seed, 0)
 
-    from emc2_kernels import checks
+    _move_library_seeds(by)
+
+
+def _move_library_seeds(by: int) -> None:
+    """Moves a seed where a test hands it to the library, which may pass it on, and in a test's own draws from rng."""
+    from emc2_kernels import checks, rng
+
+    def in_library(frame: FrameType) -> bool:
+        return frame.f_globals["__name__"].startswith("emc2_kernels")
+
+    def move(seed: int | torch.Tensor) -> int | torch.Tensor:
+        return (seed + by) % 2**64 if isinstance(seed, int) else seed + by
 
     counter = checks.counter
 
-    def moved_counter(name: str, value: Any, *rest: Any) -> Any:
-        found = counter(name, value, *rest)
-        return (found + by) % 2**64 if name == "seed" and isinstance(found, int) else found
+    def moved_counter(name: str, value: Any, *rest: Any) -> int | torch.Tensor:
+        found, entry = counter(name, value, *rest), sys._getframe(1)
+        while entry.f_back is not None and in_library(entry.f_back):
+            entry = entry.f_back
+        arguments = entry.f_code.co_varnames[: entry.f_code.co_argcount + entry.f_code.co_kwonlyargcount]
+        return move(found) if name == "seed" and "seed" in arguments else found
+
+    def moved_draws(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*arguments: Any, seed: int | torch.Tensor, **options: Any) -> Any:
+            return function(*arguments, seed=seed if in_library(sys._getframe(1)) else move(seed), **options)
+
+        return call
 
     checks.counter = moved_counter
+    for name in ("acceptance", "proposal_positions", "gumbel", "view_coin", "words"):
+        setattr(rng, name, moved_draws(getattr(rng, name)))

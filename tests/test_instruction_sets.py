@@ -16,7 +16,8 @@ import random
 import numpy
 import pytest
 import torch
-from emc2_kernels import checks
+import emc2_kernels
+import oracle
 
 def test_plain():
     assert 1.0 < 2.0 and abs(-0.5) <= 3 * 0.25
@@ -33,7 +34,6 @@ def test_every_source_of_chance():
     torch.manual_seed(1), numpy.random.seed(1), random.seed(1)
     drawn = [torch.rand(()), numpy.random.rand(), random.random()]
     drawn += [numpy.random.default_rng(1).random(), random.Random(1).random()]
-    drawn += [checks.counter("seed", 1, 64, torch.device("cpu")), checks.counter("step", 1, 32, torch.device("cpu"))]
     for value in drawn:
         assert value >= 0
     assert drawn[0] >= 0
@@ -41,8 +41,15 @@ def test_every_source_of_chance():
     assert drawn[2] >= 0
     assert drawn[3] >= 0
     assert drawn[4] >= 0
-    assert drawn[5] >= 0
-    assert drawn[6] >= 0
+
+def test_the_library_and_its_oracle_move_together():
+    queries, keys = torch.eye(5), torch.eye(5)
+    walk = queries, keys, emc2_kernels.init_state(5)
+    options = {"temperature": 0.5, "seed": 3, "step": 0, "num_samples": 5}
+    found = emc2_kernels.mh_step(*walk, **options)
+    assert torch.equal(found.samples.long(), oracle.walk(*walk, **options).samples)
+    assert found.state.score.sum() < 100
+    assert found.threshold.sum() < 100
 
 def test_of_the_threads():
     assert torch.get_num_threads() == 2
@@ -60,7 +67,12 @@ def runs(tmp_path_factory):
     (folder / "test_planted.py").write_text(PLANTED)
     found = []
     for threads, move_seeds in (("2", 0), ("1", 50)):
-        selection = ["--numprocesses=0", f"--rootdir={folder}", str(folder / "test_planted.py")]
+        selection = [
+            "-oenable_assertion_pass_hook=true",
+            "--numprocesses=0",
+            f"--rootdir={folder}",
+            str(folder / "test_planted.py"),
+        ]
         file = folder / f"{threads} {move_seeds}.jsonl"
         instruction_sets.run_suite({"OMP_NUM_THREADS": threads}, move_seeds, selection, file)
         found.append({test.rpartition("::")[2]: done for test, done in instruction_sets.read(file).items()})
@@ -70,7 +82,7 @@ def runs(tmp_path_factory):
 def test_outcomes_and_the_closest_sides_are_written_down(runs):
     as_written = runs[0]
     failing = {name for name, done in as_written.items() if done.outcome == "failed"}
-    assert failing == set() and as_written["test_skipped"].outcome == "skipped" and len(as_written) == 6
+    assert failing == set() and as_written["test_skipped"].outcome == "skipped" and len(as_written) == 7
     first, second, close = as_written["test_plain"].closest.values()
     assert (first, second, close) == ((1.0, 2.0), (0.5, 0.75), (0.5, 1.0))
     ((where, (small, large)),) = as_written["test_of_luck"].closest.items()
@@ -85,11 +97,14 @@ def test_who_fails_is_named_with_the_run(runs):
     assert "assert 1 == 2" in one["test_of_the_threads"].why
 
 
-def test_every_seed_is_moved_and_no_step(runs):
+def test_every_seed_is_moved(runs):
     as_written, moved = runs
     assert moved["test_a_known_answer"].outcome == "failed" and moved["test_plain"] == as_written["test_plain"]
-    before, after = (list(run["test_every_source_of_chance"].closest.items())[1:] for run in (as_written, moved))
-    assert [before[i][1] != after[i][1] for i in range(7)] == [True] * 6 + [False]
+    before, after = ([*run["test_every_source_of_chance"].closest.values()][1:] for run in runs)
+    assert len(before) == 5 and not set(before) & set(after)
+    together = "test_the_library_and_its_oracle_move_together"
+    assert [run[together].outcome for run in runs] == ["passed", "passed"]
+    assert as_written[together].closest != moved[together].closest
 
 
 @pytest.mark.parametrize(
