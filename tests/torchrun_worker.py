@@ -149,12 +149,21 @@ def check(directory):
         (directory / "checked").touch()
 
 
+def wait_for_epoch(path, epoch):
+    """Until the first process has written the checkpoint of that many epochs."""
+    end = time.monotonic() + 60
+    while not (path.exists() and checkpoint.load(path)["epoch"] == epoch):
+        assert time.monotonic() < end, f"no checkpoint of epoch {epoch}"
+        time.sleep(0.05)
+
+
 def train_and_die(directory, epoch):
     """The second process is killed amid that epoch."""
     step = pretrain.Run.train_step
 
     def killed(run, index):
         if run.epoch == epoch and not run.processes.first:
+            wait_for_epoch(directory / "broken" / "checkpoint.pt", epoch)
             (directory / f"death {epoch}").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         return step(run, index)
