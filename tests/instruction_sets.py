@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -25,7 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from margins import slack
+from margins import relative_slack, slack
 
 TESTS = Path(__file__).resolve().parent
 DEVIATIONS = 3.0
@@ -81,7 +82,7 @@ class Thin(NamedTuple):
     test: str
     where: str
     sides: tuple[float, float]  # where they came closest, over settings
-    deviations: float  # their slack there, in standard deviations over seeds
+    deviations: float  # their slack, in standard deviations over seeds
 
 
 Outcomes = dict[str, Done]  # by test
@@ -128,22 +129,32 @@ def failures(runs: dict[str, Outcomes]) -> dict[str, list[str]]:
     return dict(failed)
 
 
+def deviations(here: list[tuple[float, float]], moved: list[tuple[float, float]]) -> float:
+    """The least slack of a comparison in standard deviations of its spread over seeds, as a difference or as a ratio,
+    whichever is more: a probability of 0.3 is far from 1e-4 as a ratio, and 0.1 standard errors from 6 as a
+    difference."""
+    found = []
+    for measure in (slack, relative_slack):
+        least, spread = min(measure(*sides) for sides in here), [measure(*sides) for sides in moved]
+        if all(map(math.isfinite, (least, *spread))) and len(spread) > 1:
+            deviation = statistics.stdev(spread)
+            found.append(least / deviation if deviation > 0 else math.inf)
+    return max(found, default=math.inf)
+
+
 def thin_margins(settings: dict[str, Outcomes], seeds: dict[str, Outcomes]) -> list[Thin]:
-    """The comparisons whose least slack under any setting is below DEVIATIONS of the slack's spread over seeds."""
-    seen, moved = defaultdict(list), defaultdict(list)
-    for runs, sides_of in ((settings, seen), (seeds, moved)):
+    """The comparisons that come within DEVIATIONS of failing under any setting, the closest first."""
+    here, moved = defaultdict(list), defaultdict(list)
+    for runs, sides_of in ((settings, here), (seeds, moved)):
         for tests in runs.values():
             for test, done in tests.items():
                 for where, sides in done.closest.items():
                     sides_of[test, where].append(sides)
-    thin = []
-    for place, all_sides in seen.items():
-        closest = min(all_sides, key=lambda sides: slack(*sides))
-        slacks = [slack(*sides) for sides in moved[place]]
-        spread = statistics.stdev(slacks) if len(slacks) > 1 else 0.0
-        if slack(*closest) < DEVIATIONS * spread:
-            thin.append(Thin(*place, closest, slack(*closest) / spread))
-    return sorted(thin, key=lambda found: found.deviations)
+    thin = [
+        Thin(*place, min(sides, key=lambda pair: slack(*pair)), deviations(sides, moved[place]))
+        for place, sides in here.items()
+    ]
+    return sorted((found for found in thin if found.deviations < DEVIATIONS), key=lambda found: found.deviations)
 
 
 def report(settings: dict[str, Outcomes], seeds: dict[str, Outcomes]) -> bool:

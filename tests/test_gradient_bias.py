@@ -36,7 +36,7 @@ def test_recompute_approaches_the_exact_gradient_and_ntxent_does_not():
     early = found[-4]  # after 503
     assert found[-1] < 0.6 * early, found
     assert found[-1] < 0.2, found
-    assert errors("NT-Xent", 2000)[-1] > 0.5
+    assert errors("NT-Xent", 2000)[-1] > 0.4
 
 
 def test_correcting_and_recomputing_what_is_proposed_from_the_bank_is_less_biased_than_keeping_it():

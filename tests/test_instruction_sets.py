@@ -21,6 +21,7 @@ import oracle
 
 def test_plain():
     assert 1.0 < 2.0 and abs(-0.5) <= 3 * 0.25
+    assert 0.0 <= 0.0  # exact
     torch.testing.assert_close(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.25]), rtol=0, atol=0.5)
 
 def test_of_luck():
@@ -135,20 +136,24 @@ def test_closeness_is_the_largest_share_of_the_tolerance():
     assert margins.closeness(half, half + 2**-7) == pytest.approx(2**-7 / (1e-5 + 1.6e-2 * (1 + 2**-7)))
 
 
-def test_a_margin_is_thin_where_its_spread_is_wide():
-    def run(**sides):
-        return {"test": Done("passed", sides, "")}
+def test_a_margin_is_counted_in_deviations_of_its_spread_over_seeds():
+    differences = [(1.0, 1.1), (1.0, 1.2), (1.0, 1.3)]  # 0.1 apart
+    assert instruction_sets.deviations([(-1.0, -0.8), (-1.0, -0.75)], differences) == pytest.approx(2)
+    ratios = [(1.0, math.exp(log)) for log in (5.0, 6.0)]  # as differences 147 and 402: 2.2 deviations
+    assert instruction_sets.deviations([(1.0, math.exp(6.0))], ratios) == pytest.approx(6 / 0.5**0.5)
+    assert instruction_sets.deviations([(1.0, 1.001)], [(1.0, 1.001)] * 3) == math.inf  # nothing hangs on a seed
+    assert instruction_sets.deviations([(1.0, math.inf)], [(1.0, math.inf), (1.0, 2.0)]) == math.inf
+    assert instruction_sets.deviations([(1.0, 1.001)], [(1.0, 9.0)]) == math.inf  # of one seed there is no spread
 
-    # Logarithms of the ratios: 0.1, 0.2, 0.3 over seeds; as written 0.25 with one setting, 0.35 with another.
-    seeds = {str(log): run(wide=(1.0, math.exp(log)), exact=(1.0, 1.001), lower=(-1.0, log)) for log in (0.1, 0.2, 0.3)}
-    settings = {
-        "here": run(wide=(1.0, math.exp(0.35)), exact=(1.0, 1.001), lower=(-1.0, 0.2), alone=(1.0, 1.001)),
-        "there": run(wide=(1.0, math.exp(0.25)), exact=(1.0, 1.001), lower=(-1.0, 0.2)),
-    }
-    (thin,) = instruction_sets.thin_margins(settings, seeds)
-    assert (thin.test, thin.where, thin.sides) == ("test", "wide", (1.0, math.exp(0.25)))
-    assert thin.deviations == pytest.approx(2.5)
-    assert instruction_sets.thin_margins({"here": settings["here"]}, seeds) == []
+
+def test_the_closest_of_all_settings_counts():
+    def run(large):
+        return {"test": Done("passed", {"3.0 a < b": (1.0, large)}, "")}
+
+    seeds = {str(large): run(large) for large in (1.1, 1.2, 1.3)}
+    (thin,) = instruction_sets.thin_margins({"here": run(1.6), "there": run(1.2)}, seeds)
+    assert (thin.test, thin.where, thin.sides) == ("test", "3.0 a < b", (1.0, 1.2))
+    assert instruction_sets.thin_margins({"here": run(1.6)}, seeds) == []
 
 
 def test_the_report_says_what_fails_and_passes_what_does_not(capsys):
