@@ -158,6 +158,7 @@ def assert_same_cache(loss, slow):
 
 def test_statistics_are_those_of_the_slow_version():
     slow, loss = SlowCached(), CachedSoftmaxLoss(ITEMS, DIM, temperature=0.2, num_samples=5, bank_dtype=torch.float32)
+    shares = []
     for step, index in enumerate(batches(6)):
         z = [normal(100 * step + view, B, DIM) for view in (0, 1)]
         value, stats = loss(*z, index, return_stats=True)
@@ -166,7 +167,8 @@ def test_statistics_are_those_of_the_slow_version():
         for name, expected in slow.stats.items():
             assert not stats[name].requires_grad
             torch.testing.assert_close(stats[name].double(), expected.double(), rtol=1e-5, atol=1e-5)
-    assert stats["cache_age"] > 0 and 0 < stats["carry_share"] < 1
+        shares.append(stats["carry_share"].item())
+    assert stats["cache_age"] > 0 and any(0 < share < 1 for share in shares)
 
 
 def test_the_oldest_are_encoded_again_and_those_never_written_first():

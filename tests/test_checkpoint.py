@@ -144,7 +144,7 @@ def kill_while_saving(path, kills, seed, until_amid=False):
 
 def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path):
     _, halves = kill_while_saving(tmp_path / "state.pt", kills=10, seed=0, until_amid=True)
-    assert halves > 0
+    assert halves > 0  # exact
 
 
 @pytest.mark.slow
