@@ -192,7 +192,7 @@ def test_interleave_takes_turns_in_changing_order() -> None:
         assert one[0::3] == one[2::3] and one[1::3] == ["timed"] * 3  # a call that is not timed before each that is
         assert sorted(one[0::3]) == ["a", "b", "c"]
         orders.add("".join(one[0::3]))
-    assert len(orders) >= 3  # of six
+    assert len(orders) >= 2  # of six
     assert result.seconds == {name: [1.0] * 12 for name in "abc"}
 
 

@@ -135,7 +135,7 @@ def kill_while_saving(path, kills, seed, until_amid=False):
         process.kill()
         process.join()
         state = checkpoint.load(path)
-        assert state["step"] > step
+        assert state["step"] > step  # exact
         step = state["step"]
         assert all((tensor == step).all() for tensor in state["tensors"])
         halves += path.with_name(path.name + ".partial").exists()

@@ -14,7 +14,7 @@ from torch import nn
 from emc2_kernels import MHState, mh_step, rng
 from emc2_kernels.losses import EMC2Loss, NTXentLoss
 
-B, STEPS = 6, 18  # long enough that chains are found where they were left
+B, STEPS = 6, 36  # long enough that chains are found where they were left
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # tolerated relative RMS of the gradient
 
 

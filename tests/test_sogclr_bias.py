@@ -56,7 +56,7 @@ def test_the_mean_gradient_approaches_the_exact_one_as_u_does(bimodal):
     """A u that remembers many visits is nearly that of the whole pool; with gamma = 1 it is the batch's."""
     early, late = errors_of_the_mean(0.03, bimodal, 1200, [75, 1200])
     (batch,) = errors_of_the_mean(1.0, bimodal, 1200, [1200])
-    assert late < 0.55 * early and late < 0.6 * batch, (early, late, batch)
+    assert late < 0.55 * early and late < 0.7 * batch, (early, late, batch)
 
 
 @pytest.mark.slow
