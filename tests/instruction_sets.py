@@ -86,6 +86,7 @@ class Thin(NamedTuple):
 
 
 Outcomes = dict[str, Done]  # by test
+SILENT = Done("failed", {}, "It ran in other runs and has said nothing in this one: its process died.")
 
 
 def in_force(variables: dict[str, str]) -> str:
@@ -105,7 +106,8 @@ def run_suite(variables: dict[str, str], move_seeds: int, selection: Iterable[st
     command += ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal", *selection]
     environment = os.environ | variables | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
-    if done.returncode not in (0, 1):  # all passed, some failed
+    failed = any(outcome.outcome == "failed" for outcome in read(part).values())
+    if done.returncode != failed:  # 0: all passed, 1: some failed
         raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     part.rename(file)
 
@@ -122,9 +124,10 @@ def read(file: Path) -> Outcomes:
 def failures(runs: dict[str, Outcomes]) -> dict[str, list[str]]:
     """Test -> the runs that it fails in."""
     failed = defaultdict(list)
+    every = {test for tests in runs.values() for test in tests}
     for name, tests in runs.items():
-        for test, done in tests.items():
-            if done.outcome == "failed":
+        for test in every:
+            if tests.get(test, SILENT).outcome == "failed":
                 failed[test].append(name)
     return dict(failed)
 
@@ -165,11 +168,11 @@ def report(settings: dict[str, Outcomes], seeds: dict[str, Outcomes]) -> bool:
         print(f"{name:22}{outcomes.count('passed'):8}{outcomes.count('failed'):8}{outcomes.count('skipped'):9}")
     failed = failures(settings)
     for test, where in sorted(failed.items()):
-        print(f"\nFAILED {test}\n  under {'; '.join(where)}\n{settings[where[0]][test].why}")
+        print(f"\nFAILED {test}\n  under {'; '.join(where)}\n{settings[where[0]].get(test, SILENT).why}")
     thin = thin_margins(settings, seeds)
     print(f"\nmargins below {DEVIATIONS:g} standard deviations of {len(seeds)} other seeds: {len(thin)}")
-    for test, where, (small, large), deviations in thin:
-        print(f"  {deviations:5.1f}  {small:.4g} < {large:.4g}  {test}\n         {where}")
+    for test, where, (small, large), distance in thin:
+        print(f"  {distance:5.1f}  {small:.4g} < {large:.4g}  {test}\n         {where}")
     unlucky = {test: runs for test, runs in failures(seeds).items() if test not in failed}
     print(f"\ntests that fail with other seeds, and with how many of {len(seeds)}: {len(unlucky)}")
     for test, runs in sorted(unlucky.items(), key=lambda item: len(item[1])):
@@ -200,8 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {name: run(name, SETTINGS[name], 0, selection) for name in options.settings}
     # Other seeds for what compares numbers.
     comparing = sorted({test for tests in settings.values() for test, done in tests.items() if done.closest})
-    numbers = range(1, options.seeds + 1) if comparing else ()
-    seeds = {f"seeds + {1000 * number}": run(f"seeds {number}", {}, 1000 * number, comparing) for number in numbers}
+    numbers = range(1000, 1000 * options.seeds + 1, 1000) if comparing else ()
+    seeds = {f"seeds + {by}": run(f"seeds + {by}", {}, by, comparing) for by in numbers}
     return 0 if report(settings, seeds) else 1
 
 

@@ -96,6 +96,7 @@ def test_who_fails_is_named_with_the_run(runs):
     failures = instruction_sets.failures({"two": two, "one": one})
     assert failures == {"test_of_the_threads": ["one"], "test_a_known_answer": ["one"]}
     assert "assert 1 == 2" in one["test_of_the_threads"].why
+    assert instruction_sets.failures({"whole": two, "died": {}})["test_plain"] == ["died"]
 
 
 def test_every_seed_is_moved(runs):
