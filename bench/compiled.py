@@ -7,7 +7,6 @@ longest block without a branch that makes its logarithms. Run `python bench/comp
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -291,12 +290,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--generations", nargs="+", type=int, choices=GENERATIONS, default=list(GENERATIONS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     rows = measure_all(options.cases, options.generations, options.processes)
-    if options.json:
-        print(json.dumps([row._asdict() for row in rows]))
-        return
     print(f"{'case':22}{'sm':>5}  {'kernel':17}", end="")
     print(f"{'registers':>10}{'stack':>7}{'shared':>9}{'programs':>10}{'per element':>13}")
     for row in rows:

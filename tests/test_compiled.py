@@ -7,6 +7,7 @@ next tile are among the counted instructions.
 
 import multiprocessing
 import os
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -108,6 +109,17 @@ def test_assertions_are_those_of_compiled_kernels():
     """Or a name that has changed would leave an entry that is compared with nothing."""
     compiled = {(case, kernel) for (case, _), kernels in BOUNDS.items() for kernel in kernels}
     assert set(ASSERTED) <= compiled
+
+
+def test_the_table_has_a_row_for_each_kernel():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, tool.__file__, "--cases", "loss d=128", "--generations", "90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    header, *rows = done.stdout.splitlines()
+    assert header.split()[:4] == ["case", "sm", "kernel", "registers"]
+    kernels = {kernel for (case, _), kernels in BOUNDS.items() if case == "loss d=128" for kernel in kernels}
+    assert {row.split()[3] for row in rows} == kernels
 
 
 def test_the_counter_counts():
