@@ -1,11 +1,12 @@
 """A pytest plugin: writes down how close each comparison of a test came to failing, and moves the seeds.
 
-    PYTHONPATH=tests pytest -p margins --margins=FILE [--move-seeds=K]
+    PYTHONPATH=tests pytest -p margins -o enable_assertion_pass_hook=true --margins=FILE [--move-seeds=K]
 
 FILE gets a line of JSON for each test: its outcome, and of each `assert a < b` (of a chain, the last), each
 pytest.approx and each assert_close with a tolerance the sides that came closest, as [where, [smaller, larger]]. With K,
-every seed that a test hands to torch, numpy, Python's random or the library is another one, so that what depends on
-luck shows its spread. tests/instruction_sets.py runs the suite with it and says what came out.
+the seeds that a test hands to torch, numpy, Python's random and the library are others (not those of processes that it
+starts), so that what depends on luck shows its spread; tests marked one_seed are left out.
+tests/instruction_sets.py runs the suite with it and says what came out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import ast
 import json
 import math
 import operator
-import os
 import random
 import re
 import sys
@@ -35,13 +35,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path, distributed = config.getoption("margins"), config.getoption("numprocesses", None)
-    if path and (hasattr(config, "workerinput") or not distributed):  # each worker records what it runs
-        config.pluginmanager.register(Recorder(Path(path)))
+    if config.getoption("margins"):
+        config.pluginmanager.register(Recorder(Path(config.getoption("margins")), hasattr(config, "workerinput")))
         helpers = {file.stem for file in Path(__file__).parent.glob("*.py")}
         pytest.register_assert_rewrite(*helpers - set(sys.modules))  # or what they assert would not be seen
     if config.getoption("move_seeds"):
         move_seeds(config.getoption("move_seeds"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("move_seeds"):
+        items[:] = [item for item in items if item.get_closest_marker("one_seed") is None]
 
 
 _ARITHMETIC = {
@@ -73,19 +77,22 @@ def number(node: ast.expr) -> float:
 
 
 def comparisons(explanation: str) -> list[tuple[float, float]]:
-    """(smaller, larger) of each comparison of numbers in pytest's explanation of an assertion that held.
+    """(smaller, larger) of each comparison of numbers that must hold, by pytest's explanation of an assertion that did.
 
     An explanation is the assertion with values for names; what they came from follows in lines that begin with "+".
     """
     expression = re.split(r"\n +\+", explanation)[0]
     expression = re.sub(r"([^\s(]+) == (\S+) ± ([^\s,)]+)", r"abs_difference(\1 - \2) <= \3", expression)
     try:
-        nodes = list(ast.walk(ast.parse(expression.strip(), mode="eval")))
+        whole = ast.parse(expression.strip(), mode="eval").body
     except SyntaxError:
         return []
-    found = []
-    for node in nodes:
-        match node:
+    found, open_nodes = [], [whole]
+    while open_nodes:
+        match open_nodes.pop(0):
+            case ast.BoolOp(op=ast.And(), values=values):  # of "or" and "not" one does not have to hold
+                open_nodes += values
+                continue
             case ast.Compare(left=left, ops=[ast.Lt() | ast.LtE()], comparators=[right]):
                 small, large = left, right
             case ast.Compare(left=left, ops=[ast.Gt() | ast.GtE()], comparators=[right]):
@@ -132,10 +139,15 @@ def relative_slack(small: float, large: float) -> float:
 
 
 class Recorder:
-    """The outcomes of tests and their closest comparisons, appended to a file."""
+    """The outcomes of tests and their closest comparisons, appended to a file.
 
-    def __init__(self, path: Path) -> None:
+    Where xdist runs tests in workers these send what they have seen with their reports, and the first process writes,
+    which also hears of workers that have died.
+    """
+
+    def __init__(self, path: Path, in_worker: bool) -> None:
         self.path = path
+        self.in_worker = in_worker
         self.closest: dict[str, tuple[float, float]] = {}
         self.sources = "".join(file.read_text() for file in Path(__file__).parent.rglob("*.py"))
         self.assert_close = torch.testing.assert_close
@@ -164,12 +176,18 @@ class Recorder:
         self.closest.clear()
         return (yield)
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Iterator[pytest.TestReport]:
+        report = yield
+        report.closest = list(self.closest.items())
+        return report
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or not report.passed:
-            line = {"test": report.nodeid, "outcome": report.outcome, "closest": list(self.closest.items())}
+        if not self.in_worker and (report.when == "call" or not report.passed):
+            line = {"test": report.nodeid, "outcome": report.outcome, "closest": getattr(report, "closest", [])}
             line["why"] = str(report.longrepr)[-2000:] if report.failed else ""
-            with open(self.path, "ab", buffering=0) as file:  # a line is one write, beside those of other workers
-                file.write((json.dumps(line) + os.linesep).encode())
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def move_seeds(by: int) -> None:

@@ -101,6 +101,7 @@ def test_rank_and_world_size_are_those_of_the_group(seen):
     assert [each["place"] for each in seen] == [(rank, len(seen)) for rank in range(len(seen))]
 
 
+@pytest.mark.one_seed
 def test_without_an_update_ranks_share_the_items_out(seen):
     batches = [each["shuffled"] for each in seen]
     assert batches == in_one_process(seen, 0)
@@ -117,6 +118,7 @@ def test_all_ranks_raise_the_first_ranks_error_and_stay_as_they_were(seen):
     assert [each["after errors"] for each in seen] == [(None, batches) for batches in in_one_process(seen, 1)]
 
 
+@pytest.mark.one_seed
 @pytest.mark.parametrize(("name", "x_of", "epoch"), [("own x", 0, 2), ("no x", 5, 3)])
 def test_all_ranks_get_the_order_of_the_first_ranks_embeddings(seen, name, x_of, epoch):
     facts, orders, batches = zip(*(each[name] for each in seen), strict=True)

@@ -5,6 +5,7 @@ memory for what did not fit into registers. Where one product takes whole rows (
 next tile are among the counted instructions.
 """
 
+import functools
 import multiprocessing
 import os
 import subprocess
@@ -79,18 +80,24 @@ ASSERTED = {
 
 
 @pytest.fixture(scope="session")
-def compiler():
-    """A process that compiles, beside this one, in which kernels are interpreted: one for each worker of xdist, so that
-    cases are compiled side by side; alone, one for each core."""
-    cores = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count()
+def compiled(request):
+    """compiled(case, generation): its rows of bench/compiled.py, from a process beside this one, in which kernels are
+    interpreted. A worker of xdist has one such process, and cases are compiled side by side by the workers; without
+    xdist there is one for each core, and all cases are begun at once."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores, spawn, tool.interpret_nothing) as pool:
-        yield pool
+    with ProcessPoolExecutor(os.cpu_count() if alone else 1, spawn, tool.interpret_nothing) as pool:
+        begin = functools.cache(functools.partial(pool.submit, tool.measure))
+        for item in request.session.items if alone else ():
+            if item.path == Path(__file__) and hasattr(item, "callspec"):
+                for generation in item.callspec.params["generations"]:
+                    begin(item.callspec.params["case"], generation)
+        yield lambda case, generation: begin(case, generation).result(timeout=900)
 
 
 @pytest.mark.parametrize(("case", "generations"), BOUNDS, ids=[case for case, _ in BOUNDS])
-def test_registers_memory_instructions_and_assertions(case, generations, compiler):
-    rows = [row for found in compiler.map(tool.measure, [case] * len(generations), generations) for row in found]
+def test_registers_memory_instructions_and_assertions(case, generations, compiled):
+    rows = [row for generation in generations for row in compiled(case, generation)]
     assert {row.generation for row in rows} == set(generations)
     for row in rows:
         print(row)

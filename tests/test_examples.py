@@ -87,8 +87,9 @@ def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split:
     assert torch.equal(random_state, torch.get_rng_state()), "a draw from the global generator: not in the checkpoint"
 
     untrained = evaluate.accuracy(evaluate.encode(model.build_encoder(run.dim, run.seed), split))
-    assert results.accuracy.few_linear_probe > untrained.few_linear_probe
-    assert results.accuracy.few_nearest_neighbour > untrained.few_nearest_neighbour
+    few = results.accuracy.few_linear_probe + results.accuracy.few_nearest_neighbour
+    assert few > untrained.few_linear_probe + untrained.few_nearest_neighbour + 0.05
+    # No collapse; with all labels an untrained encoder is as good.
     assert results.accuracy.linear_probe > 0.95 and results.accuracy.nearest_neighbour > 0.95
     assert max(results.accuracy) <= 1  # exact
     assert results.steps == epochs * (1257 // 32)

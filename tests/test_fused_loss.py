@@ -92,6 +92,7 @@ CASES = {
 }
 
 
+@pytest.mark.one_seed
 @pytest.mark.parametrize(("options", "shape"), CASES.values(), ids=CASES)
 def test_equals_the_plain_path(options, shape, walks):
     dim, dtype = shape.get("dim", D), shape.get("dtype", torch.float32)
@@ -277,6 +278,7 @@ def test_which_calls_are_made_here():
     assert not torch.func.grad(lambda z: z.sum() + fused.takes(make(), z, z1))(z0).isnan().any()
 
 
+@pytest.mark.one_seed
 def test_compiled_without_a_break_it_is_the_plain_path():
     torch.compiler.reset()
     compiled = torch.compile(make(), fullgraph=True, backend="eager")

@@ -78,7 +78,8 @@ def assert_equals_the_slow_one(batches, dtype=torch.float32, **options):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-4)
         assert relative_rms(table.weight.grad, exact.weight.grad) <= DTYPES[dtype]
         carried += len(slow.carried)
-    assert carried > 0 or options.get("carry") == "drop"  # otherwise the carry term was not tried
+    if options.get("carry") != "drop":
+        assert carried > 0  # otherwise the carry term was not tried
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -293,6 +294,7 @@ def coins(items, step, seed=0, backend="auto"):
     return torch.ops.emc2_kernels.view_coin(items, seed, None, step, None, backend)
 
 
+@pytest.mark.one_seed
 @pytest.mark.parametrize("backend", COMPILED)
 def test_the_view_coin_is_fair_and_depends_on_item_step_and_seed(backend):
     n = 40_000

@@ -199,6 +199,7 @@ torch.save({"walks": results, "words": words}, sys.argv[3])
 """
 
 
+@pytest.mark.one_seed
 @needs_cmake
 def test_every_instruction_set_walks_the_same_chains(build: Build, tmp_path: Path) -> None:
     walks = walk_arguments()

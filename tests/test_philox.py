@@ -131,6 +131,7 @@ def test_no_two_draws_share_a_counter() -> None:
 SHARDS = (range(0, 1), range(0, 9), range(3, 10), range(4, 8), range(6, 7), range(2**32 + 5, 2**32 + 12))
 
 
+@pytest.mark.one_seed
 @pytest.mark.parametrize("proposals", SHARDS, ids=str)
 def test_acceptance_draws(proposals: range) -> None:
     for seed in SEEDS:
@@ -307,6 +308,7 @@ def test_extreme_gumbel_noise(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtyp
     assert noise[0] > 22.8
 
 
+@pytest.mark.one_seed
 def test_gumbel_noise_beyond_what_23_bits_can_hold() -> None:
     """A draw that is there, found by search: the shift of the acceptance draws would stop it at 16.64."""
     chain, column = 7, 4 * 341_670 + 1

@@ -185,9 +185,14 @@ def test_half_precision_is_as_good_as_rounded_rows(dtype, autocast, options, tem
         found.append((relative_rms(gradient, expected), relative_rms(baseline / lengths, expected)))
         assert value.dtype == torch.float32 and value.isfinite() and gradient.isfinite().all()
         assert gradient.dtype == dtype
-    # Medians over steps: at 0.01 now and then a rounded score of one item is most of a batch's error.
-    error, least = torch.tensor(found).median(0).values.tolist()
-    assert error <= 3 * least + torch.finfo(compute).eps, (error, least)  # gradients are rounded to it, too
+        assert not torch.equal(loss.log_u, loss.log_u.to(compute).float())  # kept in float32
+        if temperature == 0.01:  # now and then a rounded score of one item is most of a batch's error
+            assert found[-1][0] < 0.2
+    # Gradients are rounded to the dtype, too.
+    errors, least = torch.tensor(found, dtype=torch.float64).unbind(1)
+    if temperature == 0.2:
+        assert (errors - 3 * least).max() <= torch.finfo(compute).eps
+    assert errors.median() <= 3 * least.median() + torch.finfo(compute).eps
     assert loss.log_u.dtype == torch.float32
 
 
