@@ -205,7 +205,7 @@ class TestEpochs:
         sampler = with_order(make(num_items=400, batch_size=20), np.arange(400))
         batches = np.array(list(sampler))
         number = (batches[:, 0] - cyclic_start(batches[0].tolist(), 400)) % 400 // 20
-        assert ((number[1:] - number[:-1]) % 20 == 1).sum() < 6
+        assert ((number[1:] - number[:-1]) % 20 == 1).sum() < 10  # of 19
         assert len({tuple(np.argsort(batch)) for batch in batches}) == 20
 
     def test_set_epoch_with_the_epoch_that_is_resumed_keeps_its_place(self):

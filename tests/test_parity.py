@@ -21,7 +21,9 @@ def assert_walks(result, expected, temperature=0.2, min_rows=0.9):
     """Index-exact in every row whose closest tie exceeds the score error, which grows as 1 / temperature."""
     error = 3e-6 / temperature
     clear = expected.closest_tie > error
-    assert clear.float().mean() >= min_rows
+    # Of a few rows one may come close to a tie; a row alone may not.
+    spared = min(len(clear) - 1, max(1, (1 - min_rows) * len(clear)))
+    assert (~clear).sum() <= spared
     torch.testing.assert_close(result.samples[clear].long(), expected.samples[clear], rtol=0, atol=0)
     torch.testing.assert_close(result.state.key[clear], expected.key[clear], rtol=0, atol=0)
     torch.testing.assert_close(result.num_accepted[clear].long(), expected.accepted[clear], rtol=0, atol=0)

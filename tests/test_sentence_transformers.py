@@ -443,4 +443,4 @@ def test_a_real_encoder_gets_batches_that_it_finds_alike(tmp_path):
     similarity = [
         sum((own[batch] @ own[batch].T).triu(1).sum() for batch in epoch) / pairs for epoch in (first, second)
     ]
-    assert similarity[1] > similarity[0] + 0.05
+    assert similarity[1] > similarity[0] + 0.02

@@ -187,7 +187,7 @@ def test_half_precision_is_as_good_as_rounded_rows(dtype, autocast, options, tem
         assert gradient.dtype == dtype
         assert not torch.equal(loss.log_u, loss.log_u.to(compute).float())  # kept in float32
         if temperature == 0.01:  # now and then a rounded score of one item is most of a batch's error
-            assert found[-1][0] < 0.2
+            assert found[-1][0] < 0.3
     # Gradients are rounded to the dtype, too.
     errors, least = torch.tensor(found, dtype=torch.float64).unbind(1)
     if temperature == 0.2:

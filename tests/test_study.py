@@ -80,7 +80,7 @@ def test_laws_are_the_matrix_power_and_lie_below_the_bound():
     for mark, law in zip(marks, sampler.laws(scores, marks), strict=True):
         start = torch.full((12,), 1 / 12, dtype=torch.float64)
         torch.testing.assert_close(law, start @ torch.linalg.matrix_power(kernel, mark - 1))
-        assert sampler.distance(law, target) <= sampler.bound(target, mark)
+        assert sampler.distance(law, target) <= sampler.bound(target, mark)  # exact
     assert sampler.bound(target, 40) < 0.2
     # Scores between -1 / temperature and 1 / temperature: m max pi is below exp(2 / temperature).
     close = (scores / scores.abs().max()).softmax(0)
