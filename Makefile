@@ -15,7 +15,7 @@ RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 endif
 
-# The tests start hundreds of processes: without bytecode each would compile all that it imports, for longer than it runs.
+# The tests start hundreds of processes: without bytecode each would compile all that it imports, torch among it, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-isa bench gpu-check compiled lint core-test clean install-into-this-environment
