@@ -41,6 +41,11 @@ def split_into(monkeypatch, count):
     monkeypatch.setattr(settings, "splits", lambda *sizes: count)
 
 
+def recording(monkeypatch, on_the_way):
+    """Samples in the launch that walks, or in a second one that walks their tiles again."""
+    monkeypatch.setattr(settings, "records_on_the_way", lambda tiles, num_samples: on_the_way)
+
+
 def exact(n, d, seed):
     """Rows of -1, 0 and 1, whose products no order of additions changes."""
     return torch.randint(-1, 2, (n, d), generator=torch.Generator().manual_seed(seed)).float()
@@ -53,6 +58,7 @@ SIZES = [(1, 1, 1), (7, 5, 3), (15, 127, 16), (16, 128, 17), (17, 129, 8), (33, 
 @pytest.mark.parametrize(("n", "m", "d"), SIZES)
 def test_sweep(n, m, d, splits, small_tiles, monkeypatch):
     split_into(monkeypatch, splits)
+    recording(monkeypatch, on_the_way=splits == 2)
     queries, keys = unit(n, d, seed=1), unit(m, d, seed=2)
     options = {"burn_in": m // 3, "num_samples": max(1, (m - m // 3) // 2)}
     state = emc2.MHState(torch.arange(n), torch.linspace(-3, 3, n))
@@ -60,6 +66,25 @@ def test_sweep(n, m, d, splits, small_tiles, monkeypatch):
     assert_same(result, state, queries, keys, **options)
     lse = torch.logsumexp(queries @ keys.T / 0.2, 1)
     torch.testing.assert_close(result.lse, lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("m", "splits"), [(5, 1), (129, 3), (400, 1), (400, 2)])
+@pytest.mark.parametrize("samples", ["one", "a few", "most"])
+def test_samples_replayed_are_those_recorded_on_the_way(m, splits, samples, small_tiles, monkeypatch):
+    """To the bit, in every output; of whole walks and of shards that begin and end anywhere in a tile."""
+    split_into(monkeypatch, splits)
+    queries, keys = exact(5, 3, seed=1), exact(m, 3, seed=2)
+    state = emc2.MHState(torch.arange(5), torch.linspace(-3, 3, 5))
+    kept = m - m // 3
+    options = {"burn_in": m // 3, "num_samples": {"one": 1, "a few": -(-kept // 29), "most": kept - kept // 7}[samples]}
+    shard = {"first_proposal": 7, "total_proposals": m + 31, "temperature": 0.2, "seed": 3, "step": 5}
+    results = []
+    for on_the_way in (True, False):
+        recording(monkeypatch, on_the_way)
+        results.append(call("triton", queries, keys, state, return_accepts=True, return_lse=True, **options))
+        results.append(emc2.mh_transition(queries, keys, backend="triton", **shard, **options))
+    assert_identical(results[2], results[0])
+    assert_identical(results[3], results[1])
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -123,8 +123,8 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def transitions(like: Tensor, count: int) -> Tensor:
-    """Room for so many transitions, three words each."""
-    return torch.empty(3 * count, dtype=torch.float32, device=like.device)
+    """Room for so many transitions, four words each (``WORDS`` in walk.py)."""
+    return torch.empty(4 * count, dtype=torch.float32, device=like.device)
 
 
 def on_device(operand: Tensor) -> AbstractContextManager:

@@ -32,7 +32,14 @@ CLOSE_KERNEL = Kernel(close_kernel)
 COIN_KERNEL = Kernel(coin_kernel)
 
 SWEEP, DRAWN, GIVEN = positions.SWEEP.value, positions.DRAWN.value, positions.GIVEN.value
+WALK, RECORD, REPLAY, COUNT = sweep.WALK.value, sweep.RECORD.value, sweep.REPLAY.value, sweep.COUNT.value
 SEGMENTS, STEPS, TILE = scores.SEGMENTS.value, scores.STEPS.value, scores.TILE.value
+
+# What the last launch of a walk writes, and others need not be compiled for.
+RESULTS = (
+    "state_key_ptr", "state_score_ptr", "labels_ptr", "samples_ptr", "out_key_ptr",
+    "out_threshold_ptr", "out_score_ptr", "out_position_ptr",
+)  # fmt: skip
 
 COIN_BLOCK = 256
 CLOSE_ELEMENTS = 1024  # transitions that a program of the close holds at a time
@@ -40,7 +47,7 @@ BLOCK_R = 16  # samples that the end of a walk handles at a time
 
 
 class Plan(NamedTuple):
-    """A kernel for a walk, and how the proposals are cut into programs."""
+    """A kernel for a walk, how the proposals are cut into programs, and the launches that this takes."""
 
     kernel: Kernel
     kind: int
@@ -51,6 +58,8 @@ class Plan(NamedTuple):
     split_length: int  # proposals
     lead: int  # by which the first split starts before the first proposal
     segments: int  # of a split, each walked from the identity; 0: the split is one itself
+    launches: tuple[Arguments, ...]  # what differs between those that make the transitions
+    count: Arguments  # the same of one that counts accepted proposals, of walks that are split
 
 
 def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
@@ -68,12 +77,15 @@ def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
         "BLOCK_M": chosen.block_m,
         **dimensions(d, chosen.block_d),
         "PRECISION": precision(),
-        "COUNT": False,
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}
+    launches: tuple[Arguments, ...] = ({"MODE": RECORD},)
+    if not settings.records_on_the_way(segment_length // STEPS, walk.num_samples):
+        launches = {"MODE": WALK, **dict.fromkeys(RESULTS)}, {"MODE": REPLAY, "lse_ptr": None}
     return Plan(
-        SWEEP_KERNEL, SWEEP, (blocks, splits, 1), arguments, options, splits, SEGMENTS * segment_length, lead, SEGMENTS
-    )
+        SWEEP_KERNEL, SWEEP, (blocks, splits, 1), arguments, options, splits, SEGMENTS * segment_length, lead, SEGMENTS,
+        launches, {"MODE": COUNT, "lse_ptr": None},
+    )  # fmt: skip
 
 
 def _plan_gathered(walk: Walk) -> Plan:
@@ -87,10 +99,12 @@ def _plan_gathered(walk: Walk) -> Plan:
         "split_length": length,
         "BLOCK_K": chosen.block_k,
         **dimensions(d, chosen.block_d),
-        "RECORD": True,
     }
     kind = DRAWN if walk.positions is None else GIVEN
-    return Plan(GATHERED_KERNEL, kind, (n, splits, 1), arguments, {"num_warps": chosen.num_warps}, splits, length, 0, 0)
+    return Plan(
+        GATHERED_KERNEL, kind, (n, splits, 1), arguments, {"num_warps": chosen.num_warps}, splits, length, 0, 0,
+        ({"RECORD": True},), {"RECORD": False},
+    )  # fmt: skip
 
 
 def run(walk: Walk, outputs: Arguments) -> None:
@@ -113,12 +127,12 @@ def run(walk: Walk, outputs: Arguments) -> None:
     )
     counts_apart = split or walk.is_sweep  # the state in which a chain enters a segment is known after a first launch
     first = arguments | {"accepted_ptr": None} if counts_apart else arguments
-    plan.kernel(plan.grid, first, plan.options)
+    for launch in plan.launches:
+        plan.kernel(plan.grid, first | launch, plan.options)
     if split:
         _close(walk, plan, arguments)
     if counts_apart and outputs["accepted_ptr"] is not None:
-        count = arguments | {"COUNT": True, "RECORD": False, "lse_ptr": None}
-        plan.kernel(plan.grid, count, plan.options)
+        plan.kernel(plan.grid, arguments | plan.count, plan.options)
 
 
 def _close(walk: Walk, plan: Plan, arguments: Arguments) -> None:

@@ -82,6 +82,10 @@ PROGRAMS_PER_PROCESSOR = 2  # of the sweep, at once
 GATHERED_PROGRAMS = 4  # of the gathered walk, in the place of each of those
 MAX_SPLITS = 511  # composed by one program of the second launch
 ENDING = 2.0  # what the end of a program costs, in tiles
+# Up to so many tiles of a program, or so many for each sample, a sweep records its samples on the way, in one launch.
+# Beyond, what recording costs every tile is more than a second launch that walks the tiles of the samples again. Not
+# measured.
+TILES_ON_THE_WAY, TILES_PER_SAMPLE = 8, 2
 
 
 @lru_cache(maxsize=256)
@@ -90,6 +94,11 @@ def sweep(generation: int, half: bool, d: int, n: int) -> Sweep:
     newest = max(row[0] for row in SWEEPS if row[0] <= max(generation, 8))
     rows = [row for row in SWEEPS if row[:2] == (newest, half) and d <= row[2] and n <= row[3]]
     return SWEEPS[min(rows)]
+
+
+def records_on_the_way(tiles: int, num_samples: int) -> bool:
+    """Whether a sweep whose programs walk so many tiles takes one launch."""
+    return tiles <= max(TILES_ON_THE_WAY, TILES_PER_SAMPLE * num_samples)
 
 
 @lru_cache(maxsize=16)

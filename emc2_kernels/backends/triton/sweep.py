@@ -31,37 +31,30 @@ from .walk import (
     threshold_of,
 )
 
+# What a launch does. A short walk records its samples on the way: one launch. A long one would carry through all of its
+# tiles what few of them need. So it leaves what it enters those with, and a second launch walks them again.
+RECORD = tl.constexpr(0)
+WALK = tl.constexpr(1)
+REPLAY = tl.constexpr(2)
+COUNT = tl.constexpr(3)  # accepted proposals, when it is known in which state a chain enters its segment
+
 FAR = tl.constexpr(1 << 61)  # the next sample point where none is left
 
 
 @triton.jit
-def _next_sample(due, upcoming, schedule):
-    """Moves the segments that are ``due`` on to their next sample: its number, its step, and how far ceil() rounded."""
-    sample, at, rounded = upcoming
-    _first, _count, _burn_in, kept, num_samples = schedule
-    less = rounded - kept % num_samples
-    wraps = less < 0
-    sample = tl.where(due, sample + 1, sample)
-    at = tl.where(due, at + kept // num_samples + wraps.to(tl.int64), at)
-    at = tl.where(sample < num_samples, at, FAR)
-    return sample, at, tl.where(due, tl.where(wraps, less + num_samples, less), rounded)
+def _next_sample(proposal, schedule):
+    """The first sample at or after a proposal of the whole walk, and how many proposals on.
 
-
-@triton.jit
-def _first_sample(proposal, schedule):
-    """First sample at or after a proposal of the whole walk: its number, how many proposals on, what was rounded."""
-    _first, _count, burn_in, kept, num_samples = schedule
+    The last one is never looked for: it is at the end of the walk, whose transition is there anyway.
+    """
     sample = samples_before(tl.maximum(proposal, 0), schedule)
-    point = sample_point(sample, schedule)
-    rounded = (point + 1 - burn_in) * num_samples - (sample + 1) * kept
-    return sample, tl.where(sample < num_samples, point - proposal, FAR), rounded
+    return sample, tl.where(sample < schedule[4] - 1, sample_point(sample, schedule) - proposal, FAR)
 
 
 @triton.jit
-def _soonest_after(tile, start, schedule):
-    """The first step behind a tile that is a sample point of any segment; ``start`` is where the segments start."""
-    step = (tile + 1) * STEPS
-    return step + tl.min(_first_sample(start + step, schedule)[1])
+def _next_sample_step(step, start, schedule):
+    """The first step at or after ``step`` that is a sample point of any segment; ``start`` is where segments start."""
+    return step + tl.min(_next_sample(start + step, schedule)[1])
 
 
 @triton.jit
@@ -76,27 +69,24 @@ def _add_to_sums(sums, similarity):
 
 @triton.jit
 def _walk_tile(
-    walk, sums, products, step, columns, rows, draws, ids, log_proposal_ptr, records_ptr, schedule,
-    RECORD: tl.constexpr, COUNT: tl.constexpr, LSE: tl.constexpr,
+    walk, sums, products, step, columns, rows, draws, ids, log_proposal_ptr, records_ptr, schedule, due,
+    MODE: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """Sixteen steps of eight segments, from ``step`` on; the walk and the sums after them.
 
     columns: (first key, first block of draws, first step, last step + 1) of the segments, (8,) each. rows: (row number,
-    whether it exists, 1 / temperature, two words of the chain), (BLOCK_M,) each. RECORD: store what each sample point
-    among them leaves; a tile that holds one is walked twice, so that the others carry nothing of that.
-    COUNT: the walk started from the chain's own state, so that a step that moves it is an accepted proposal.
+    whether it exists, 1 / temperature, two words of the chain), (BLOCK_M,) each. due: the first step that is a sample
+    point of any segment; from there on what they leave is stored, in the modes that record.
     """
     first_key, first_block, begin, end = columns
     row, row_ok, inverse_temperature, chain_low, tag = rows
     random_step, key_0, key_1 = draws
-    query_id, key_ids_ptr = ids
     groups = sixteen_steps(products)
-    if RECORD:
-        upcoming = _first_sample(schedule[0] + first_key + step, schedule)
     for group in tl.static_range(4):
         block = first_block + (step // 4 + group)
         zeros = zeros_like(groups[group][0])
         drawn = words(block[None, :], chain_low[:, None], tag[:, None], random_step, key_0, key_1, zeros)
+        after = ()
         for i in tl.static_range(4):
             number = step + (4 * group + i)
             there = (number >= begin) & (number < end)
@@ -105,23 +95,41 @@ def _walk_tile(
             if log_proposal_ptr is not None:
                 score -= tl.load(log_proposal_ptr + first_key + number, there, other=0.0)[None, :]
             threshold = threshold_of(score, drawn[i])
-            if key_ids_ptr is not None:
-                excluded = tl.load(key_ids_ptr + first_key + number, there, other=0)[None, :] == query_id[:, None]
+            if ids[1] is not None:
+                excluded = tl.load(ids[1] + first_key + number, there, other=0)[None, :] == ids[0][:, None]
                 threshold = tl.where(excluded, NEVER, threshold)
                 similarity = tl.where(excluded, NEVER, similarity)
-            if COUNT:
+            if MODE == COUNT:  # it started from the chain's own state: a step that moves it is an accepted proposal
                 walk = compose(walk, (threshold, score, walk[2] + 1))
             else:
                 walk = compose(walk, (threshold, score, number))
             if LSE:
                 sums = _add_to_sums(sums, similarity)
-            if RECORD:
-                sample, at, _rounded = upcoming
-                due = at == 4 * group + i
-                to = row[:, None] * schedule[4] + sample[None, :]
-                store_transition(records_ptr, to, row_ok[:, None] & due[None, :], _in_shard(walk, first_key))
-                upcoming = _next_sample(due, upcoming, schedule)
+            after = after + (walk,)
+        if (MODE == RECORD) | (MODE == REPLAY):  # noqa: SIM102  known to the compiler, as the next is not
+            if due < step + 4 * (group + 1):
+                _record(records_ptr, after, step + 4 * group, columns, row, row_ok, schedule)
     return walk, sums
+
+
+@triton.jit
+def _record(records_ptr, after, step, columns, row, row_ok, schedule):
+    """Stores those of four steps' prefixes that are samples. ``after``: what each step leaves, (BLOCK_M, 8)."""
+    first_key, _first_block, begin, end = columns
+    first, _count, burn_in, kept, num_samples = schedule
+    # Samples before the first of the steps, by one division; from there on by what it leaves.
+    taken = tl.maximum(first + first_key + step - burn_in, 0) * num_samples
+    sample = taken // tl.maximum(kept, 1)
+    remainder = taken - sample * kept
+    for i in tl.static_range(4):
+        number = step + i
+        remainder += tl.where(first + first_key + number >= burn_in, num_samples, 0)
+        is_sample = remainder >= kept
+        to = row[:, None] * num_samples + sample[None, :]
+        due = row_ok[:, None] & ((number >= begin) & (number < end) & is_sample)[None, :]
+        store_transition(records_ptr, to, due, _in_shard(after[i], first_key))
+        sample += is_sample.to(tl.int64)
+        remainder -= tl.where(is_sample, kept, 0)
 
 
 @triton.jit
@@ -129,6 +137,27 @@ def _in_shard(walk, first_key):
     """A walk's transitions with the proposal's number in the shard instead of the segment."""
     threshold, score, number = walk
     return threshold, score, tl.where(number >= 0, number + first_key.to(tl.int32)[None, :], -1)
+
+
+@triton.jit
+def _products(
+    operands, row, row_ok, key, m, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, 128) inner products of the rows with the keys ``key``, of which some may lie outside."""
+    queries, queries_ptr, keys_ptr, strides, d = operands
+    key_ok = (key >= 0) & (key < m)
+    return multiply(
+        queries, queries_ptr, keys_ptr, row, row_ok, key, key_ok, strides, d, BLOCK_D, WHOLE_D, EVEN_D, PRECISION
+    )
+
+
+@triton.jit
+def _entry_place(row, row_ok, proposal, schedule):
+    """Where segments keep what they enter a tile with, (BLOCK_M, 8): in the place of its first sample; and whether it
+    has one. ``proposal``: the first of each segment's in the tile."""
+    sample, ahead = _next_sample(proposal, schedule)
+    return row[:, None] * schedule[4] + sample[None, :], row_ok[:, None] & (ahead < STEPS)[None, :]
 
 
 @triton.jit
@@ -162,13 +191,11 @@ def sweep_kernel(
     # log-sum-exp: the row's, or its splits' maximum and sum
     lse_ptr, lse_parts_ptr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, ALIGN_D: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    COUNT: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, MODE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (i, z): rows i * BLOCK_M and on, over segments 8 z .. 8 z + 7 of ``segment_length`` keys.
 
-    Without SPLIT it writes the results itself. With COUNT it counts accepted proposals, in a second launch that knows
-    the state in which the chains enter each segment.
+    With SPLIT another kernel writes the results. lse_ptr is given to one launch of a walk only.
     """
     split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
     split_segments_ptr, split_prefixes_ptr, records_ptr, segments_ptr, prefixes_ptr = rooms(
@@ -198,9 +225,7 @@ def sweep_kernel(
         tl.maximum(-first_key, 0).to(tl.int32),
         tl.minimum(m - first_key, segment_length).to(tl.int32),
     )
-    soonest = _soonest_after(-1, first + first_key, schedule)
-    ids = query_id, key_ids_ptr
-    if COUNT:
+    if MODE == COUNT:
         entry = _entry(state_score_ptr, split_prefixes_ptr, prefixes_ptr, row, row_ok, split, splits, SPLIT)
         walk = entry, entry, tl.zeros((BLOCK_M, SEGMENTS), tl.int32)
     else:
@@ -213,55 +238,61 @@ def sweep_kernel(
         queries = load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
     column = tl.arange(0, TILE)
     key_of_column = (split * SEGMENTS + column % SEGMENTS) * segment_length - lead + column // SEGMENTS
-    for tile in range(0, (segment_length // STEPS).to(tl.int32)):
-        key = key_of_column + tile * STEPS
-        products = multiply(
-            queries, queries_ptr, keys_ptr, row, row_ok, key, (key >= 0) & (key < m), (stride_query, stride_key), d,
-            BLOCK_D, WHOLE_D, EVEN_D, PRECISION,
-        )  # fmt: skip
-        if not COUNT:  # noqa: SIM102  known to the compiler, as the next is not
-            if soonest < (tile + 1) * STEPS:
-                sample, ahead, _rounded = _first_sample(first + first_key + tile * STEPS, schedule)
-                to = row[:, None] * num_samples + sample[None, :]
-                store_transition(records_ptr, to, row_ok[:, None] & (ahead < STEPS)[None, :], walk)
-                soonest = _soonest_after(tile, first + first_key, schedule)
-        walk, sums = _walk_tile(
-            walk, sums, products, tile * STEPS, columns, rows, draws, ids, log_proposal_ptr, records_ptr, schedule,
-            False, COUNT, LSE,
-        )  # fmt: skip
+    operands = queries, queries_ptr, keys_ptr, (stride_query, stride_key), d
+    ids = query_id, key_ids_ptr
+    start = first + first_key
+    due = _next_sample_step(0, start, schedule)
+    if MODE == REPLAY:
+        while due < segment_length:
+            tile = (due // STEPS).to(tl.int32)
+            to, has_sample = _entry_place(row, row_ok, start + tile * STEPS, schedule)
+            walk = load_transition(records_ptr, to, has_sample)
+            tl.debug_barrier()  # the sample is stored where this was
+            products = _products(
+                operands, row, row_ok, key_of_column + tile * STEPS, m, BLOCK_D, WHOLE_D, EVEN_D, PRECISION
+            )
+            _walk_tile(
+                walk, sums, products, tile * STEPS, columns, rows, draws, ids, log_proposal_ptr, records_ptr, schedule,
+                due, MODE, LSE,
+            )  # fmt: skip
+            due = _next_sample_step((tile + 1) * STEPS, start, schedule)
+    else:
+        for tile in range(0, (segment_length // STEPS).to(tl.int32)):
+            products = _products(
+                operands, row, row_ok, key_of_column + tile * STEPS, m, BLOCK_D, WHOLE_D, EVEN_D, PRECISION
+            )
+            due_here = due
+            if MODE != COUNT:  # noqa: SIM102  known to the compiler, as the next is not
+                if due < (tile + 1) * STEPS:
+                    if MODE == WALK:
+                        to, has_sample = _entry_place(row, row_ok, start + tile * STEPS, schedule)
+                        store_transition(records_ptr, to, has_sample, walk)
+                    due = _next_sample_step((tile + 1) * STEPS, start, schedule)
+            walk, sums = _walk_tile(
+                walk, sums, products, tile * STEPS, columns, rows, draws, ids, log_proposal_ptr, records_ptr, schedule,
+                due_here, MODE, LSE,
+            )  # fmt: skip
 
     at = row * splits + split
-    if COUNT:
+    if MODE == COUNT:
         tl.atomic_add(accepted_ptr + row, tl.sum(walk[2], 1), row_ok)
-    else:
+    if (MODE == RECORD) | (MODE == WALK):
         segment_at = at[:, None] * SEGMENTS + tl.arange(0, SEGMENTS)[None, :]
         store_transition(segments_ptr, segment_at, row_ok[:, None], _in_shard(walk, first_key))
-        # Sample points: their tiles are walked once more, from what the first walk left in their place, so that it
-        # carries nothing of this.
-        soonest = _soonest_after(-1, first + first_key, schedule)
-        while soonest < segment_length:
-            again = soonest // STEPS
-            sample, ahead, _rounded = _first_sample(first + first_key + again * STEPS, schedule)
-            to = row[:, None] * num_samples + sample[None, :]
-            tl.debug_barrier()
-            before = load_transition(records_ptr, to, row_ok[:, None] & (ahead < STEPS)[None, :])
-            tl.debug_barrier()
-            key_again = key_of_column + again * STEPS
-            products_again = multiply(
-                queries, queries_ptr, keys_ptr, row, row_ok, key_again, (key_again >= 0) & (key_again < m),
-                (stride_query, stride_key), d, BLOCK_D, WHOLE_D, EVEN_D, PRECISION,
-            )  # fmt: skip
-            _walk_tile(
-                before, sums, products_again, (again * STEPS).to(tl.int32), columns, rows, draws, ids, log_proposal_ptr,
-                records_ptr, schedule, True, False, False,
-            )  # fmt: skip
-            soonest = _soonest_after(again, first + first_key, schedule)
+    if LSE:
+        largest, total = log_sum_exp(sums[0], sums[1])
+        if SPLIT:
+            tl.store(lse_parts_ptr + 2 * at, largest, row_ok)
+            tl.store(lse_parts_ptr + 2 * at + 1, total, row_ok)
+        else:
+            tl.store(lse_ptr + row, (largest + tl.log2(total)) * LN_2, row_ok)
+    if (MODE == RECORD) | (MODE == REPLAY):
         layout = split * SEGMENTS, segment_length, lead
         sample_begin, sample_end = tl.full((), 0, tl.int64), num_samples
         if SPLIT:
-            start = first - lead + split * SEGMENTS * segment_length
-            sample_begin = samples_before(tl.maximum(start, first), schedule)
-            sample_end = samples_before(tl.minimum(start + SEGMENTS * segment_length, first + m), schedule)
+            start_of_split = first - lead + split * SEGMENTS * segment_length
+            sample_begin = samples_before(tl.maximum(start_of_split, first), schedule)
+            sample_end = samples_before(tl.minimum(start_of_split + SEGMENTS * segment_length, first + m), schedule)
         whole = finish(
             segments_ptr, prefixes_ptr, records_ptr, at, row, row_ok, layout, schedule, sample_begin, sample_end,
             SEGMENTS, 2 * SEGMENTS, BLOCK_R,
@@ -273,10 +304,3 @@ def sweep_kernel(
             states = state_key_ptr, state_score_ptr, labels_ptr, samples_ptr, out_key_ptr
             outputs = out_threshold_ptr, out_score_ptr, out_position_ptr
             emit(records_ptr, whole, row, row_ok, schedule, where, states, outputs, SWEEP, BLOCK_R)
-        if LSE:
-            largest, total = log_sum_exp(sums[0], sums[1])
-            if SPLIT:
-                tl.store(lse_parts_ptr + 2 * at, largest, row_ok)
-                tl.store(lse_parts_ptr + 2 * at + 1, total, row_ok)
-            else:
-                tl.store(lse_ptr + row, (largest + tl.log2(total)) * LN_2, row_ok)

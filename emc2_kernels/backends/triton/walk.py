@@ -1,8 +1,8 @@
 """Transitions inside Triton kernels: tuples (threshold, score, number), as ``emc2_kernels.transition``.
 
-``number`` is that of a proposal within the shard, 0 .. K - 1; -1 in the identity. In memory a transition is three
-words. A schedule is the tuple (first, count, burn_in, kept, num_samples): proposals first .. first + count - 1 of a
-walk whose last ``kept`` proposals are sampled.
+``number`` is that of a proposal within the shard, 0 .. K - 1; -1 in the identity. In memory a transition has four
+words, the last of which means nothing. A schedule is the tuple (first, count, burn_in, kept, num_samples): proposals
+first .. first + count - 1 of a walk whose last ``kept`` proposals are sampled.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 from .philox import INTERPRETED, log2_uniform
 
 MINUS_LN_2 = tl.constexpr(-0.6931471805599453)
+WORDS = tl.constexpr(4)  # of a transition in memory
 NEVER = tl.constexpr(float("-inf"))  # the threshold of an identity step: nothing lies below it
 
 
@@ -60,17 +61,22 @@ def threshold_of(score, word):
 @triton.jit
 def load_transition(ptr, index, mask):
     """Entries ``index`` of an array of transitions; the identity where masked."""
-    at = ptr + 3 * index
-    number = tl.load(at + 2, mask, other=0.0).to(tl.int32, bitcast=True)
-    return tl.load(at, mask, other=NEVER), tl.load(at + 1, mask, other=NEVER), tl.where(mask, number, -1)
+    at = tl.expand_dims(ptr + WORDS * index, -1) + tl.arange(0, WORDS)
+    entries = tl.load(at, tl.expand_dims(mask, -1), other=NEVER)
+    threshold_number, score_number = tl.split(tl.reshape(entries, index.shape + [2, 2]))
+    threshold, number = tl.split(threshold_number)
+    score, _number = tl.split(score_number)
+    return threshold, score, tl.where(mask, number.to(tl.int32, bitcast=True), -1)
 
 
 @triton.jit
 def store_transition(ptr, index, mask, transition):
-    at = ptr + 3 * index
-    tl.store(at, transition[0], mask)
-    tl.store(at + 1, transition[1], mask)
-    tl.store(at + 2, transition[2].to(tl.float32, bitcast=True), mask)
+    """All by one store of 16 bytes, the number twice: the compiler takes long over each store, and so does memory."""
+    threshold, score, number = transition
+    number = number.to(tl.float32, bitcast=True)
+    entries = tl.join(tl.join(threshold, number), tl.join(score, number))
+    at = tl.expand_dims(ptr + WORDS * index, -1) + tl.arange(0, WORDS)
+    tl.store(at, tl.reshape(entries, index.shape + [WORDS]), tl.expand_dims(mask, -1))
 
 
 @triton.jit
@@ -84,10 +90,10 @@ def rooms(scratch_ptr, n, splits, num_samples, SEGMENTS: tl.constexpr):
     segments = records + n * num_samples
     return (
         scratch_ptr,
-        scratch_ptr + 3 * (n * splits),
-        scratch_ptr + 3 * records,
-        scratch_ptr + 3 * segments,
-        scratch_ptr + 3 * (segments + n * splits * SEGMENTS),
+        scratch_ptr + WORDS * (n * splits),
+        scratch_ptr + WORDS * records,
+        scratch_ptr + WORDS * segments,
+        scratch_ptr + WORDS * (segments + n * splits * SEGMENTS),
     )
 
 
