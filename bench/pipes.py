@@ -74,8 +74,8 @@ _KIND = {opcode: kind for kind, opcodes in KINDS.items() for opcode in opcodes.s
 # is half of the work of both, and the multiplying half has a limit of its own.
 #
 # Wide products (IMAD.WIDE, IMAD.HI) take two passes, 4 cycles, which the guide does not say. Measured so on an A100, an
-# H100 and a GB202: github.com/cicuvc/nvidia-sass-document, "H100 (GH100) fixed-latency scalar pipeline"; all other
-# figures here agree with it.
+# H100 and a GB202 by github.com/cicuvc/nvidia-sass-document, notes/sm90/arch/h100_fixed_pipeline.md, with which the
+# other figures for an A100 and an H100 agree.
 #
 # sm_100: measured on a B300 by github.com/ademeure/QuickRunCUDA, where ALU, FMA with its halves, packed operations and
 # IMAD.HI are as here, MUFU as here or a quarter better. That a B200 is alike, and that IMAD.WIDE takes what IMAD.HI
@@ -91,7 +91,7 @@ LIMITS: dict[int, dict[str, dict[str, int]]] = {
 
 
 class Pipes(NamedTuple):
-    """A thread's instructions for one element, by what executes them; of which a warp's for 32 elements are as many."""
+    """A thread's instructions for one element, by what executes them: as many as a warp's for 32 elements."""
 
     generation: int  # 80, 90, 100
     issue: float  # all of them: each takes one slot of the scheduler
