@@ -41,7 +41,7 @@ bench: $(INSTALLED)
 gpu-check: $(filter .venv/.installed,$(INSTALLED))
 	$(RUN) bench/gpu_check.py
 
-# Registers, memory and instructions of the Triton kernels, compiled for GPUs that need not be here.
+# Registers, memory and the pipe that binds, of the Triton kernels compiled for GPUs that need not be here.
 compiled: $(INSTALLED)
 	$(RUN) bench/compiled.py
 

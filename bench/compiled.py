@@ -1,22 +1,23 @@
 """What the Triton kernels compile to at the shipped settings, for GPUs that need not be there.
 
-Registers, spills and shared memory come from the assembler; the instructions for each (row, key) are counted in the
-longest block without a branch that makes its logarithms. Run `python bench/compiled.py` for the table.
+Registers, spills and shared memory come from the assembler; what the main loop asks of each execution pipe, and the
+pipe that binds, from the machine code (pipes.py). Run `python bench/compiled.py` for the table, and with --bounds for
+lines of tests/compiled_bounds.py. A time is a prediction for an H100, and a lower limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pipes
 import torch
 
 GENERATIONS = (80, 90, 100)
@@ -43,6 +44,8 @@ class Case(NamedTuple):
 CASES = {
     "sweep d=128": Case(torch.bfloat16, 32768, 32768, 128, "sweep"),
     "sweep d=512": Case(torch.bfloat16, 32768, 32768, 512, "sweep"),
+    "sweep d=128, no ids": Case(torch.bfloat16, 32768, 32768, 128, "sweep", ids=False),
+    "sweep d=512, no ids": Case(torch.bfloat16, 32768, 32768, 512, "sweep", ids=False),
     "sweep float32": Case(torch.float32, 4096, 4096, 128, "sweep"),
     "split, lse": Case(torch.bfloat16, 64, 1_000_000, 128, "sweep", lse=True),
     "sweep, nothing given": Case(torch.float16, 4096, 4096, 128, "sweep", ids=False),
@@ -67,15 +70,21 @@ CASES = {
 }
 
 
-LOGARITHMS = {"sweep_kernel": 1, "gumbel_kernel": 2}  # for each element
-
-
 class Launch(NamedTuple):
     """One kernel as `emc2_kernels.backends.triton` would launch it."""
 
     function: Any
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, Any]
+
+
+class Work(NamedTuple):
+    """What a launch does in all, the fill of its last tiles included."""
+
+    elements: int  # as pipes.py defines them
+    flops: int  # of products on the matrix units
+    l2_bytes: int  # of operands that are loaded from global memory, from the second level cache at best
 
 
 class Compiled(NamedTuple):
@@ -88,8 +97,14 @@ class Compiled(NamedTuple):
     stack: int  # bytes of a thread in slow memory, spilled registers among them
     shared: int  # bytes of a program
     programs: int  # that fit on one multiprocessor by registers (64 K) and shared memory
-    per_element: float | None  # instructions for each (row, key), of a draw for each (row, key, sample)
+    pipes: pipes.Pipes | None  # of a kernel that is in pipes.MARKS
+    work: Work | None
     assertions: list[str]  # on values that only the device sees
+
+    @property
+    def seconds(self) -> float | None:
+        """What the pipe that binds needs for the launch, at least, on an H100; None for other GPUs' code."""
+        return pipes.seconds(self.pipes, self.work.elements) if self.pipes and self.generation == 90 else None
 
 
 def launches(case: Case, generation: int) -> list[Launch]:
@@ -101,7 +116,7 @@ def launches(case: Case, generation: int) -> list[Launch]:
 
     def record(kernel: launch.Kernel, grid: tuple[int, ...], arguments: dict, options: dict) -> None:
         named = {name: arguments[name] for name in kernel.names}
-        seen.append(Launch(kernel.function, named, {**options, **launch.ALWAYS}))
+        seen.append(Launch(kernel.function, grid, named, {**options, **launch.ALWAYS}))
 
     before = launch.Kernel.__call__, settings.device
     launch.Kernel.__call__ = record
@@ -223,36 +238,26 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _tool(name: str, *arguments: str) -> str:
-    """One of the disassemblers that come with Triton."""
-    import triton
+def work(launched: Launch) -> Work | None:
+    """Of a kernel that multiplies blocks of rows with tiles of keys."""
+    if launched.function.__name__ not in pipes.MARKS:
+        return None
+    from emc2_kernels.backends.triton.scores import SEGMENTS, TILE
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def straight_blocks(code: str) -> list[list[str]]:
-    """The opcodes of machine code, cut at labels and branches."""
-    blocks: list[list[str]] = [[]]
-    for line in code.splitlines():
-        if re.match(r"\s*\.L_", line):
-            blocks.append([])
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
-            blocks[-1].append(found[1])
-            if found[1].split(".")[0] in ("BRA", "EXIT", "RET"):
-                blocks.append([])
-    return blocks
-
-
-def instructions_per_logarithm(code: str) -> float | None:
-    """Of the walk's main path: the block with the most logarithms among those that store nothing."""
-
-    def logarithms(block: list[str]) -> int:
-        return block.count("MUFU.LG2")
-
-    walks = [block for block in straight_blocks(code) if logarithms(block) and "STG" not in {op[:3] for op in block}]
-    best = max(walks, key=logarithms, default=None)
-    return None if best is None else len(best) / logarithms(best)
+    given = launched.arguments
+    block, tile, d = given["BLOCK_M"], TILE.value, given["d_over_align"] * given["ALIGN_D"]
+    keys = SEGMENTS.value * given["segment_length"] if "segment_length" in given else given["split_length"]
+    tiles = math.prod(launched.grid) * keys // tile
+    roles = given.get("AS_QUERY", 0) + given.get("AS_KEY", 0) or 1
+    columns = given.get("BLOCK_OUT", 0)  # of a second product, of weights and others
+    keeps_others = given["WHOLE_D"] and columns == given["BLOCK_D"]
+    loaded = tile * d + (0 if given["WHOLE_D"] else block * d) + (0 if keeps_others else tile * columns)
+    operand = next(iter(given.values()))
+    return Work(
+        tiles * block * tile * roles * given.get("SAMPLES", 1),
+        tiles * block * tile * 2 * (d + columns),
+        tiles * loaded * operand.element_size(),
+    )
 
 
 def interpret_nothing() -> None:
@@ -264,18 +269,16 @@ def measure(name: str, generation: int) -> list[Compiled]:
     rows = []
     for launched in launches(CASES[name], generation):
         compiled = compile_launch(launched, generation)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage, code = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+        cubin, shared, threads = compiled.asm["cubin"], compiled.metadata.shared, 32 * compiled.metadata.num_warps
+        usage = pipes.tool("cuobjdump", cubin, "-res-usage")
         registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-        shared, threads = compiled.metadata.shared, 32 * compiled.metadata.num_warps
         fits = min(65536 // (registers * threads), (227 << 10) // max(shared, 1), 2048 // threads)
         kernel = launched.function.__name__
-        logarithms = LOGARITHMS.get(kernel)
-        per_element = logarithms and logarithms * instructions_per_logarithm(code)
+        mark = pipes.MARKS.get(kernel)
+        read = pipes.read_cubin(cubin, mark.count, mark.opcode) if mark else None
         assertions = re.findall(r'tt\.assert .*?"(.*?)"', compiled.asm["ttgir"])
-        rows.append(Compiled(name, generation, kernel, registers, stack, shared, fits, per_element, assertions))
+        sizes = registers, stack, shared, fits
+        rows.append(Compiled(name, generation, kernel, *sizes, read, work(launched), assertions))
     return rows
 
 
@@ -285,21 +288,51 @@ def measure_all(names: list[str], generations: list[int], processes: int) -> lis
         return [row for rows in pool.map(measure, *zip(*jobs, strict=True)) for row in rows]
 
 
+def print_table(rows: list[Compiled]) -> None:
+    """Per element: instructions (issue), those of three pipes, and for a warp's 32 elements the cycles of the pipe that
+    binds. Then milliseconds on an H100: of those cycles, and, beside them, of the products and the loads alone."""
+    print(f"{'case':22}{'sm':>5}  {'kernel':21}{'registers':>10}{'stack':>6}{'shared':>8}{'programs':>9}", end="")
+    print(f"{'issue':>7}{'ALU':>6}{'MUFU':>6}{'wide':>6}{'cycles':>8}  {'binds':10}{'ms':>9}{'product':>9}{'L2':>9}")
+    for row in rows:
+        line = f"{row.case:22}{row.generation:5}  {row.kernel:21}{row.registers:10}{row.stack:6}{row.shared:8}"
+        line += f"{row.programs:9}"
+        if (p := row.pipes) is not None:
+            line += f"{p.issue:7.1f}{p.alu:6.1f}{p.mufu:6.1f}{p.wide:6.1f}{p.cycles:8.1f}  {p.binding:10}"
+        if row.seconds is not None:
+            line += f"{1e3 * row.seconds:9.3g}"
+            if CASES[row.case].dtype != torch.float32:  # whose products may be exact
+                line += f"{1e3 * row.work.flops / pipes.PRODUCT_FLOPS:9.3g}"
+                line += f"{1e3 * row.work.l2_bytes / pipes.L2_BYTES:9.3g}"
+        print(line)
+
+
+def print_bounds(rows: list[Compiled]) -> None:
+    """Lines of tests/compiled_bounds.py: what was seen, and a little."""
+
+    def a_little(value: float, step: float, more: float) -> float:
+        return math.ceil(value * (1 + more) / step) * step
+
+    for name, generation, kernel in dict.fromkeys(row[:3] for row in rows):
+        same = [row for row in rows if row[:3] == (name, generation, kernel)]
+        registers = min(255, a_little(max(row.registers for row in same), 8, 0.05))
+        stack = a_little(max(row.stack for row in same), 16, 0.2)
+        shared = a_little(max(row.shared for row in same), 1024, 0.1)
+        bound = f"{registers}, {stack}, {shared}"
+        if same[0].pipes is not None:
+            for value in max(row.pipes.issue for row in same), max(row.pipes.cycles for row in same):
+                bound += f", {a_little(value, 0.5, 0.02)}"
+        print(f'    ("{name}", {generation}, "{kernel}"): Bound({bound}),')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--generations", nargs="+", type=int, choices=GENERATIONS, default=list(GENERATIONS))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--bounds", action="store_true", help="print lines of tests/compiled_bounds.py instead")
     options = parser.parse_args()
     rows = measure_all(options.cases, options.generations, options.processes)
-    print(f"{'case':22}{'sm':>5}  {'kernel':17}", end="")
-    print(f"{'registers':>10}{'stack':>7}{'shared':>9}{'programs':>10}{'per element':>13}")
-    for row in rows:
-        per_element = "" if row.per_element is None else f"{row.per_element:.1f}"
-        print(
-            f"{row.case:22}{row.generation:5}  {row.kernel:17}{row.registers:10}{row.stack:7}{row.shared:9}"
-            f"{row.programs:10}{per_element:>13}"
-        )
+    (print_bounds if options.bounds else print_table)(rows)
 
 
 if __name__ == "__main__":
