@@ -1,7 +1,7 @@
 """What the Triton kernels compile to at the shipped settings, for GPUs that need not be there.
 
 Registers, spills and shared memory come from the assembler; what the main loop asks of each execution pipe, and the
-pipe that binds, from the machine code (pipes.py). Run `python bench/compiled.py` for the table, and with --bounds for
+pipe that binds, from the machine code (sass.py). Run `python bench/compiled.py` for the table, and with --bounds for
 lines of tests/compiled_bounds.py. A time is a prediction for an H100, and a lower limit.
 """
 
@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pipes
+import sass
 import torch
 
 GENERATIONS = (80, 90, 100)
@@ -82,7 +82,7 @@ class Launch(NamedTuple):
 class Work(NamedTuple):
     """What a launch does in all, the fill of its last tiles included."""
 
-    elements: int  # as pipes.py defines them
+    elements: int  # as sass.py defines them
     flops: int  # of products on the matrix units
     l2_bytes: int  # of operands that are loaded from global memory, from the second level cache at best
 
@@ -97,14 +97,14 @@ class Compiled(NamedTuple):
     stack: int  # bytes of a thread in slow memory, spilled registers among them
     shared: int  # bytes of a program
     programs: int  # that fit on one multiprocessor by registers (64 K) and shared memory
-    pipes: pipes.Pipes | None  # of a kernel that is in pipes.MARKS
+    pipes: sass.Pipes | None  # of a kernel that is in sass.MARKS
     work: Work | None
     assertions: list[str]  # on values that only the device sees
 
     @property
     def seconds(self) -> float | None:
         """What the pipe that binds needs for the launch, at least, on an H100; None for other GPUs' code."""
-        return pipes.seconds(self.pipes, self.work.elements) if self.pipes and self.generation == 90 else None
+        return sass.seconds(self.pipes, self.work.elements) if self.pipes and self.generation == 90 else None
 
 
 def launches(case: Case, generation: int) -> list[Launch]:
@@ -238,9 +238,18 @@ _TYPES = {
 }  # fmt: skip
 
 
+def name_of(launched: Launch) -> str:
+    """The kernel's, with what a sweep's launch does: "sweep_kernel.walk"."""
+    from emc2_kernels.backends.triton import sweep
+
+    modes = {sweep.RECORD: ".record", sweep.WALK: ".walk", sweep.REPLAY: ".replay", sweep.COUNT: ".count"}
+    mode = launched.arguments.get("MODE")
+    return launched.function.__name__ + next((word for value, word in modes.items() if value.value == mode), "")
+
+
 def work(launched: Launch) -> Work | None:
-    """Of a kernel that multiplies blocks of rows with tiles of keys."""
-    if launched.function.__name__ not in pipes.MARKS:
+    """Of a kernel that multiplies blocks of rows with tiles of keys, all of them: a replay takes few of the tiles."""
+    if launched.function.__name__ not in sass.MARKS or name_of(launched).endswith(".replay"):
         return None
     from emc2_kernels.backends.triton.scores import SEGMENTS, TILE
 
@@ -270,15 +279,14 @@ def measure(name: str, generation: int) -> list[Compiled]:
     for launched in launches(CASES[name], generation):
         compiled = compile_launch(launched, generation)
         cubin, shared, threads = compiled.asm["cubin"], compiled.metadata.shared, 32 * compiled.metadata.num_warps
-        usage = pipes.tool("cuobjdump", cubin, "-res-usage")
+        usage = sass.tool("cuobjdump", cubin, "-res-usage")
         registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
         fits = min(65536 // (registers * threads), (227 << 10) // max(shared, 1), 2048 // threads)
-        kernel = launched.function.__name__
-        mark = pipes.MARKS.get(kernel)
-        read = pipes.read_cubin(cubin, mark.count, mark.opcode) if mark else None
+        does, mark = work(launched), sass.MARKS.get(launched.function.__name__)
+        read = sass.read_cubin(cubin, mark.count, mark.opcode) if does is not None else None
         assertions = re.findall(r'tt\.assert .*?"(.*?)"', compiled.asm["ttgir"])
         sizes = registers, stack, shared, fits
-        rows.append(Compiled(name, generation, kernel, *sizes, read, work(launched), assertions))
+        rows.append(Compiled(name, generation, name_of(launched), *sizes, read, does, assertions))
     return rows
 
 
@@ -301,8 +309,8 @@ def print_table(rows: list[Compiled]) -> None:
         if row.seconds is not None:
             line += f"{1e3 * row.seconds:9.3g}"
             if CASES[row.case].dtype != torch.float32:  # whose products may be exact
-                line += f"{1e3 * row.work.flops / pipes.PRODUCT_FLOPS:9.3g}"
-                line += f"{1e3 * row.work.l2_bytes / pipes.L2_BYTES:9.3g}"
+                line += f"{1e3 * row.work.flops / sass.PRODUCT_FLOPS:9.3g}"
+                line += f"{1e3 * row.work.l2_bytes / sass.L2_BYTES:9.3g}"
         print(line)
 
 

@@ -85,7 +85,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "triton": package_version("triton"),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": torch.backends.cuda.matmul.fp32_precision,
         "emc2_kernels": package_version("emc2_kernels"),
         "emc2_kernels_from_checkout": Path(emc2_kernels.__file__).resolve().is_relative_to(CHECKOUT),
         **source_version(),

@@ -11,7 +11,7 @@ class Bound(NamedTuple):
     registers: int
     stack: int  # bytes of a thread in slow memory, for what did not fit into registers
     shared: int  # bytes of a program
-    # For each element, as bench/pipes.py defines them. Where one product takes whole rows (d = 128 on sm_90), the loads
+    # For each element, as bench/sass.py defines them. Where one product takes whole rows (d = 128 on sm_90), the loads
     # of the next tile are among the counted instructions.
     issue: float | None = None
     cycles: float | None = None

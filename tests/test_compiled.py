@@ -1,6 +1,6 @@
 """What Triton's kernels compile to for three generations of GPUs, none of which need be here, is bounded.
 
-The bounds are in compiled_bounds.py; how machine code is read is tried in test_pipes.py.
+The bounds are in compiled_bounds.py; how machine code is read is tried in test_sass.py.
 """
 
 import functools

@@ -117,6 +117,39 @@ def test_the_batches_of_the_loss_comparison_are_clear_of_ties(case):
     assert histories[0][-1][2]["carry_share"] > 0.05  # or carried samples would not be compared
 
 
+def test_shares_divide_the_work_of_each_backend():
+    """Each share of a file has its part of the tests whose kernels take long to compile."""
+    count, command = 3, [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/gpu/test_gpu_invariance.py"]
+    commands = {share: ["env", f"EMC2_GPU_SHARE={share}", *command] for share in ("0/1", f"1/{count}")}
+    with gpu_support.running(commands) as processes:
+        collected = [process.result().stdout.splitlines() for process in processes.values()]
+    tests, second = ([line for line in lines if "::" in line] for lines in collected)
+    shares = [[test for test in tests if gpu_support.share_of(test, count) == share] for share in range(count)]
+    assert second == shares[1] and len(tests) > 90
+    of_triton = [sum("triton" in test for test in share) for share in shares]
+    assert min(of_triton) * count / sum(of_triton) > 0.6 and max(of_triton) * count / sum(of_triton) < 1.4
+
+
+def test_few_processes_run_at_a_time():
+    """And the ones that have not begun when a fixture ends never do."""
+    code = "import time; print(time.time()); time.sleep(0.5); print(time.time())"
+    with gpu_support.running({i: [sys.executable, "-S", "-c", code] for i in range(5)}, at_a_time=2) as processes:
+        times = [tuple(map(float, process.result().stdout.split())) for process in processes.values()]
+    at_once = [sum(begin <= moment < end for begin, end in times) for moment, _ in times]
+    assert max(at_once) == 2
+    with gpu_support.running({i: [sys.executable, "-S", "-c", code] for i in range(5)}, at_a_time=1) as processes:
+        processes[0].result()
+    assert sum(process.cancelled() for process in processes.values()) >= 3
+
+
+def test_a_guard_asks_for_the_memory_that_is_taken():
+    """Of every state of a large sweep: Triton's scratch memory and the samples."""
+    walk = pytest.importorskip("emc2_kernels.backends.triton.walk")
+    n = gpu_support.MANY_SAMPLES
+    taken = 4 * walk.WORDS.value * walk.room_for(n, splits=1, num_samples=n, segments=8) + 4 * n * n
+    assert taken < 1e9 * gpu_support.MANY_SAMPLES_GB < 1.2 * taken
+
+
 @without_gpu
 def test_gpu_tests_are_collected_and_skipped():
     done = run_here("-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider")

@@ -43,7 +43,7 @@ def split_into(monkeypatch, count):
 
 def recording(monkeypatch, on_the_way):
     """Samples in the launch that walks, or in a second one that walks their tiles again."""
-    monkeypatch.setattr(settings, "records_on_the_way", lambda tiles, num_samples: on_the_way)
+    monkeypatch.setattr(settings, "records_on_the_way", lambda tiles, samples: on_the_way)
 
 
 def exact(n, d, seed):
@@ -232,6 +232,35 @@ def test_a_binary_is_kept_for_all_it_does_not_depend_on():
     others += [{"queries_ptr": torch.zeros(9)[1:]}, {"queries_ptr": torch.zeros(8, dtype=torch.bfloat16)}]
     others += [{"options": (("num_warps", 8),)}]
     assert all(key(**other) != key() for other in others)
+
+
+@pytest.fixture
+def torch_precision():
+    """The setting of float32 products, which tests change, as it was."""
+    settings_of = torch.backends.cuda.matmul, torch.backends
+    before = [each.fp32_precision for each in settings_of]
+    yield
+    torch.set_float32_matmul_precision("highest")  # or its getter would find the two at odds
+    for each, value in zip(settings_of, before, strict=True):
+        each.fp32_precision = value
+
+
+PRECISIONS = {
+    "as it comes": (lambda: None, "ieee"),
+    "the former setting, high": (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
+    "the former setting, highest": (lambda: torch.set_float32_matmul_precision("highest"), "ieee"),
+    "allow_tf32": (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), "tf32"),
+    "of products": (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), "tf32"),
+    "of everything": (lambda: setattr(torch.backends, "fp32_precision", "tf32"), "tf32"),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), PRECISIONS.values(), ids=PRECISIONS)
+def test_float32_products_are_as_precise_as_those_of_torch(change, expected, torch_precision, small_tiles):
+    change()
+    assert launch.precision(torch.float32) == expected
+    assert {launch.precision(dtype) for dtype in (torch.bfloat16, torch.float16)} == {"ieee"}, "would compile twice"
+    call("triton", unit(2, 3, seed=1), unit(4, 3, seed=2))  # torch's former getter raises after some of the changes
 
 
 def test_every_number_of_a_kernel_is_named_as_one():

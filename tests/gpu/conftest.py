@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/, with the oracle
 
-from gpu_support import DEVICE, ON_GPU, REHEARSAL
+from gpu_support import DEVICE, ON_GPU, REHEARSAL, share_of
 
 import emc2_kernels as emc2
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 # bench/gpu_check.py reads here what has run, and which test was running when a process died. Tests in it are not run
 # again, so that one that kills the GPU context does not take the others with it.
 PROGRESS = os.environ.get("EMC2_GPU_PROGRESS")
-SHARE = os.environ.get("EMC2_GPU_SHARE", "0/1")  # i/k: every k-th test from the i-th on, where several processes share
+SHARE = os.environ.get("EMC2_GPU_SHARE", "0/1")  # i/k: the i-th of k shares, where several processes run a file's tests
 
 
 def _done():
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
     done = _done()
     first, count = map(int, SHARE.split("/"))
-    others = [item for place, item in enumerate(mine) if place % count != first or item.nodeid in done]
+    others = [item for item in mine if share_of(item.nodeid, count) != first or item.nodeid in done]
     if others:
         config.hook.pytest_deselected(items=others)
         left_out = {item.nodeid for item in others}
@@ -92,7 +92,7 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def full_float32_products():
     """Scores are compared at full precision unless a test says otherwise."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
-    torch.set_float32_matmul_precision(before)
+    torch.backends.cuda.matmul.fp32_precision = before

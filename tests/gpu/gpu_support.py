@@ -6,6 +6,10 @@ the device and the backend: ``EMC2_GPU_REHEARSAL=reference,cpu pytest tests/gpu 
 
 import contextlib
 import os
+import subprocess
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from oracle import Walked, unit
 import emc2_kernels as emc2
 from emc2_kernels import rng
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 REHEARSAL = tuple(filter(None, os.environ.get("EMC2_GPU_REHEARSAL", "").split(",")))  # CPU backends; none: no rehearsal
 GPU_BACKENDS = ("triton", "cuda")
 BACKENDS = REHEARSAL or (*GPU_BACKENDS, "auto")
@@ -26,6 +31,11 @@ DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 DRAW_ERROR = 5e-6
 
 COUNTER = {"temperature": 0.2, "seed": 7, "step": 3}
+
+
+def share_of(nodeid, count):
+    """Which of ``count`` shares a test is in: by a hash, as every k-th test would be of one backend."""
+    return zlib.crc32(nodeid.encode()) % count
 
 
 def similarity_error(d):
@@ -246,6 +256,24 @@ def needs_memory(gigabytes):
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < gigabytes:
         pytest.skip(f"needs {gigabytes} GB of free GPU memory, there are {free:.1f}")
+
+
+# What a test of (n, R) samples with n = R needs: Triton's walk keeps a transition of 16 bytes for each sample. Besides,
+# an int32 for each.
+MANY_SAMPLES = 33_000
+MANY_SAMPLES_GB = 24
+
+
+@contextlib.contextmanager
+def running(commands, at_a_time=4):
+    """name -> future of the completed process, so many at a time: more would wait for each other's compilers."""
+
+    def run_one(command):
+        return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        yield {name: pool.submit(run_one, command) for name, command in commands.items()}
+        pool.shutdown(cancel_futures=True)
 
 
 def rehearsed(on_gpu, on_cpu_instead):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from gpu_support import (
     BACKENDS,
+    MANY_SAMPLES,
+    MANY_SAMPLES_GB,
     ON_GPU,
     assert_matches,
     column_walk,
@@ -53,8 +55,8 @@ def test_more_pairs_than_32_bits_count(device, backend):
 
 def test_more_samples_than_an_int32_of_bytes(device, backend):
     """Every state of a large sweep: (n, R) of 1.1e9 int32 is past 2^31 bytes; the last row and column are written."""
-    needs_memory(12)
-    n, m = 33_000, 33_000
+    needs_memory(MANY_SAMPLES_GB)
+    n = m = MANY_SAMPLES
     queries = unit_rows(n, 16, device)
     whole = run(
         emc2.mh_step, queries, queries, emc2.init_state(n, device), temperature=0.2, num_samples=m, backend=backend,

@@ -87,8 +87,8 @@ def test_chains_carried_on(device, backend):
 
 
 def test_tf32_products_where_they_are_allowed(device, backend):
-    """ "high" allows products rounded to 10 bits of mantissa: at most 2^-9 off for unit vectors, even if truncated."""
-    torch.set_float32_matmul_precision("high")
+    """Products rounded to 10 bits of mantissa: at most 2^-9 off for unit vectors, even if truncated."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     for d in (64, 100, 512):
         values = problem(130, 100, d, seed=60, temperature=0.5, num_samples=4)
         check_walk(device, backend, values, dots=2.0**-9, min_rows=0.4)
@@ -98,7 +98,7 @@ def test_full_precision_after_tf32(device, backend):
     """The setting is read at each call, not kept from the first."""
     values = problem(130, 100, 512, seed=61, temperature=0.02, num_samples=4)
     expected, error = column_walk(values), score_error(0.02, 512)
-    for precision in ("high", "highest"):
-        torch.set_float32_matmul_precision(precision)
+    for precision in ("tf32", "ieee"):
+        torch.backends.cuda.matmul.fp32_precision = precision
         result = step_of(values, device, backend)
     assert_matches(result, expected, error)

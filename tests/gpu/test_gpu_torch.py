@@ -1,9 +1,7 @@
 """mh_step among torch's own machinery: graphs, streams, autocast, compilation, and no waiting for the device."""
 
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from gpu_support import (
     moved,
     problem,
     run,
+    running,
 )
 from oracle import unit
 
@@ -203,7 +202,6 @@ def test_a_gpu_backend_runs_here(cuda_only):
     assert not chosen.endswith(("reference", ".cpu")), chosen
 
 
-HERE = Path(__file__).resolve().parent
 OUT_OF_RANGE = {
     "a position past the keys": "step(proposal=torch.tensor([[1, 32]] * 64, device=device))",
     "a position below zero": "step(proposal=torch.tensor([[-1, 0]] * 64, device=device))",
@@ -240,35 +238,30 @@ print("nothing was noticed", flush=True)
 """
 
 
+def script(backend, expression):
+    return [sys.executable, "-c", PRELUDE.format(backend=backend, expression=expression)]
+
+
 @pytest.fixture(scope="module")
 def processes():
-    """All of them at once, each with a GPU context of its own that it may ruin."""
+    """Each case in a process with a GPU context of its own, which it may ruin; one before them compiles for all."""
     available = [name for name in GPU_BACKENDS if emc2.backends().get(name) == "available"] if not REHEARSAL else []
-    running = {
-        (backend, case): subprocess.Popen(
-            [sys.executable, "-c", PRELUDE.format(backend=backend, expression=expression)],
-            cwd=HERE.parent.parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for backend in available
-        for case, expression in OUT_OF_RANGE.items()
-    }
-    yield running
-    for process in running.values():
-        process.kill()
-        process.communicate()
+    harmless = "loss(queries[:32], queries[32:], torch.arange(32, device=device)).backward()"
+    commands = {(name, case): script(name, code) for name in available for case, code in OUT_OF_RANGE.items()}
+    with running({name: script(name, harmless) for name in available}) as first:
+        for process in first.values():
+            process.result()
+    with running(commands) as started:
+        yield started
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS, indirect=True)
 @pytest.mark.parametrize("case", OUT_OF_RANGE)
 def test_a_value_out_of_range_fails_at_the_next_synchronisation(cuda_only, processes, backend, case):
-    process = processes[backend, case]
-    out, err = process.communicate(timeout=120)
-    assert "ready" in out, err[-2000:]
-    assert process.returncode != 0 and "nothing was noticed" not in out, f"{case} passed in silence"
-    assert "assert" in err.lower() or "CUDA error" in err, err[-2000:]
+    done = processes[backend, case].result(timeout=150)
+    assert "ready" in done.stdout, done.stderr[-2000:]
+    assert done.returncode != 0 and "nothing was noticed" not in done.stdout, f"{case} passed in silence"
+    assert "assert" in done.stderr.lower() or "CUDA error" in done.stderr, done.stderr[-2000:]
 
 
 @EACH_BACKEND

@@ -162,7 +162,7 @@ def gumbel_sample(
         "numbers_ptr": numbers,
         "BLOCK_M": chosen.block_m,
         **dimensions(d, chosen.block_d),
-        "PRECISION": precision(),
+        "PRECISION": precision(scores.queries.dtype),
         "SAMPLES": at_once,
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}

@@ -150,5 +150,9 @@ def dimensions(d: int, largest: int) -> Arguments:
     }
 
 
-def precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies operands of a dtype: "tf32" only for float32, where torch.mm may take that, too.
+
+    torch's former getter raises where the setting was made by the one that came with torch 2.9.
+    """
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -88,7 +88,7 @@ def contrastive_lse(scores: Scores) -> Tensor:
         "lse_ptr": parts,
         "BLOCK_M": chosen.block_m,
         **dimensions(d, chosen.block_d),
-        "PRECISION": precision(),
+        "PRECISION": precision(scores.queries.dtype),
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
     with on_device(scores.queries):

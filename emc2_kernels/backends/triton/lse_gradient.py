@@ -149,7 +149,7 @@ def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: tor
         "out_ptr": out,
         "BLOCK_M": chosen.block_m,
         **dimensions(d, chosen.block_d),
-        "PRECISION": precision(),
+        "PRECISION": precision(owners.matrix.dtype),
         "BLOCK_OUT": block_out,
         **roles,
     }

@@ -76,14 +76,16 @@ def _plan_sweep(walk: Walk, wants_lse: bool) -> Plan:
         else None,
         "BLOCK_M": chosen.block_m,
         **dimensions(d, chosen.block_d),
-        "PRECISION": precision(),
+        "PRECISION": precision(walk.queries.dtype),
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}
     launches: tuple[Arguments, ...] = ({"MODE": RECORD},)
-    if not settings.records_on_the_way(segment_length // STEPS, walk.num_samples):
+    kept, proposals = walk.total_proposals - walk.burn_in, SEGMENTS * segment_length
+    samples = min(walk.num_samples, -(-walk.num_samples * proposals // max(kept, 1)))  # of a program, at most
+    if not settings.records_on_the_way(segment_length // STEPS, samples):
         launches = {"MODE": WALK, **dict.fromkeys(RESULTS)}, {"MODE": REPLAY, "lse_ptr": None}
     return Plan(
-        SWEEP_KERNEL, SWEEP, (blocks, splits, 1), arguments, options, splits, SEGMENTS * segment_length, lead, SEGMENTS,
+        SWEEP_KERNEL, SWEEP, (blocks, splits, 1), arguments, options, splits, proposals, lead, SEGMENTS,
         launches, {"MODE": COUNT, "lse_ptr": None},
     )  # fmt: skip
 

@@ -83,8 +83,8 @@ GATHERED_PROGRAMS = 4  # of the gathered walk, in the place of each of those
 MAX_SPLITS = 511  # composed by one program of the second launch
 ENDING = 2.0  # what the end of a program costs, in tiles
 # Up to so many tiles of a program, or so many for each sample, a sweep records its samples on the way, in one launch.
-# Beyond, what recording costs every tile is more than a second launch that walks the tiles of the samples again. Not
-# measured.
+# Beyond, the registers that recording takes from every tile cost more than a second launch, which walks the tiles of
+# the samples again. Not measured.
 TILES_ON_THE_WAY, TILES_PER_SAMPLE = 8, 2
 
 
@@ -96,9 +96,9 @@ def sweep(generation: int, half: bool, d: int, n: int) -> Sweep:
     return SWEEPS[min(rows)]
 
 
-def records_on_the_way(tiles: int, num_samples: int) -> bool:
-    """Whether a sweep whose programs walk so many tiles takes one launch."""
-    return tiles <= max(TILES_ON_THE_WAY, TILES_PER_SAMPLE * num_samples)
+def records_on_the_way(tiles: int, samples: int) -> bool:
+    """Whether a sweep takes one launch, whose programs walk so many tiles and take so many samples there."""
+    return tiles <= max(TILES_ON_THE_WAY, TILES_PER_SAMPLE * samples)
 
 
 @lru_cache(maxsize=16)

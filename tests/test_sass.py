@@ -7,9 +7,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
-import pipes
+import sass
 
-NONE = dict.fromkeys(pipes.Pipes._fields[1:], 0.0)
+NONE = dict.fromkeys(sass.Pipes._fields[1:], 0.0)
 
 
 def disassembly(*blocks, target=".target sm_90a"):
@@ -45,7 +45,7 @@ def test_each_instruction_is_counted_by_what_executes_it():
         "BAR.SYNC.DEFER_BLOCKING 0x0",
         "QUUX R1",
     ]
-    assert pipes.read_code(disassembly(block)) == pipes.Pipes(
+    assert sass.read_code(disassembly(block)) == sass.Pipes(
         generation=90, issue=10, alu=1, fma=1, packed=0.5, imad=1, wide=1, mufu=1, memory=1, uniform=1.5, tensor=1,
         control=0.5, unknown=0.5,
     )  # fmt: skip
@@ -53,21 +53,21 @@ def test_each_instruction_is_counted_by_what_executes_it():
 
 def test_counts_are_for_each_element_whatever_marks_it():
     block = ["MUFU.LG2 R1, R2"] * 4 + ["FFMA R1, R2, R3, R4"] * 6 + ["MUFU.EX2 R1, R2"] * 2
-    assert pipes.read_code(disassembly(block), 2) == pipes.Pipes(90, **NONE | {"issue": 6, "fma": 3, "mufu": 3})
-    assert pipes.read_code(disassembly(block), 1, "MUFU.EX2").issue == 6
-    assert pipes.read_code(disassembly(block), 1, "MUFU.RCP") is None
-    assert pipes.read_code(disassembly()) is None
+    assert sass.read_code(disassembly(block), 2) == sass.Pipes(90, **NONE | {"issue": 6, "fma": 3, "mufu": 3})
+    assert sass.read_code(disassembly(block), 1, "MUFU.EX2").issue == 6
+    assert sass.read_code(disassembly(block), 1, "MUFU.RCP") is None
+    assert sass.read_code(disassembly()) is None
 
 
 def test_the_main_block_is_the_one_with_most_logarithms_that_stores_nothing():
     most, fewer = ["MUFU.LG2 R1, R2"] * 3, ["MUFU.LG2 R1, R2"] * 2 + ["FADD R1, R2, R3"] * 20
     stores = ["MUFU.LG2 R1, R2"] * 5 + ["@P0 STG.E desc[UR6][R2.64], R1"]
-    assert pipes.read_code(disassembly(fewer, most, stores)).issue == 1
+    assert sass.read_code(disassembly(fewer, most, stores)).issue == 1
     # A branch ends a block without a label, too; of two with as many, the longer one counts.
     cut = [*most, "@P0 BRA `(.L_x_0)", *most, *most, "FADD R1, R2, R3", "EXIT", *most]
-    assert pipes.read_code(disassembly(cut)).issue == pytest.approx(8 / 6)
+    assert sass.read_code(disassembly(cut)).issue == pytest.approx(8 / 6)
     longer = [*most, "FADD R1, R2, R3"]
-    assert pipes.read_code(disassembly(most, longer, most)).issue == pytest.approx(4 / 3)
+    assert sass.read_code(disassembly(most, longer, most)).issue == pytest.approx(4 / 3)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_main_block_is_the_one_with_most_logarithms_that_stores_nothing():
     [(".target\tsm_90a", 90), (".target sm_100a", 100), ('.headerflags @"EF_CUDA_SM80 EF_CUDA_VIRTUAL_SM(80)"', 80)],
 )
 def test_the_generation_is_read_too(target, generation):
-    assert pipes.read_code(disassembly(["MUFU.LG2 R1, R2"], target=target)).generation == generation
+    assert sass.read_code(disassembly(["MUFU.LG2 R1, R2"], target=target)).generation == generation
 
 
 @pytest.mark.parametrize(
@@ -94,21 +94,21 @@ def test_the_generation_is_read_too(target, generation):
     ],
 )
 def test_the_pipe_that_needs_most_cycles_binds(generation, counts, binding, cycles):
-    read = pipes.Pipes(generation, **NONE | counts)
+    read = sass.Pipes(generation, **NONE | counts)
     assert (read.binding, read.cycles) == (binding, cycles)
     assert read.limits[binding] == cycles == max(read.limits.values())
 
 
 def test_seconds_of_all_schedulers():
     """2^30 elements are 2^25 warps of 32, over 132 x 4 schedulers of 1.7 GHz."""
-    read = pipes.Pipes(90, **NONE | {"issue": 24.5, "alu": 14.25})
-    assert pipes.seconds(read, 2**30) == pytest.approx(2**25 * 28.5 / (132 * 4 * 1.7e9))
-    assert pipes.seconds(read, 32, multiprocessors=1, clock_hz=4.0) == pytest.approx(28.5 / 16)
+    read = sass.Pipes(90, **NONE | {"issue": 24.5, "alu": 14.25})
+    assert sass.seconds(read, 2**30) == pytest.approx(2**25 * 28.5 / (132 * 4 * 1.7e9))
+    assert sass.seconds(read, 32, multiprocessors=1, clock_hz=4.0) == pytest.approx(28.5 / 16)
 
 
 def test_an_opcode_has_one_kind():
-    opcodes = [opcode for kind in pipes.KINDS.values() for opcode in kind.split()]
+    opcodes = [opcode for kind in sass.KINDS.values() for opcode in kind.split()]
     assert len(opcodes) == len(set(opcodes))
-    assert set(pipes.KINDS) | {"unknown"} == set(pipes.Pipes._fields[2:])
-    charged = {kind for limits in pipes.LIMITS.values() for costs in limits.values() for kind in costs}
-    assert charged == {"issue", *pipes.KINDS} - {"uniform", "tensor", "control"}
+    assert set(sass.KINDS) | {"unknown"} == set(sass.Pipes._fields[2:])
+    charged = {kind for limits in sass.LIMITS.values() for costs in limits.values() for kind in costs}
+    assert charged == {"issue", *sass.KINDS} - {"uniform", "tensor", "control"}
