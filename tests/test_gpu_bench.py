@@ -67,6 +67,9 @@ def test_every_row_of_the_headline_is_read_beside_limits_and_predictions(tmp_pat
     assert sweep["predicted"] == {"low": 1.5, "high": 1.75, "for": "H100", "for_this_card": False}
     assert list(sweep["limits"]) == ["tensor cores", "memory", "L2"] and list(loss["limits"]) == ["launch, replayed"]
     assert by_name["sweep-ids-128"]["sizes"]["ids"] and not by_name["sweep-128"]["sizes"]["ids"]
+    assert len(by_name["uniform"]["sizes"]["N"]) == 1
+    gradient = by_name["lse-backward-128"]
+    assert gradient["times_ms"]["backward"]["median"] == pytest.approx(2 * gradient["readings"][0]["measured"])
     assert "1.5 to 1.75 for an H100" in printed and "launch, replayed" in printed
     assert results["limits"].keys() == {
         "tensor cores", "memory", "L2", "gather", "clock",
@@ -91,6 +94,31 @@ def test_warm_calls_everything_once_and_writes_nothing(tmp_path, monkeypatch, ca
     }  # fmt: skip
     sizes = gpu_context.Context(CPU, []), gpu_context.Context(CPU, [], warm=True), context
     assert [one.size(1000, 10, 100) for one in sizes] == [1000, 100, 10] and sizes[1].size(1000, 10) == 1000
+
+
+def test_rows_with_ids_give_them_and_the_others_do_not(monkeypatch):
+    given = []
+
+    class Step(peers.MHStep):
+        def __init__(self, *arguments, ids):
+            super().__init__(*arguments, ids=ids)
+            given.append(ids and set(ids))
+
+    monkeypatch.setattr(gpu_rows, "MHStep", Step)
+    context = gpu_context.Context(CPU, ["reference"], rehearsal=True, headline=True, warm=True)
+    for name in ("sweep-512", "sweep-ids-512", "sweep-128", "sweep-ids-128"):
+        gpu_rows.ROWS[name](context, "reference")
+    ids = {"chain_ids", "query_ids", "key_ids", "key_labels"}
+    assert given == [None, ids, None, ids]
+
+
+def test_the_headline_is_measured_in_fewer_rounds(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_context, "interleave", lambda calls, rounds, **pace: asked.append((rounds, pace)))
+    for words in ({}, {"headline": True}, {"quick": True}, {"headline": True, "quick": True}, {"rehearsal": True}):
+        gpu_context.Context(CPU, [], **words).measure({})
+    assert [rounds for rounds, _ in asked] == [15, 9, 7, 7, 3]
+    assert [pace["budget_seconds"] for _, pace in asked] == [0.6, 0.6, 0.25, 0.25, 0.05]
 
 
 def test_warm_stops_at_the_budget_and_at_a_lost_gpu(monkeypatch):
