@@ -210,10 +210,10 @@ def test_what_fits_into_the_l2_is_not_held_up_by_memory(monkeypatch):
 
 def test_the_pipe_of_a_sweeps_binary_is_a_limit(monkeypatch):
     tool = a_pipe("ALU", 1.07e-3)
-    found = limits_of(monkeypatch, gpu_limits.Work(flops=7.8e11, binary=b"code", pairs=1 << 30), tool)
+    found = limits_of(monkeypatch, gpu_limits.Work(flops=7.8e11, binary=b"code", pairs=1 << 30), tool, clock=1.9e9)
     assert found == {"tensor cores": pytest.approx(1.0), "ALU pipe": pytest.approx(1.07)}
     assert gpu_limits.binding(found) == "ALU pipe"
-    assert tool.seen[0] == (b"code", 1) and tool.seen[1][1:] == (1 << 30, 132, 1.7e9)
+    assert tool.seen[0] == (b"code", 1) and tool.seen[1][1:] == (1 << 30, 132, 1.9e9)
     tool.read_cubin = lambda cubin, logarithms: None  # a binary that it cannot read
     assert list(limits_of(monkeypatch, gpu_limits.Work(flops=1, binary=b"code"), tool)) == ["tensor cores"]
     del tool.read_cubin
@@ -257,6 +257,9 @@ def test_bytes_through_the_l2_are_counted_from_the_launch():
     # Whole rows: owners once, others once for both products. Shorter rows than a block are whole, too.
     assert gradient(n, n, 128, 2, 128, 128, 128) == 256 * (32 * 1024 + n * 256)
     assert gradient(n, n, 64, 2, 128, 128, 128) == 256 * (16 * 1024 + n * 128)
+    assert gradient(n, n, 64, 2, 128, 64, 128) == 256 * (16 * 1024 + n * 128)
+    # Whole rows, but half of the result at a time: for that the others' half is read once more.
+    assert gradient(n, n, 128, 2, 128, 128, 64) == 2 * 256 * (32 * 1024 + n * (256 + 128))
 
 
 def test_work_is_that_of_the_shipped_settings():
@@ -281,6 +284,15 @@ def test_a_limit_is_measured_once_and_one_that_cannot_be_had_limits_nothing():
     assert [limits.best("fine", fine) for _ in range(2)] == [5.0, 5.0] and len(measured) == 1
     assert limits.records["broken"]["error"] == "RuntimeError: out of memory"
     assert limits.records["fine"] == {"unit": "byte/s", "how": "somehow", "value": 5.0}
+
+
+def test_what_the_machine_does_is_counted_and_divided_by_the_seconds(monkeypatch):
+    monkeypatch.setattr(gpu_limits, "_seconds", lambda context, call, timer=None: call() is not None and 0.5)
+    context = gpu_context.Context(CPU, [], rehearsal=True)
+    assert gpu_limits.BEST["tensor cores"].find(context) == 2 * 64**3 / 0.5
+    assert gpu_limits.BEST["memory"].find(context) == 2 * 2**20 / 0.5  # a megabyte read and written
+    assert gpu_limits.BEST["gather"].find(context) == 2 * 400 * 256 / 0.5
+    assert gpu_limits.BEST["L2"].find(context) == 4 * 65536 / 0.5
 
 
 def test_limits_of_an_earlier_run_are_kept(tmp_path, monkeypatch):
