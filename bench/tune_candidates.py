@@ -6,7 +6,8 @@ before they run, from what the kernels compile to for sm_90 (compiled.py):
 - A product leaves block_m x 128 scores in the registers of its threads. With 64 a thread the walk just fits; with 128
   it spills. So a sweep has 64 rows for 4 warps or 128 for 8, and a log-sum-exp, which keeps less, may have 128 for 4.
 - Less than 16 rows a warp, or 32 dimensions a product, leave the matrix unit half empty in half precision.
-- All stages of keys (and of queries, where they do not stay) lie in a program's shared memory, 227 KB.
+- All stages of keys (and of queries, where they do not stay) must lie in a program's shared memory, 227 KB on sm_90.
+  On other GPUs what is too large fails when it is compiled, and is told.
 - A limit on registers that lets a third program of 4 warps on a multiprocessor (168 of a thread) makes the sweep spill
   340 to 420 bytes a thread, instead of 50.
 """
@@ -19,9 +20,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-
-TILE = 128  # keys of a product
-SHARED = 227 << 10  # bytes of a program on sm_90; on other GPUs what is too large fails and is told
 
 
 class Shape(NamedTuple):
@@ -60,13 +58,6 @@ TOYS = [
 ]
 
 
-def staged(shape: Shape, block_m: int, block_d: int, stages: int) -> int:
-    """Bytes of shared memory for the tiles in flight, and for queries that stay."""
-    element, whole = shape.dtype.itemsize, block_d >= shape.d
-    rows = TILE if whole else TILE + block_m
-    return element * (rows * min(block_d, shape.d) * stages + (block_m * shape.d if whole else 0))
-
-
 def sweep_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
     if shape.half:
         blocks = [(64, 4)] if shape.n <= 2048 else [(64, 4), (128, 8)]  # few rows: more programs
@@ -74,8 +65,7 @@ def sweep_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
     else:
         sizes = itertools.product([(32, 4), (64, 8)], [(32, 2), (32, 3), (64, 2), (64, 3)])
     for (block_m, warps), (block_d, stages) in sizes:
-        if staged(shape, block_m, block_d, stages) <= SHARED:
-            yield settings.Sweep(block_m, block_d, warps, stages, None, "")
+        yield settings.Sweep(block_m, block_d, warps, stages, None, "")
 
 
 def gathered_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
@@ -90,7 +80,7 @@ def lse_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
     blocks = [(64, 4), (128, 8), (128, 4)] if shape.d <= 128 else [(64, 4), (128, 8)]
     for (block_m, warps), (block_d, stages) in itertools.product(blocks, [(64, 3), (64, 4), (128, 2), (128, 3)]):
         spills = (block_m, warps) == (128, 4) and block_d < shape.d
-        if not spills and staged(shape, block_m, block_d, stages) <= SHARED:
+        if not spills:
             yield settings.Lse(block_m, block_d, warps, stages, "")
 
 
