@@ -168,6 +168,27 @@ class LossStep:
         return torch.autograd.grad(value, (self.z0, self.z1))
 
 
+class LseStep:
+    """`contrastive_lse`, or its gradient in queries and keys, which are two matrices: a kernel for each."""
+
+    def __init__(self, queries: Tensor, keys: Tensor, temperature: float, backend: str, *, backward: bool) -> None:
+        """`queries` (n, d), `keys` (m, d)."""
+        self.operands = [matrix.detach().requires_grad_(backward) for matrix in (queries, keys)]
+        self.options = {"temperature": temperature, "backend": backend}
+        self.backward = backward
+        self.lse = self.forward()
+        self.grad = torch.ones_like(self.lse)
+
+    def forward(self) -> Tensor:
+        """(n,) float32."""
+        return emc2.contrastive_lse(*self.operands, **self.options)
+
+    def __call__(self) -> Tensor | tuple[Tensor, ...]:
+        if not self.backward:
+            return self.forward()
+        return torch.autograd.grad(self.lse, self.operands, self.grad, retain_graph=True)
+
+
 def kernels_of(call: Callable[[], object], calls: int = 5) -> dict[str, float]:
     """Device activities (kernels, copies, fills) per call, by name, as torch's profiler sees them."""
     call()

@@ -6,7 +6,7 @@ kind: `naive`, `race` and `gumbel` draw independent samples from the softmax ove
 return states of a chain, and `mm` and `ntxent` none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -223,9 +223,10 @@ class MHStep:
         num_samples: int,
         backend: str = "auto",
         draws: int | None = None,
+        ids: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`queries` (n, d), `keys` (m, d); `num_samples` of the states after burn-in are returned. `draws`: so many
-        proposals, uniform over the keys; None: a sweep of all m."""
+        proposals, uniform over the keys; None: a sweep of all m. `ids`: as `item_ids` makes them; None: none."""
         self.queries, self.keys = queries, keys
         self.options = {
             "temperature": temperature,
@@ -233,6 +234,7 @@ class MHStep:
             "num_samples": num_samples,
             "backend": backend,
             "seed": 0,
+            **(ids or {}),
         }
         if draws is not None:
             self.options |= {"proposal": "uniform", "num_proposals": draws}
@@ -256,6 +258,14 @@ def make_operands(n: int, m: int, d: int, dtype: torch.dtype, device: torch.devi
         side.div_(side.norm(dim=1, keepdim=True))
     queries, keys = (side.to(dtype) for side in sides)
     return queries, keys
+
+
+def item_ids(n: int, m: int, device: torch.device) -> dict[str, Tensor]:
+    """What a loss tells `mh_step` of n anchors and m keys: chains, items and labels. Row i's own item is key i % m."""
+    generator = torch.Generator(device).manual_seed(0)
+    items = torch.randperm(10 * max(n, m), generator=generator, device=device)[:m]
+    queries = items[torch.arange(n, device=device) % m]
+    return {"chain_ids": 2 * queries, "query_ids": queries, "key_ids": items, "key_labels": 2 * items}
 
 
 Builders = dict[str, Callable[[], Peer]]

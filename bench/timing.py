@@ -71,6 +71,27 @@ def cuda_timer(call: Call, repeats: int) -> float:
     return start.elapsed_time(end) / 1e3 / repeats
 
 
+def wall_timer(call: Call, repeats: int) -> float:
+    """Seconds per call until the device is done with all of them."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def host_timer(call: Call, repeats: int) -> float:
+    """Seconds per call that the host is busy for: launches are asynchronous."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    seconds = (time.perf_counter() - start) / repeats
+    torch.cuda.synchronize()
+    return seconds
+
+
 def timer_for(device: torch.device) -> Timer:
     """The timer that is right for calls which run on `device`."""
     return cuda_timer if device.type == "cuda" else cpu_timer

@@ -1,171 +1,256 @@
 """Measures candidates for the settings of the Triton kernels on the GPU that is here, and prints rows for settings.py.
 
-    python bench/tune.py [--quick] [--json PATH]
+    python bench/tune.py [--budget SECONDS] [--quick] [--json PATH]
+    python bench/tune.py --warm 3/16        compiles every 16th candidate, from the third on (counted from 0)
+    python bench/tune.py --rehearse         every line in Triton's interpreter at toy sizes; the figures mean nothing
 
-Nothing of this runs in a user's program: what it prints is read, judged and typed into
+The candidates (tune_candidates.py) are compiled first, by as many processes as there are cores, in at most half of the
+budget; those that compiled and ran are then measured, the most important shapes first, and what has been measured when
+the budget ends is written. Nothing of this runs in a user's program: what it prints is read, judged and typed into
 `emc2_kernels/backends/triton/settings.py` by hand, with the GPU's name in the row's last field.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from timing import Timer, cuda_timer, figures, interleave, summarize
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # from a bare checkout
 
+import torch  # noqa: E402
+from timing import FEWEST_ROUNDS, Timer, cpu_timer, cuda_timer, figures, interleave, summarize  # noqa: E402
+from tune_candidates import SHAPES, TOYS, Shape, candidates  # noqa: E402
 
-class Shape(NamedTuple):
-    """A walk to tune for; `draws` is None in a sweep."""
-
-    dtype: torch.dtype
-    n: int
-    m: int
-    d: int
-    draws: int | None = None
-
-
-SHAPES = [
-    Shape(torch.bfloat16, 32768, 32768, 128),
-    Shape(torch.bfloat16, 32768, 32768, 512),
-    Shape(torch.bfloat16, 2048, 2048, 128),
-    Shape(torch.bfloat16, 64, 1_000_000, 128),
-    Shape(torch.float32, 8192, 8192, 128),
-    Shape(torch.bfloat16, 32768, 1_000_000, 128, draws=256),
-]
 ROUNDS, FINALISTS = 9, 4
-
-
-def sweep_candidates(settings: Any, shape: Shape) -> Iterator[Any]:
-    """Few enough to compile in a minute or two; larger ones do not fit into registers or shared memory."""
-    half = shape.dtype != torch.float32
-    blocks_m, warps, stages = ((64, 128), (4, 8), (2, 3, 4)) if half else ((16, 32, 64), (4, 8), (2, 3))
-    for block_m, block_d, num_warps, num_stages, registers in itertools.product(
-        blocks_m, (32, 64, 128), warps, stages, (None, 168)
-    ):
-        rows_a_warp = block_m // num_warps
-        whole = half and block_d >= shape.d
-        if rows_a_warp < 16 and half or (block_d == 32 and half) or (whole and num_stages == 4):
-            continue
-        yield settings.Sweep(block_m, block_d, num_warps, num_stages, registers, "")
-
-
-def gathered_candidates(settings: Any, shape: Shape) -> Iterator[Any]:
-    for block_k, num_warps in itertools.product((16, 32, 64, 128), (1, 2, 4)):
-        yield settings.Gathered(block_k, 256, num_warps, "")
-
-
-CANDIDATES = {"sweep": sweep_candidates, "gathered": gathered_candidates}
+FINAL_SECONDS = 1.0  # for all of a finalist's rounds, of which there are no fewer than timing.FEWEST_ROUNDS
+TURN = 0.005  # seconds of a round at least, as timing.interleave has it
+MOST_PROCESSES = 16
+CONTEXT_LOST = 70
 
 
 def make_call(shape: Shape, device: torch.device) -> Callable[[], object]:
-    """One step of such a walk on random unit vectors, with exclusions."""
-    import emc2_kernels as emc2
+    """One call of such a shape on random unit vectors; walks with the ids that a loss gives."""
+    from gpu_peers import LseStep
+    from peers import MHStep, item_ids, make_operands
 
-    def unit(rows: int, seed: int) -> torch.Tensor:
-        generator = torch.Generator(device).manual_seed(seed)
-        rows_of = torch.randn(rows, shape.d, device=device, generator=generator)
-        return torch.nn.functional.normalize(rows_of).to(shape.dtype)
-
-    queries, keys, state = unit(shape.n, 0), unit(shape.m, 1), emc2.init_state(shape.n, device)
-    count = shape.m if shape.draws is None else shape.draws
-    proposal = {} if shape.draws is None else {"proposal": "uniform", "num_proposals": shape.draws}
-    ids = {"query_ids": torch.arange(shape.n, device=device), "key_ids": torch.arange(shape.m, device=device)}
-    options = {"temperature": 0.07, "seed": 0, "step": 0, "burn_in": count // 2, "num_samples": min(16, count // 2)}
-    return lambda: emc2.mh_step(queries, keys, state, backend="triton", **ids, **options, **proposal)
+    operands = make_operands(shape.n, shape.m, shape.d, shape.dtype, device)
+    if shape.kind in ("lse", "lse_gradient"):
+        return LseStep(*operands, 0.07, "triton", backward=shape.kind == "lse_gradient")
+    count, ids = shape.draws or shape.m, item_ids(shape.n, shape.m, device)
+    return MHStep(*operands, 0.07, count // 2, min(16, count // 2), "triton", shape.draws or None, ids)
 
 
 class Tuner:
     """Puts one candidate after the other in the place of the table's row."""
 
-    def __init__(self, shape: Shape, device: torch.device, timer: Timer = cuda_timer) -> None:
-        from emc2_kernels.backends.triton import settings
-
-        self.settings, self.shape = settings, shape
-        self.name = "sweep" if shape.draws is None else "gathered"
-        self.table = getattr(settings, self.name)
-        self.call, self.device, self.timer = make_call(shape, device), device, timer
+    def __init__(self, shape: Shape, device: torch.device, settings: ModuleType) -> None:
+        self.settings, self.kind = settings, shape.kind
+        self.table = getattr(settings, shape.kind)
+        self.call = make_call(shape, device)
 
     def with_settings(self, candidate: Any) -> Callable[[], object]:
+        """A call with the candidate's sizes."""
+
         def call() -> object:
-            setattr(self.settings, self.name, lambda *key: candidate)
+            setattr(self.settings, self.kind, lambda *key: candidate)
             try:
                 return self.call()
             finally:
-                setattr(self.settings, self.name, self.table)
+                setattr(self.settings, self.kind, self.table)
 
         return call
 
-    def run(self, deadline: float) -> list[dict[str, Any]]:
-        """The finalists, fastest first, with the row that is shipped among them."""
-        make = CANDIDATES[self.name]
-        generation = self.settings.device(self.device.index or 0)[0]
-        half = self.shape.dtype != torch.float32
-        shipped = (
-            self.table(generation, half, self.shape.d, self.shape.n) if self.name == "sweep" else self.table(generation)
-        )
+    def measure(
+        self, tried: Sequence[Any], deadline: float, timer: Timer, clock: Callable[[], float] = time.monotonic
+    ) -> list[dict[str, Any]]:
+        """The fastest first, each with its quartiles if there was time for the final, which the first of `tried`, the
+        row that is shipped, is always in."""
         rough: dict[Any, float] = {}
-        for candidate in (shipped, *make(self.settings, self.shape)):
-            if time.monotonic() > deadline:
-                print("  out of time: the rest of the candidates was not tried")
+        for candidate in tried:
+            if clock() >= deadline:
                 break
             call = self.with_settings(candidate)
             try:
-                call()  # compiles
-                rough[candidate] = self.timer(call, 3)
+                call()  # loads the binary
+                rough[candidate] = timer(call, 3)
             except Exception as error:  # a candidate that does not fit is none
-                print(f"  {tuple(candidate[:-1])}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
+                print(f"  {tuple(candidate[:-1])}: {first_line(error)}")
         finalists = sorted(rough, key=rough.__getitem__)[:FINALISTS]
-        calls = {str(tuple(one)): self.with_settings(one) for one in {*finalists, shipped} & rough.keys()}
-        measured = interleave(calls, ROUNDS, timer=self.timer, budget_seconds=5.0)
+        finalists += [one for one in tried[:1] if one in rough and one not in finalists]
+        spread = {one: summarize([seconds]) for one, seconds in rough.items()}
+        if clock() + sum(final_seconds(rough[one]) for one in finalists) <= deadline:
+            calls = {str(place): self.with_settings(one) for place, one in enumerate(finalists)}
+            measured = interleave(calls, ROUNDS, timer=timer, budget_seconds=FINAL_SECONDS)
+            spread |= {finalists[int(place)]: summarize(figures(one)) for place, one in measured.seconds.items()}
         rows = [
-            {"settings": name, "shipped": name == str(tuple(shipped)), **summarize(figures(seconds)).__dict__}
-            for name, seconds in measured.seconds.items()
+            {"settings": list(one[:-1]), "shipped": one == tried[0], **summary.__dict__}
+            for one, summary in spread.items()
         ]
         return sorted(rows, key=lambda row: row["median"])
 
 
+def final_seconds(call: float) -> float:
+    """What a finalist's calls take, of so many seconds each: warming up, estimating, rounds."""
+    turn = call + max(call, TURN)
+    return 4 * call + turn + min(ROUNDS * turn, max(FINAL_SECONDS, FEWEST_ROUNDS * turn))
+
+
+def first_line(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:120]
+
+
+def jobs(shapes: Sequence[Shape], settings: ModuleType, rehearsal: bool) -> list[tuple[int, Any]]:
+    """(shape's place, candidate), the most important first. The same in every process on the same GPU."""
+    generation = settings.device(0)[0]
+    return [
+        (place, one) for place, shape in enumerate(shapes) for one in candidates(settings, shape, generation, rehearsal)
+    ]
+
+
+def share(all_jobs: Sequence[tuple[int, Any]], part: str) -> list[tuple[int, Any]]:
+    """Of a list, "i/k" is every k-th from the i-th on."""
+    first, step = (int(number) for number in part.split("/"))
+    if not 0 <= first < step:
+        raise ValueError(f"a share is i/k with 0 <= i < k, got {part}")
+    return list(all_jobs[first::step])
+
+
+def compile_share(
+    mine: Sequence[tuple[int, Any]], shapes: Sequence[Shape], device: torch.device, settings: ModuleType
+) -> int:
+    """Compiles candidates by running each once; a line of JSON for each says how that went."""
+    tuner, of = None, None
+    for place, candidate in mine:
+        if place != of:  # jobs come shape by shape: one shape's operands at a time
+            tuner = None
+            tuner, of = Tuner(shapes[place], device, settings), place
+        error = None
+        try:
+            tuner.with_settings(candidate)()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as failure:
+            error = first_line(failure)
+        print(json.dumps({"shape": place, "settings": list(candidate[:-1]), "error": error}), flush=True)
+        if error is not None and not is_alive(device):
+            return CONTEXT_LOST
+    return 0
+
+
+def is_alive(device: torch.device) -> bool:
+    """Whether this process can still use the GPU."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def compile_all(processes: int, words: Sequence[str], limit: float) -> Iterator[dict[str, Any]]:
+    """The lines of so many processes, each with its share; one that is late or lost leaves what it had."""
+    from gpu_stages import run_logged
+
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"{part}.log" for part in range(processes)]
+        commands = [
+            [sys.executable, str(Path(__file__).resolve()), "--warm", f"{part}/{processes}", *words]
+            for part in range(processes)
+        ]
+        with ThreadPoolExecutor(processes) as pool:
+            codes = list(pool.map(run_logged, commands, logs, [limit] * processes))
+        for code, log in zip(codes, logs, strict=True):
+            text = log.read_text(errors="replace").splitlines()
+            if code not in (0, None):
+                print(f"  a process that compiled ended with {code}: {text[-1] if text else 'it said nothing'}")
+            yield from (json.loads(line) for line in text if line.startswith('{"shape"') and line.endswith("}"))
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=300, help="seconds for everything (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="the first two shapes only")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for all shapes together")
+    parser.add_argument("--warm", metavar="I/K", help="compile every K-th candidate from the I-th on, and end")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes in Triton's interpreter")
     return parser.parse_args(arguments)
 
 
+def report(shape: Shape, rows: Sequence[dict[str, Any]]) -> None:
+    """A shape's rows, the fastest first."""
+    print(f"{shape}")
+    for row in rows:
+        mark = "  (shipped)" if row["shipped"] else ""
+        spread = f"{row['lower_quartile'] * 1e3:.3f} .. {row['upper_quartile'] * 1e3:.3f}, {row['count']} rounds"
+        print(f"  {row['median'] * 1e3:9.3f} ms  [{spread}]  {tuple(row['settings'])}{mark}", flush=True)
+
+
+def tune(options: argparse.Namespace, device: torch.device, results: dict[str, Any]) -> None:
+    """Compiles, measures, and writes after each shape."""
+    import machine
+
+    from emc2_kernels.backends.triton import settings
+
+    shapes = (TOYS if options.rehearse else SHAPES)[: 2 if options.quick else None]
+    words = [word for word in ("--quick", "--rehearse") if getattr(options, word[2:])]
+    start = time.monotonic()
+    everything = jobs(shapes, settings, options.rehearse)
+    processes = min(machine.usable_cores(), MOST_PROCESSES, len(everything))
+    lines = list(compile_all(processes, words, options.budget / 2))
+    compiled = {(line["shape"], tuple(line["settings"])) for line in lines if line["error"] is None}
+    failed = [line for line in lines if line["error"] is not None]
+    results["candidates"] = {"all": len(everything), "compiled": len(compiled), "failed": failed}
+    print(f"{len(compiled)} of {len(everything)} candidates compiled in {time.monotonic() - start:.0f} s")
+    for line in failed:
+        print(f"  {shapes[line['shape']].kind} {tuple(line['settings'])}: {line['error']}")
+    for place, shape in enumerate(shapes):
+        ready = [one for at, one in everything if at == place and (at, tuple(one[:-1])) in compiled]
+        rows = []
+        if ready and time.monotonic() < start + options.budget:
+            timer = cpu_timer if options.rehearse else cuda_timer
+            rows = Tuner(shape, device, settings).measure(ready, start + options.budget, timer)
+        report(shape, rows)
+        results["shapes"].append({"shape": [str(field) for field in shape], "ready": len(ready), "rows": rows})
+        if options.json is not None:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Tunes, or compiles a share of the candidates."""
     options = parse_arguments(arguments)
-    if not torch.cuda.is_available():
+    if options.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    elif not torch.cuda.is_available():
         print("tune.py needs a CUDA GPU, and none is visible to torch", file=sys.stderr)
         return 1
-    device, shapes = torch.device("cuda"), SHAPES[:2] if options.quick else SHAPES
-    name, start = torch.cuda.get_device_name(), time.monotonic()
-    print(f"{name}; last field of a row that is chosen: {name!r}")
-    results = []
-    for place, shape in enumerate(shapes, 1):
-        print(f"{shape}")
-        rows = Tuner(shape, device).run(start + 60 * options.minutes * place / len(shapes))
-        for row in rows:
-            mark = "  (shipped)" if row["shipped"] else ""
-            spread = f"{row['lower_quartile'] * 1e3:.3f} .. {row['upper_quartile'] * 1e3:.3f}"
-            print(f"  {row['median'] * 1e3:9.3f} ms  [{spread}]  {row['settings']}{mark}")
-        results.append({"shape": [str(field) for field in shape], "rows": rows})
-        torch.cuda.empty_cache()
-    if options.json is not None:
-        options.json.write_text(
-            json.dumps({"gpu": name, "torch": torch.__version__, "shapes": results}, indent=1) + "\n"
-        )
+    device = torch.device("cpu" if options.rehearse else "cuda")
+    if options.warm is not None:
+        from emc2_kernels.backends.triton import settings
+
+        shapes = (TOYS if options.rehearse else SHAPES)[: 2 if options.quick else None]
+        mine = share(jobs(shapes, settings, options.rehearse), options.warm)
+        return compile_share(mine, shapes, device, settings)
+    import machine
+
+    described = machine.describe(device)
+    print(f"{described['device']}; last field of a row that is chosen: {described['device']!r}")
+    tune(options, device, {"machine": described, "budget": options.budget, "shapes": []})
     return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     raise SystemExit(main())

@@ -13,22 +13,17 @@ import torch
 
 from emc2_kernels import rng
 from emc2_kernels.backends import reference
-from emc2_kernels.losses import NTXentLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "gpu")]  # scripts and test files, no packages
 
 import gpu  # noqa: E402
 import gpu_check  # noqa: E402
-import gpu_peers  # noqa: E402
-import gpu_rows  # noqa: E402
 import gpu_stages  # noqa: E402
 import gpu_support  # noqa: E402
-import peers  # noqa: E402
 import test_gpu_loss  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-CPU = torch.device("cpu")
 
 
 def run_here(*command, **environment):
@@ -349,132 +344,3 @@ def test_a_stage_without_time_is_not_begun(monkeypatch, tmp_path):
     gpu_check.run_stages(gpu_check.parse_arguments(["--budget", "1", "--skip", "build"]), report)
     assert [stage["status"] for stage in report.stages.values()] == ["not run", "not run", "not run", "passed"]
     assert not report.passed()
-
-
-# The benchmark.
-
-
-def test_a_rehearsal_runs_every_row_and_claims_nothing(tmp_path, capsys):
-    target = tmp_path / "sub" / "out.json"
-    assert gpu.main(["--rehearse", "--backends", "reference", "--json", str(target)]) == 0
-    results = json.loads(target.read_text())
-    assert list(results) == ["schema", "command", "machine", "backends", "settings", "rows", "goals"]
-    assert str(tmp_path) not in target.read_text() and results["settings"]["rehearsal"] is True
-    assert {row["name"] for row in results["rows"]} == set(gpu_rows.ROWS)
-    assert [row.get("error") for row in results["rows"]] == [None] * len(results["rows"])
-    for row in results["rows"]:
-        for goal in row["goals"]:
-            assert goal["met"] is None and goal["lower_quartile"] <= goal["value"] <= goal["upper_quartile"]
-        for time_ms in row["times_ms"].values():
-            assert 0 < time_ms["lower_quartile"] <= time_ms["median"] <= time_ms["upper_quartile"]
-    held = {
-        goal["quantity"]: goal["goal"] for row in results["rows"] for goal in row["goals"] if row["name"] == "split"
-    }
-    assert held == {"bandwidth of keys / copy bandwidth": ">= 0.5", "time / torch.mm": None}
-    assert results["goals"] == {"met": 0, "missed": 0, "failed_rows": 0}
-    printed = capsys.readouterr().out
-    assert "MISSED" not in printed and all(name in printed for name in gpu_rows.ROWS)
-
-
-def test_goals_are_held_to_their_bounds():
-    row = gpu_rows.Row({})
-    row.add_goal("low", [1.0, 2.0, 3.0], "<=", 2.0)
-    row.add_goal("high", [1.0, 2.0, 3.0], ">=", 2.5)
-    row.add_goal("free", 7.0)
-    assert [goal["met"] for goal in row.goals] == [True, False, None]
-    assert [goal["goal"] for goal in row.goals] == ["<= 2", ">= 2.5", None]
-    slower = [goal | {"met": False} for goal in row.goals[:2]]  # another backend's: the first one's counts
-    rows = [{"name": "x", "goals": row.goals}, {"name": "x", "goals": slower}, {"name": "x", "error": "y"}]
-    assert gpu.count_goals(rows) == {"met": 1, "missed": 1, "failed_rows": 1}
-
-
-def options_for(*words):
-    return gpu.parse_arguments(["--rehearse", *words])
-
-
-def test_a_failing_row_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
-    def broken(context, backend):
-        raise RuntimeError("CUDA error: an illegal memory access")
-
-    monkeypatch.setattr(gpu, "ROWS", {"broken": broken, "fine": lambda context, backend: gpu_rows.Row({"n": 1})})
-    context, results = gpu_rows.Context(CPU, ["a", "b"], rehearsal=True), {"rows": []}
-    assert gpu.run_all(options_for(), context, results, tmp_path / "out.json") == 0
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [(row["name"], row["backend"], "error" in row) for row in rows] == [
-        ("broken", "a", True), ("broken", "b", True), ("fine", "a", False), ("fine", "b", False),
-    ]  # fmt: skip
-    assert rows[0]["error"] == "RuntimeError: CUDA error: an illegal memory access"
-
-
-def test_a_lost_gpu_ends_the_run_and_the_next_resumes(tmp_path, monkeypatch):
-    ran, target = [], tmp_path / "out.json"
-
-    def row(name):
-        return lambda context, backend: ran.append(name) or gpu_rows.Row({})
-
-    def died(context, backend):
-        state = json.loads(target.read_text())["rows"][-1]
-        assert state["error"] == gpu.UNFINISHED  # what a process that is killed here leaves
-        raise SystemExit
-
-    monkeypatch.setattr(gpu, "ROWS", {"first": row("first"), "killer": died, "last": row("last")})
-    context, results = gpu_rows.Context(CPU, ["a"], rehearsal=True), {"rows": []}
-    with pytest.raises(SystemExit):
-        gpu.run_all(options_for(), context, results, target)
-    results = {"rows": gpu.rows_so_far(target)}
-    monkeypatch.setattr(gpu, "context_is_alive", lambda device: False)
-    assert gpu.run_all(options_for(), context, results, target) == gpu.DEAD_CONTEXT
-    assert ran == ["first", "last"]
-    errors = [one.get("error") for one in json.loads(target.read_text())["rows"]]
-    assert errors == [None, gpu.UNFINISHED, None]
-
-
-def test_a_row_is_not_begun_after_the_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "ROWS", {"row": lambda context, backend: gpu_rows.Row({})})
-    results = {"rows": []}
-    gpu.run_all(options_for("--budget", "-1"), gpu_rows.Context(CPU, ["a"]), results, tmp_path / "out.json")
-    assert results["rows"][0]["error"] == "not begun within -1 s" and results["goals"]["failed_rows"] == 1
-
-
-def test_rows_by_name_and_by_backend():
-    assert gpu.plan(options_for("--only", "sweep-1"), ["x", "y"]) == [
-        ("sweep-128", "x"), ("sweep-128", "y"), ("sweep-1024", "x"), ("sweep-1024", "y"),
-    ]  # fmt: skip
-    assert gpu.plan(options_for("--only", "crossover"), ["x", "y"]) == [("crossover", "all")]
-    assert gpu.plan(options_for(), []) == []
-    with pytest.raises(SystemExit):
-        options_for("--only", "nothing")
-
-
-def test_streaming_ntxent_is_ntxent():
-    z = [oracle.unit(12, 7, seed=seed).requires_grad_() for seed in (1, 2)]
-    peer, loss = gpu_peers.StreamingNTXent(0.2, block=5), NTXentLoss(temperature=0.2)
-    actual, expected = peer(*z), loss(*z)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(torch.autograd.grad(actual, z), torch.autograd.grad(expected, z))
-
-
-def test_naive_by_blocks_draws_for_every_row():
-    """Queries far apart from each other: each draws its own key."""
-    queries = torch.eye(12)
-    drawn = gpu_peers.BlockedNaive(queries, queries, 0.001, samples_per_row=3, block=4)()
-    assert torch.equal(drawn, torch.arange(12)[:, None].expand(12, 3))
-    with pytest.raises(ValueError, match="block must divide"):
-        gpu_peers.BlockedNaive(queries, queries, 1.0, 3, block=5)
-
-
-def test_a_device_step_walks_as_the_eager_one():
-    queries, keys = oracle.unit(8, 6, seed=1), oracle.unit(20, 6, seed=2)
-    eager = peers.MHStep(queries, keys, 0.5, 10, 4, "reference")
-    step = gpu_peers.DeviceStep(queries, keys, carry=True, temperature=0.5, num_samples=4, backend="reference")
-    for _ in range(3):
-        assert torch.equal(step().samples, eager())
-    assert step.step == 3
-
-
-def test_index_select_and_copy_move_what_they_claim():
-    keys = torch.arange(40.0).view(10, 4)
-    gather = gpu_peers.IndexSelect(keys, 25)
-    assert torch.equal(gather(), keys[gather.rows]) and gather.rows.max() < 10
-    copy = gpu_peers.Copy(1, CPU)
-    assert torch.equal(copy(), copy.source) and copy.bytes_moved == 2 << 20
