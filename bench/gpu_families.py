@@ -30,6 +30,7 @@ Shape = tuple[tuple[int, ...], tuple[int, ...]]  # on a GPU, and in a rehearsal
 
 # (rows, keys), and the number of proposals where they are gathered.
 FILLS: Shape = (33_755, 600), (70, 150)
+LONG: Shape = (33_755, 1300), (70, 400)  # more than eight tiles: a second launch takes few samples
 SPLIT: Shape = (3000, 1500), (40, 300)  # three tiles a split on an H100
 ALIGNED: Shape = (512, 1024), (32, 128)
 FEW_ROWS: Shape = (40, 1800), (20, 300)
@@ -81,7 +82,13 @@ def moved(problem: Problem, device: torch.device) -> Problem:
 
 
 def walk_problem(
-    shape: tuple[int, ...], d: int, dtype: torch.dtype, temperature: float, kind: str, full: bool
+    shape: tuple[int, ...],
+    d: int,
+    dtype: torch.dtype,
+    temperature: float,
+    kind: str,
+    full: bool,
+    num_samples: int = NUM_SAMPLES,
 ) -> Problem:
     """A walk of a kind, "sweep", "uniform" or "positions", with everything that it can be given or with nothing."""
     n, m, *drawn = shape
@@ -91,7 +98,7 @@ def walk_problem(
         options |= {"proposal": "uniform", "num_proposals": count}
     elif kind == "positions":
         options["proposal"] = torch.randint(0, m, (n, count), generator=torch.Generator().manual_seed(7))
-    options |= {"burn_in": count // 7, "num_samples": NUM_SAMPLES}
+    options |= {"burn_in": count // 7, "num_samples": num_samples}
     queries, keys = spread_rows(n, d, 1, dtype), spread_rows(m, d, 2, dtype)
     return Problem(queries, keys, temperatures, SEED, STEP, incoming(n, temperature), options)
 
@@ -118,11 +125,12 @@ def walks(
     kind: str = "sweep",
     full: bool = False,
     counts: bool = False,
+    num_samples: int = NUM_SAMPLES,
 ) -> Iterator[Trial]:
     """Walks against the literal one. ``full``: every option, seed and step on the device. ``counts``: accepts counted,
     and the log-sum-exp of a sweep."""
     for shape in (context.sized(*both) for both in shapes):
-        problem = moved(walk_problem(shape, d, dtype, temperature, kind, full), context.device)
+        problem = moved(walk_problem(shape, d, dtype, temperature, kind, full, num_samples), context.device)
         changes: dict[str, object] = {"return_accepts": counts, "return_lse": counts and kind == "sweep"}
         if full:
             changes |= {name: on_device(getattr(problem, name), context.device) for name in ("seed", "step")}

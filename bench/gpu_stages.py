@@ -12,29 +12,51 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import gpu
+import gpu_rows
+import gpu_smoke
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parent
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--show-capture=no")
 STALLED = 100.0  # seconds without a test ending: it hangs (compiling one test's kernels takes less)
 MOST_RESTARTS = 8
+FAMILY_SECONDS = 60  # of smoke, for one family of kernels
+LEAST_FOR_ROWS = 15  # seconds that a process of the benchmark is left beyond its own budget
+REHEARSED = ("test_gpu_batching", "test_gpu_lse")  # a rehearsal of all tests would take minutes
 LOST = ("crashed", "hung")  # outcomes that this module gives to a test whose process did not survive it
 
-BUILD = """
-import sys, time
+BUILD_CUDA = """
 import torch
 import emc2_kernels as emc2
-name, started = sys.argv[1], time.perf_counter()
 queries, state = torch.randn(64, 128, device="cuda"), emc2.init_state(64, "cuda")
-for proposal in ({}, {"proposal": "uniform", "num_proposals": 8}):
-    emc2.mh_step(queries, queries, state, temperature=1.0, seed=0, step=0, backend=name, **proposal)
+emc2.mh_step(queries, queries, state, temperature=1.0, seed=0, step=0, backend="cuda")
 torch.cuda.synchronize()
-print(f"{time.perf_counter() - started:.1f}")
 """
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all stages are told."""
+
+    work: Path  # for logs
+    bench: Path  # the benchmark's results
+    processes: int = 16  # at a time
+    rehearse: bool = False  # on the CPU, at toy sizes
+    only: tuple[str, ...] = ()  # beginnings of the names of smoke's families and of the benchmark's rows; none: all
+
+    def chosen(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if not self.only or name.startswith(self.only)]
+
+    def script(self, name: str, *words: str) -> list[str]:
+        """The command of a script beside this one."""
+        return [sys.executable, str(HERE / name), *words, *(["--rehearse"] if self.rehearse else [])]
 
 
 def kill_group(process: subprocess.Popen) -> None:
@@ -73,24 +95,64 @@ def tail(log: Path, characters: int = 1500) -> str:
     return log.read_text(errors="replace")[-characters:] if log.exists() else ""
 
 
-def build(work: Path, limit: float) -> dict:
-    """First use of each backend: compiles the cuda core and one kernel each. All at once."""
-    status = gpu.emc2.backends()
-    names = [name for name in gpu.GPU_BACKENDS if status.get(name) == "available"]
-    record: dict = {"status": "passed", "backends": status, "first_use_seconds": {}, "errors": {}}
-    if not names:
-        return record | {"status": "failed", "why": "no GPU backend is available"}
-    logs = {name: work / f"build-{name}.log" for name in names}
-    with ThreadPoolExecutor(len(names)) as pool:
-        commands = [[sys.executable, "-c", BUILD, name] for name in names]
-        codes = pool.map(run_logged, commands, logs.values(), [limit] * len(names))
-        for name, code in zip(names, codes, strict=True):
-            if code == 0:
-                record["first_use_seconds"][name] = float(tail(logs[name]).split()[-1])
-            else:
-                record["status"] = "timed out" if code is None else "failed"
-                record["errors"][name] = tail(logs[name])
-    return record
+def warm(session: Session, limit: float) -> dict:
+    """Compiles what smoke and headline need: each of their processes once, without comparing or timing, and nvcc."""
+    families = [name for name in session.chosen(gpu_smoke.FAMILIES) if gpu_smoke.FAMILIES[name].kind == "triton"]
+    rows = session.chosen(gpu_rows.HEADLINE)
+    jobs: dict[str, list[str]] = {}
+    if not session.rehearse and gpu.emc2.backends()["cuda"] == "available":
+        jobs["cuda"] = [sys.executable, "-c", BUILD_CUDA]
+    jobs |= {f"family {name}": session.script("gpu_smoke.py", "--family", name, "--warm") for name in families}
+    here = [] if session.rehearse else ["--backends", "triton"]
+    jobs |= {f"row {name}": session.script("gpu.py", "--headline", "--warm", "--only", name, *here) for name in rows}
+    deadline, seconds = time.monotonic() + limit, {}
+
+    def run(name: str) -> int | None:
+        started = time.monotonic()
+        code = run_logged(jobs[name], session.work / f"warm {name}.log", deadline - started)
+        seconds[name] = round(time.monotonic() - started, 1)
+        return code
+
+    with ThreadPoolExecutor(session.processes) as pool:
+        codes = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    late = [name for name, code in codes.items() if code is None]
+    failed = {name: tail(session.work / f"warm {name}.log", 400) for name, code in codes.items() if code}
+    return {
+        "status": "failed" if failed else "timed out" if late else "passed",
+        "done": sum(code == 0 for code in codes.values()),
+        "late": late,
+        "errors": failed,
+        "slowest": sorted(seconds.items(), key=lambda item: -item[1])[:5],
+    }
+
+
+def smoke(session: Session, limit: float) -> dict:
+    """Every family of kernels against float64, each in a process that is killed where it hangs."""
+    deadline = time.monotonic() + limit
+
+    def run(name: str) -> dict:
+        log, left = session.work / f"smoke {name}.log", deadline - time.monotonic()
+        code = run_logged(session.script("gpu_smoke.py", "--family", name), log, min(left, FAMILY_SECONDS))
+        told = [line for line in tail(log, 100_000).splitlines() if line.startswith('{"family"')]
+        if told:
+            return json.loads(told[-1])
+        if code is None and left < FAMILY_SECONDS:  # it may have waited for its turn
+            return {"family": name, "status": "CUT OFF", "why": f"the stage's {limit:.0f} s were over"}
+        why = f"killed after {FAMILY_SECONDS} s" if code is None else f"ended with status {code}"
+        return {"family": name, "status": "FAIL", "why": f"{why}: {tail(log, 600)}"}
+
+    with ThreadPoolExecutor(session.processes) as pool:
+        families = list(pool.map(run, session.chosen(gpu_smoke.FAMILIES)))
+    counts = Counter(family["status"] for family in families)
+    status = "failed" if counts["FAIL"] else "timed out" if counts["CUT OFF"] else "passed"
+    return {
+        "status": status if counts["PASS"] or status != "passed" else "failed",  # none ran
+        "passed": counts["PASS"],
+        "failed": counts["FAIL"],
+        "skipped": counts["SKIP"],
+        "cut off": counts["CUT OFF"],
+        "families": families,
+    }
 
 
 def read_progress(file: Path) -> dict[str, dict]:
@@ -118,16 +180,16 @@ SHARES = {"test_gpu_sweep": 4, "test_gpu_invariance": 3, "test_gpu_options": 2, 
 
 
 def run_file(
-    command: Sequence[str], name: str, work: Path, deadline: float, share: str = "0/1"
+    command: Sequence[str], name: str, work: Path, deadline: float, share: str = "0/1", **environment: str
 ) -> tuple[dict[str, dict], bool]:
     """All tests of one file, in as many processes as it takes. Their records, and whether all of them were reached.
 
-    Of a file's tests, a share "i/k" is every k-th from the i-th on.
+    ``share`` "i/k" is the i-th of k (tests/gpu/gpu_support.py says which tests are in it).
 
     A test that kills its process, hangs, or leaves a dead GPU context costs itself only: the next process goes on with
     the tests that have not run (tests/gpu/conftest.py reads what has).
     """
-    progress, log = work / f"{name}.jsonl", work / f"{name}.tests.txt"
+    progress, log = work / f"{name}.jsonl", work / f"tests {name}.log"
     for _ in range(MOST_RESTARTS):
 
         def stalled() -> bool:
@@ -141,8 +203,9 @@ def run_file(
         settings = {
             "EMC2_GPU_PROGRESS": str(progress),
             "EMC2_GPU_SHARE": share,
-            "OMP_NUM_THREADS": "2",
-        }  # not alone here
+            "OMP_NUM_THREADS": "2",  # not alone here
+            **environment,
+        }
         code = run_logged(command, log, left, stalled=stalled, **settings)
         if code in (0, 1, 5):  # all passed, some failed, none was left
             return read_progress(progress), True
@@ -155,23 +218,23 @@ def run_file(
     return read_progress(progress), False
 
 
-def run_tests(work: Path, limit: float, workers: int) -> dict:
+def run_tests(session: Session, limit: float) -> dict:
     """Every file of GPU tests, several at a time: most of their time is compilation, on the CPU."""
     files = sorted((CHECKOUT / "tests" / "gpu").glob("test_*.py"))
+    files = [file for file in files if not session.rehearse or file.stem in REHEARSED]
     shares = [(file, i, SHARES.get(file.stem, 1)) for file in files for i in range(SHARES.get(file.stem, 1))]
     shares.sort(key=lambda share: -share[2])  # the longest first
     names = [file.stem if count == 1 else f"{file.stem}-{i}" for file, i, count in shares]
     deadline = time.monotonic() + limit
+    rehearsal = {"EMC2_GPU_REHEARSAL": "reference,cpu"} if session.rehearse else {}
 
     def one(name: str, share: tuple[Path, int, int]) -> tuple[dict[str, dict], bool]:
         file, i, count = share
-        return run_file([*PYTEST, "-m", "gpu", "-rs", str(file)], name, work, deadline, f"{i}/{count}")
+        command = [*PYTEST, "-m", "gpu", "-rs", str(file)]
+        return run_file(command, name, session.work, deadline, f"{i}/{count}", **rehearsal)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(session.processes) as pool:
         results = dict(zip(names, pool.map(one, names, shares), strict=True))
-    with (work / "tests.log").open("w") as log:
-        for file in sorted(work.glob("*.tests.txt")):
-            log.write(f"=== {file.name}\n{file.read_text(errors='replace')}\n")
     return summarize_tests(results)
 
 
@@ -195,6 +258,16 @@ def summarize_tests(results: dict[str, tuple[dict[str, dict], bool]]) -> dict:
     }
 
 
+class Sanitizer(NamedTuple):
+    """One run of compute-sanitizer over the tests marked `sanitizer`."""
+
+    tool: str
+    backend: str
+    judged: bool  # else it is told, and fails nothing: racecheck takes asynchronous copies of Triton's for hazards
+
+
+SANITIZERS = [Sanitizer("memcheck", "cuda", True), Sanitizer("racecheck", "cuda", True)]
+SANITIZERS += [Sanitizer("racecheck", "triton", False)]
 SANITIZER_ENVIRONMENT = {
     # Else memory that torch hands out lies in blocks of 2 MB, and a step past its end is inside.
     "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -202,26 +275,26 @@ SANITIZER_ENVIRONMENT = {
 }
 
 
-def sanitize(work: Path, limit: float) -> dict:
-    """The tests marked `sanitizer`, under memcheck and under racecheck, both at a time."""
-    tool = shutil.which("compute-sanitizer")
+def sanitize(session: Session, limit: float) -> dict:
+    """compute-sanitizer on our CUDA kernels, and for information on Triton's; all at a time."""
+    tool = None if session.rehearse else shutil.which("compute-sanitizer")
     if tool is None:
         return {"status": "not run", "why": "compute-sanitizer was not found"}
     tests = [*PYTEST, "-m", "sanitizer", str(CHECKOUT / "tests" / "gpu" / "test_gpu_sanitizer.py")]
     options = ["--target-processes", "application-only", "--error-exitcode", "86"]
-    names = list(SANITIZER_ENVIRONMENT)
 
-    def one(name: str) -> dict:
-        report_only = ["--report-api-errors", "no"] if name == "memcheck" else []
-        log = work / f"{name}.log"
-        command = [tool, "--tool", name, *report_only, *options, *tests]
-        return judge_sanitizer(run_logged(command, log, limit, **SANITIZER_ENVIRONMENT[name]), log)
+    def one(run: Sanitizer) -> dict:
+        report_only = ["--report-api-errors", "no"] if run.tool == "memcheck" else []
+        log = session.work / f"{run.tool} {run.backend}.log"
+        command = [tool, "--tool", run.tool, *report_only, *options, *tests, "-k", run.backend]
+        return judge_sanitizer(run_logged(command, log, limit, **SANITIZER_ENVIRONMENT[run.tool]), log)
 
-    with ThreadPoolExecutor(len(names)) as pool:
-        records = dict(zip(names, pool.map(one, names), strict=True))
+    with ThreadPoolExecutor(len(SANITIZERS)) as pool:
+        records = dict(zip(SANITIZERS, pool.map(one, SANITIZERS), strict=True))
     ranks = ["not run", "passed", "timed out", "failed"]
-    worst = max((record["status"] for record in records.values()), key=ranks.index)
-    return {"status": worst, **{name: record["summary"] for name, record in records.items()}, "tools": records}
+    worst = max((record["status"] for run, record in records.items() if run.judged), key=ranks.index)
+    told = {f"{run.tool} {run.backend}": f"{record['status']}: {record['summary']}" for run, record in records.items()}
+    return {"status": worst, **told}
 
 
 def judge_sanitizer(code: int | None, log: Path) -> dict:
@@ -237,20 +310,36 @@ def judge_sanitizer(code: int | None, log: Path) -> dict:
     return {"status": "passed" if code == 0 and found else "failed", "summary": summary}
 
 
-def benchmark(work: Path, limit: float, target: Path, quick: bool) -> dict:
+def benchmark(session: Session, limit: float, *words: str) -> dict:
     """bench/gpu.py; where it loses the GPU or hangs, again with the rows that are left."""
-    log = work / "bench.log"
-    deadline = time.monotonic() + limit
-    status = "failed"
+    log, deadline, status = session.work / "benchmark.log", time.monotonic() + limit, "failed"
+    named = session.chosen(gpu_rows.HEADLINE if "--headline" in words else gpu_rows.ROWS)
+    if not named:
+        return {"status": "not run", "why": "no row has such a name"}
+    for row in named if session.only else ():
+        words = (*words, "--only", row)
     for _ in range(MOST_RESTARTS):
         left = deadline - time.monotonic()
-        if left <= 15:
+        if left <= LEAST_FOR_ROWS:
             break
-        command = [sys.executable, str(CHECKOUT / "bench" / "gpu.py"), "--json", str(target), "--resume"]
-        command += ["--budget", f"{left - 15:.0f}", *(["--quick"] if quick else [])]
-        code = run_logged(command, log, left)
+        command = session.script("gpu.py", "--json", str(session.bench), "--resume", *words)
+        code = run_logged([*command, "--budget", f"{left - LEAST_FOR_ROWS:.0f}"], log, left)
         status = "passed" if code == 0 else "timed out" if code is None else "failed"
         if code in (0, 1, 2):
             break
-    counts = json.loads(target.read_text())["goals"] if target.exists() else {}
+    counts = json.loads(session.bench.read_text())["goals"] if session.bench.exists() else {}
     return {"status": status, **counts, "why": "" if status == "passed" else tail(log, 600)}
+
+
+def headline(session: Session, limit: float) -> dict:
+    """The rows that a first reader asks for."""
+    return benchmark(session, limit, "--headline")
+
+
+def tune(session: Session, limit: float) -> dict:
+    """bench/tune.py, which keeps to its budget and writes after each shape."""
+    target, log = session.bench.with_name("tune.json"), session.work / "tune.log"
+    command = session.script("tune.py", "--json", str(target), "--budget", f"{max(1.0, limit - LEAST_FOR_ROWS):.0f}")
+    code = run_logged(command, log, limit)
+    shapes = len(json.loads(target.read_text())["shapes"]) if target.exists() else 0
+    return {"status": "passed" if code == 0 else "timed out" if code is None else "failed", "shapes": shapes}

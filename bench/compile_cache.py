@@ -1,0 +1,59 @@
+"""What a run compiled, as one small file that a later run on another machine of the kind takes in.
+
+Triton's cache and the folder of our own extensions, under one folder. Of a kernel Triton's cache has six stages of the
+compiler's work; the machine code and its description are enough to launch it. Triton notes where each file lies by its
+whole path, and ignores those that are not there: so paths are written anew where the cache is unpacked.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tarfile
+from pathlib import Path
+
+LIMIT = 15_000_000  # bytes; what is compiled last is left out
+TRITON, EXTENSIONS = "triton", "extensions"
+NEEDED = (".cubin", ".json", ".so")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of processes that are to compile into the folder."""
+    return {"TRITON_CACHE_DIR": str(folder / TRITON), "TORCH_EXTENSIONS_DIR": str(folder / EXTENSIONS)}
+
+
+def pack(folder: Path, target: Path, limit: int = LIMIT) -> int:
+    """Writes what launches need into one .tar.gz of at most about ``limit`` bytes; how many files were left out."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name.endswith(NEEDED)]
+    groups: dict[Path, list[Path]] = {}  # a kernel's files are of no use without each other
+    for file in files:
+        groups.setdefault(file.parent, []).append(file)
+    left_out = 0
+    draft = target.with_suffix(".part")
+    with (
+        draft.open("wb") as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=6, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w") as archive,
+    ):
+        for group in sorted(groups.values(), key=lambda group: min(file.stat().st_mtime for file in group)):
+            stream.flush()  # or what is still inside would not be counted
+            if raw.tell() + sum(file.stat().st_size for file in group) // 2 > limit:
+                left_out += len(group)
+                continue
+            for file in sorted(group):
+                archive.add(file, file.relative_to(folder))
+    draft.replace(target)
+    return left_out
+
+
+def unpack(archive: Path, folder: Path) -> int:
+    """Into the folder, beside what is there; how many kernels there were in the archive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as packed:
+        names = [Path(name) for name in packed.getnames()]
+        packed.extractall(folder, filter="data")
+    groups = [folder / name for name in names if name.name.startswith("__grp__")]
+    for group in groups:
+        children = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in children}}))
+    return len(groups)
