@@ -103,7 +103,7 @@ def _backward(*arguments):
 
 
 # For calls that torch need not differentiate: the operators' arguments, checked already.
-lse_values = registered("contrastive_lse", _forward)
+lse_values = registered("contrastive_lse", _forward, differentiable=True)
 lse_gradients = registered("contrastive_lse_backward", _backward)
 
 
