@@ -149,11 +149,12 @@ def _sum(case: Case) -> None:
     from emc2_kernels.backends.triton import lse
 
     queries, query_ids = _empty(case.dtype, case.n, case.d), _empty(torch.int64, case.n) if case.ids else None
-    keys, key_ids = _empty(case.dtype, case.m, case.d), _empty(torch.int64, case.m) if case.ids else None
+    temperature, row = _empty(torch.float32, case.n) if case.all_tensors else 0.07, _empty(torch.float32, case.n)
     if case.symmetric:
-        keys, key_ids = queries, query_ids
-    temperature = _empty(torch.float32, case.n) if case.all_tensors else 0.07
-    scores, row = Scores(queries, keys, temperature, query_ids, key_ids), _empty(torch.float32, case.n)
+        scores = Scores.among(queries, temperature, query_ids)
+    else:
+        keys, key_ids = _empty(case.dtype, case.m, case.d), _empty(torch.int64, case.m) if case.ids else None
+        scores = Scores(queries, keys, temperature, query_ids, key_ids)
     lse.contrastive_lse(scores)
     lse.contrastive_lse_backward(row, row, scores)
 

@@ -54,7 +54,8 @@ class EmbeddingBank(SlotStore):
         checks.counter("step", step, 32, slots.device)
         steps = torch.as_tensor(step, device=slots.device).expand(slots.shape[0])
         self.put(slots, embeddings=embeddings.to(self.embeddings.dtype), written_at=steps)
-        self.last_step.copy_(step) if isinstance(step, Tensor) else self.last_step.fill_(step)
+        # A difference and no copy, which Inductor might make after a caller's `step += 1` (pytorch/pytorch#198131).
+        self.last_step += step - self.last_step
 
     def _checked(self, labels: Tensor) -> Tensor:
         checks.vector("labels", labels, None, torch.int64, self.embeddings.device)

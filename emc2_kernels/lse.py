@@ -85,13 +85,11 @@ def mean_similarity(
 
 
 def _scores(queries, keys, temperature, temperatures, query_ids, key_ids) -> Scores:
-    return Scores(
-        queries,
-        queries if keys is None else keys,
-        temperature if temperatures is None else temperatures,
-        query_ids,
-        key_ids,
-    )
+    """Of an operator's arguments. Without keys the queries are the keys, with their ids."""
+    temperature = temperature if temperatures is None else temperatures
+    if keys is None:
+        return Scores.among(queries, temperature, query_ids)
+    return Scores(queries, keys, temperature, query_ids, key_ids)
 
 
 def _forward(*arguments):
@@ -105,7 +103,7 @@ def _backward(*arguments):
 
 
 # For calls that torch need not differentiate: the operators' arguments, checked already.
-lse_values = registered("contrastive_lse", _forward)
+lse_values = registered("contrastive_lse", _forward, differentiable=True)
 lse_gradients = registered("contrastive_lse_backward", _backward)
 
 

@@ -91,10 +91,22 @@ def nothing_to_dispatch(operand: Tensor) -> bool:
     )
 
 
-def registered(name: str, implementation: Callable) -> Callable:
-    """The operator, which is not differentiable, as a function that goes round the dispatcher where it can."""
+def registered(name: str, implementation: Callable, *, differentiable: bool = False) -> Callable:
+    """The operator as a function that goes round the dispatcher where it can. It is called with tensors that torch need
+    not differentiate.
+
+    Args:
+        differentiable: its gradient is registered elsewhere. Else results never have one, whatever the arguments have.
+    """
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.emc2_kernels, name).default
+
+    def without_gradient(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    if not differentiable:
+        LIBRARY.impl(name, without_gradient, "Autograd")
 
     def call(*arguments):
         return (implementation if nothing_to_dispatch(arguments[0]) else operator)(*arguments)

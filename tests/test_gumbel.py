@@ -240,26 +240,6 @@ def test_nothing_is_differentiated_through():
     assert_identical(drawn, draw("auto", queries.detach(), keys.detach()))
 
 
-@pytest.mark.parametrize("backend", COMPILED)
-def test_opcheck(backend):
-    queries, keys, options = everything(n=5, m=24)
-    calls = []
-    operator = torch.ops.emc2_kernels.gumbel_sample.default
-
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is operator:
-                calls.append((args, kwargs or {}))
-            return function(*args, **(kwargs or {}))
-
-    with Recorder():
-        draw(backend, queries, keys, **options)
-        draw(backend, queries, keys, seed=torch.tensor(-5), step=torch.tensor(3))
-    assert len(calls) == 2
-    for arguments, keywords in calls:
-        torch.library.opcheck(operator, arguments, keywords)
-
-
 def test_compiled_whole_and_under_autocast():
     queries, keys, options = everything(n=6, m=24)
     expected = draw("auto", queries, keys, **options)

@@ -221,25 +221,6 @@ def options_of(n, m, all_given):
     return {"temperature": torch.full((n,), 0.2), **ids} if all_given else {"temperature": 0.2}
 
 
-def numbers(temperature, query_ids=None, key_ids=None):
-    """The operator's arguments after the operands."""
-    per_row = isinstance(temperature, torch.Tensor)
-    return (1.0 if per_row else temperature, temperature if per_row else None, query_ids, key_ids)
-
-
-@pytest.mark.parametrize("all_given", [False, True], ids=["", "all given"])
-@pytest.mark.parametrize("with_keys", [False, True], ids=["symmetric", "keys"])
-@pytest.mark.parametrize("backend", RUNNABLE)
-def test_opcheck(backend, with_keys, all_given):
-    n, m = 6, 5 if with_keys else 6
-    queries, keys = unit(0, n, 4).requires_grad_(), unit(1, m, 4).requires_grad_() if with_keys else None
-    scores = (queries, keys, *numbers(**options_of(n, m, all_given)))
-    torch.library.opcheck(torch.ops.emc2_kernels.contrastive_lse.default, (*scores, backend))
-    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in scores]
-    arguments = (*plain, torch.ones(n), torch.zeros(n), backend)
-    torch.library.opcheck(torch.ops.emc2_kernels.contrastive_lse_backward.default, arguments)
-
-
 @pytest.mark.parametrize("backend", COMPILED)
 def test_compiled_equals_eager(backend):
     def loss(queries, keys):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import COMPILED, RUNNABLE, assert_identical, assert_unchanged, normal, snapshot
+from helpers import COMPILED, assert_identical, assert_unchanged, normal, snapshot
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +29,6 @@ QUERIES, KEYS = normal(0, N, D), normal(1, M, D)
 STATE = MHState(torch.arange(N) - 1, normal(2, N).where(torch.arange(N) > 0, -torch.inf))
 IDS = {"chain_ids": torch.arange(N) + 2**33, "query_ids": torch.arange(N) % 5, "key_ids": torch.arange(M) % 5}
 POSITIONS = torch.arange(N * 9).view(N, 9) % M
-COUNTERS = {"seed": torch.tensor(-5), "step": torch.tensor(3)}
 
 
 def step(queries=QUERIES, keys=KEYS, state=STATE, **options):
@@ -53,31 +52,6 @@ class RecordedCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WALKS = {
-    "sweep": {},
-    "sweep, all options": IDS
-    | COUNTERS
-    | {
-        "temperature": torch.full((N,), 0.2),
-        "log_proposal": normal(3, M),
-        "burn_in": 2,
-        "num_samples": 3,
-    },
-    "uniform": {"proposal": "uniform", "num_proposals": 9, "num_samples": 4},
-    "uniform, ids": IDS | COUNTERS | {"proposal": "uniform", "num_proposals": 5, "temperature": torch.tensor(0.2)},
-    "positions": {"proposal": POSITIONS, "num_samples": 9},
-    "positions, ids": IDS | {"proposal": POSITIONS, "burn_in": 3, "log_proposal": normal(3, M)},
-    "bfloat16": {"queries": QUERIES.bfloat16(), "keys": KEYS.bfloat16()},
-    "key ids alone": {"key_ids": torch.arange(M) + 50},
-}
-STEP_OPTIONS = {
-    "sweep, all options": {"key_labels": torch.arange(M) * 3, "return_accepts": True, "return_lse": True},
-    "uniform, ids": {"return_accepts": True},
-    "bfloat16": {"return_lse": True},
-}
-FLOAT64 = {"queries": QUERIES.double(), "keys": KEYS.double(), "state": MHState(STATE.key, STATE.score.double())}
-
-
 def assert_passes_opcheck(call):
     with RecordedCalls() as recorded:
         call()
@@ -85,36 +59,13 @@ def assert_passes_opcheck(call):
     torch.library.opcheck(operator, arguments, options)
 
 
-@pytest.mark.parametrize("backend", RUNNABLE)
-@pytest.mark.parametrize("name", WALKS)
-class TestOpcheck:
-    def test_mh_step(self, name, backend):
-        assert_passes_opcheck(lambda: step(**WALKS[name], **STEP_OPTIONS.get(name, {}), backend=backend))
-
-    def test_mh_transition(self, name, backend):
-        shard = {"first_proposal": 3, "total_proposals": 20} if name != "sweep" else {}
-        assert_passes_opcheck(lambda: transition(**WALKS[name], **shard, backend=backend))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        FLOAT64,
-        {"queries": QUERIES[:0], "state": init_state(0)},
-        {"keys": KEYS[:0], "return_lse": True, "return_accepts": True},
-        {"queries": normal(4, N, 2 * D)[:, :D], "keys": normal(5, 2 * M, D)[::2]},
-    ],
-    ids=["float64", "no rows", "no keys", "rows apart"],
-)
-def test_opcheck_of_unusual_operands(change):
-    assert_passes_opcheck(lambda: step(**change))
-
-
-@pytest.mark.parametrize("backend", RUNNABLE)
-@pytest.mark.parametrize("counters", [(3, None, 4, None), (0, torch.tensor(-3), 0, torch.tensor(4))])
-def test_opcheck_of_view_coin(counters, backend):
-    for items in (torch.arange(9), torch.arange(20)[::2], torch.arange(0)):
-        torch.library.opcheck(torch.ops.emc2_kernels.view_coin.default, (items, *counters, backend))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_the_public_functions_hand_over_passes_opcheck(dtype):
+    """Operators by themselves: test_opcheck.py."""
+    operands = {"queries": QUERIES.to(dtype), "keys": KEYS.to(dtype)}
+    state = STATE._replace(score=STATE.score.to(dtype))
+    assert_passes_opcheck(lambda: step(**operands, state=state, **IDS, return_accepts=True, return_lse=True))
+    assert_passes_opcheck(lambda: transition(**operands, first_proposal=3, total_proposals=20))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

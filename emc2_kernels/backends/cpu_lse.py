@@ -128,12 +128,12 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple
     d_queries, d_keys = (_small_gradients if small else _gradients)(grad, lse, scores)
     if not _sound(d_queries.sum().abs_() + d_keys.sum().abs_()):
         return reference_lse.contrastive_lse_backward(grad, lse, scores)
-    if isinstance(scores.temperature, Tensor):
-        d_temperature = (scores.queries * d_queries).sum(1).div_(-scores.temperature)
-    else:
-        d_temperature = grad.new_empty(0)
-    if scores.symmetric and d_keys.numel():
-        d_queries, d_keys = d_queries.add_(d_keys), d_keys.new_empty(0)
+    per_row = isinstance(scores.temperature, Tensor)
+    d_temperature = (scores.queries * d_queries).sum(1).div_(-scores.temperature) if per_row else grad.new_empty(0)
+    if scores.symmetric:
+        if per_row:  # else both are in one already
+            d_queries.add_(d_keys)
+        d_keys = d_keys.new_empty(0)
     return d_queries.to(scores.queries.dtype), d_keys.to(scores.keys.dtype), d_temperature
 
 

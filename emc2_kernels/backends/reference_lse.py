@@ -54,7 +54,8 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple
     With p_ij = exp(s_ij - lse_i): dq_i = grad_i / temperature_i * sum_j p_ij k_j, dk_j = sum_i grad_i / temperature_i *
     p_ij q_i, and dtemperature_i = -<q_i, dq_i> / temperature_i, since sum_j p_ij s_ij is <q_i, sum_j p_ij k_j> /
     temperature_i. A row without keys has gradient 0. Where the temperature is a number, its gradient is of shape (0,).
-    Where queries and keys are one tensor, the first gradient is of both, and the second of shape (0,).
+    Where queries and keys are one operand (``scores.symmetric``), the first gradient is of both, and the second of
+    shape (0,).
     """
     # An element that is not finite leaves its row or key without scores, but 0 * inf would be NaN.
     queries, keys = (_wide(operand).nan_to_num(0, 0, 0) for operand in (scores.queries, scores.keys))

@@ -12,18 +12,21 @@ class Scores(NamedTuple):
     left out."""
 
     queries: Tensor  # (n, d)
-    keys: Tensor  # (m, d); may be the very tensor ``queries``
+    keys: Tensor  # (m, d)
     temperature: float | Tensor  # or (n,) float32, float64 where the queries are
     query_ids: Tensor | None  # (n,) int64; None: nothing is excluded
     key_ids: Tensor | None  # (m,) int64
+    # Queries and keys are one operand with one set of ids, and have one gradient. It is said, not seen: Inductor gives
+    # an operator one tensor for two arguments where it finds that they hold the same, and wants a gradient of each.
+    symmetric: bool = False
 
-    @property
-    def symmetric(self) -> bool:
-        """Queries and keys are one matrix with one set of ids; its gradient is then one."""
-        return self.keys is self.queries
+    @classmethod
+    def among(cls, queries: Tensor, temperature: float | Tensor, ids: Tensor | None) -> Scores:
+        """Of queries that are the keys."""
+        return cls(queries, queries, temperature, ids, ids, symmetric=True)
 
     def of_rows(self, rows: slice) -> Scores:
+        """Some rows against all keys."""
         per_row = ("queries", "temperature", "query_ids")
-        return self._replace(
-            **{name: value[rows] for name in per_row if isinstance(value := getattr(self, name), Tensor)}
-        )
+        some = {name: value[rows] for name in per_row if isinstance(value := getattr(self, name), Tensor)}
+        return self._replace(symmetric=False, **some)

@@ -154,7 +154,8 @@ def gumbel_sample(
     halves = (n, num_samples, splits) if splits > 1 else None
     values = scores.queries.new_empty(halves, dtype=torch.float32) if halves else None
     numbers = scores.queries.new_empty(halves, dtype=torch.int32) if halves else None
-    walk = Walk(*scores[:3], seed, step, chain_ids, *scores[3:], None, None, None, 0, num_samples, 0, m)
+    ids = scores.query_ids, scores.key_ids
+    walk = Walk(*scores[:3], seed, step, chain_ids, *ids, None, None, None, 0, num_samples, 0, m)
     own = {
         "split_length": length * TILE.value,
         "positions_ptr": positions,

@@ -161,7 +161,7 @@ def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: tor
 def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and temperatures; see ``reference_lse``."""
     per_row, excludes = isinstance(scores.temperature, Tensor), scores.query_ids is not None
-    no_keys, no_temperature = grad.new_empty(0), grad.new_empty(0)
+    no_keys, no_temperature = scores.keys.new_empty(0), grad.new_empty(0)
     if scores.queries.shape[0] == 0 or scores.keys.shape[0] == 0:
         zeros = torch.zeros_like(scores.queries), torch.zeros_like(scores.keys)
         d_temperature = torch.zeros_like(lse) if per_row else no_temperature

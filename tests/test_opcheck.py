@@ -1,0 +1,132 @@
+"""Every operator under torch's own checks, also with one tensor for several of its arguments: what they mean must not
+depend on it, since a compiler may hand one over where it finds that they hold the same."""
+
+import pytest
+import torch
+from helpers import RUNNABLE, normal
+from torch._subclasses.fake_utils import CrossRefFakeMode
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+
+from emc2_kernels.ops import LIBRARY
+
+N, M, D = 6, 5, 4
+IDS = torch.arange(N) % 4
+# What an operator is given where a case does not say. What is not here is None.
+USUAL = {
+    "queries": normal(0, N, D),
+    "keys": normal(1, M, D),
+    "temperature": 0.2,
+    "items": IDS,
+    "seed": 1,
+    "step": 2,
+    "burn_in": 0,
+    "num_samples": 1,
+    "first_proposal": 0,
+    "state_key": torch.arange(N) - 1,
+    "state_score": normal(2, N).where(torch.arange(N) > 0, -torch.inf),
+    "return_accepts": False,
+    "return_lse": False,
+    "grad": normal(3, N),
+    "lse": normal(4, N).exp(),
+}
+PER_ROW = {"temperature": 1.0, "temperatures": torch.full((N,), 0.2)}
+ALL_IDS = {"chain_ids": torch.arange(N) + 2**33, "query_ids": IDS, "key_ids": torch.arange(M) % 4}
+COUNTERS = {"seed_tensor": torch.tensor(-5), "step_tensor": torch.tensor(3)}
+NO_ROWS = {name: USUAL[name][:0] for name in ("queries", "items", "state_key", "state_score", "grad", "lse")}
+ONE = {
+    **dict.fromkeys(("queries", "keys"), normal(5, N, D)),
+    **dict.fromkeys(("chain_ids", "query_ids", "key_ids", "key_labels", "state_key"), IDS),
+    **dict.fromkeys(("temperatures", "log_proposal", "state_score", "grad", "lse"), normal(6, N).exp()),
+    **dict.fromkeys(("seed_tensor", "step_tensor"), torch.tensor(3)),
+}
+
+OPERANDS = {
+    "usual": {},
+    "ids": ALL_IDS,
+    "key ids alone": {"key_ids": torch.arange(M)},
+    "a temperature for each row": PER_ROW,
+    "no rows": NO_ROWS,
+    "no rows, no temperatures": NO_ROWS | {"temperatures": torch.ones(0)},
+    "no keys": {"keys": USUAL["keys"][:0]},
+    "bfloat16": {name: USUAL[name].bfloat16() for name in ("queries", "keys")},
+    "rows apart": {"queries": normal(4, N, 2 * D)[:, :D], "keys": normal(5, 2 * M, D)[::2]},
+    "one row": {"queries": normal(0, 1, D).expand(N, D)},
+    "differentiable": {name: USUAL[name].clone().requires_grad_() for name in ("queries", "keys")},
+    "one tensor": ONE,
+    "one tensor, one temperature": ONE | {"temperatures": None},
+}
+WALKS = OPERANDS | {
+    "everything": ALL_IDS
+    | PER_ROW
+    | COUNTERS
+    | {"log_proposal": normal(7, M), "key_labels": torch.arange(M), "burn_in": 1, "num_samples": 3}
+    | {"return_accepts": True, "return_lse": True},
+    "drawn": {"num_draws": 7, "num_samples": 2},
+    "drawn, ids": ALL_IDS | COUNTERS | {"num_draws": 5, "temperatures": torch.tensor(0.2).expand(N)},
+    "positions": {"positions": torch.arange(N * 7).view(N, 7) % M},
+    "positions, ids": ALL_IDS | {"positions": torch.arange(N * 7).view(N, 7) % M, "burn_in": 3},
+    "a shard": {"first_proposal": 3, "num_samples": 2},
+}
+SUMS = {
+    **OPERANDS,
+    **{
+        f"{name}, keys None": OPERANDS[name] | {"keys": None, "key_ids": None} for name in OPERANDS if name != "no keys"
+    },
+    "other ids, keys None": {"keys": None, "query_ids": IDS, "key_ids": IDS.flip(0)},
+}
+TABLE = {
+    "contrastive_lse": SUMS,
+    "contrastive_lse_backward": SUMS,
+    "gumbel_sample": OPERANDS | {"everything": ALL_IDS | PER_ROW | COUNTERS | {"num_samples": 3}},
+    "mh_step": WALKS,
+    "mh_transition": WALKS,
+    "view_coin": {
+        "usual": {},
+        "counters": COUNTERS,
+        "no rows": NO_ROWS,
+        "rows apart": {"items": torch.arange(2 * N)[::2]},
+        "one tensor": ONE,
+    },
+}
+CASES = [(name, case) for name, cases in TABLE.items() for case in cases]
+every_case = pytest.mark.parametrize(("name", "case"), CASES, ids=[", ".join(case) for case in CASES])
+
+
+def operator(name):
+    return getattr(torch.ops.emc2_kernels, name).default
+
+
+def arguments(name, case, backend="auto"):
+    given = USUAL | {"backend": backend} | TABLE[name][case]
+    if "positions" in given or "num_draws" in given:
+        count = given["positions"].shape[1] if "positions" in given else given["num_draws"]
+    else:
+        count = 0 if given["keys"] is None else len(given["keys"])
+    given["total_proposals"] = given["first_proposal"] + count
+    return [given.get(argument.name) for argument in operator(name)._schema.arguments]
+
+
+def test_every_operator_has_cases():
+    names = [name.removeprefix("emc2_kernels::") for name in torch._C._dispatch_get_all_op_names()]
+    registered = {name for name in names if hasattr(torch.ops.emc2_kernels, name)}
+    assert registered == set(TABLE)
+    assert len(registered) == len(LIBRARY._op_defs)
+
+
+@every_case
+def test_opcheck(name, case):
+    """Schema, autograd, fake tensors, and symbolic shapes; of copies, so that no two arguments are one tensor here."""
+    torch.library.opcheck(operator(name), tuple(arguments(name, case)))
+
+
+@every_case
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_arguments_as_they_lie_in_memory(name, case, backend):
+    """What opcheck's copies lose, strides and all that is one tensor: nothing is written to nor handed back, the fake
+    results are like the real ones, and these are those of copies."""
+    given = arguments(name, case, backend)
+    with SchemaCheckMode(), CrossRefFakeMode():
+        found = operator(name)(*given)
+    copies = [value.detach().clone() if isinstance(value, torch.Tensor) else value for value in given]
+    expected = operator(name)(*copies)
+    torch.testing.assert_close(found, expected, equal_nan=True)
