@@ -1,8 +1,8 @@
 """What a run compiled, as one small file that a later run on another machine of the kind takes in.
 
 Triton's cache and the folder of our own extensions, under one folder. Of a kernel Triton's cache has six stages of the
-compiler's work; the machine code and its description are enough to launch it. Triton notes where each file lies by its
-whole path, and ignores those that are not there: so paths are written anew where the cache is unpacked.
+compiler's work; the machine code and its description are enough to launch it. Triton keeps a list of them by their
+whole paths, and Triton 3.9 takes none where one is missing: so the list is written anew where the cache is unpacked.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ def unpack(archive: Path, folder: Path) -> int:
         packed.extractall(folder, filter="data")
     groups = [folder / name for name in names if name.name.startswith("__grp__")]
     for group in groups:
-        children = json.loads(group.read_text())["child_paths"]
-        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in children}}))
+        paths = [group.parent / name for name in json.loads(group.read_text())["child_paths"]]
+        group.write_text(json.dumps({"child_paths": {path.name: str(path) for path in paths if path.exists()}}))
     return len(groups)

@@ -90,11 +90,11 @@ class Report:
         print(f"{name}: {counts.pop('status')}  {counts}", flush=True)
         for family in record.get("families", []):
             print(f"  {family_line(family)}", flush=True)
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.target.write_text(json.dumps(self.results(), indent=2) + "\n")
+        text = json.dumps(self.results(), indent=2) + "\n"
+        for folder in filter(None, (self.target.parent, self.out)):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / self.target.name).write_text(text)
         if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.target, self.out / self.target.name)
             (self.out / "gpu-check.log").write_text(self.logs())
 
     def logs(self) -> str:
@@ -149,10 +149,14 @@ def heading(described: dict[str, object]) -> str:
     return "\n".join([*lines, *(f"  backend {name}: {status}" for name, status in emc2.backends().items())])
 
 
-def environment() -> dict[str, str]:
-    """Of every process that is started: the checkout's package, its compile cache, output unbuffered."""
+def environment(rehearse: bool) -> dict[str, str]:
+    """Of every process that is started: the checkout's package, output unbuffered, and where compiled kernels go.
+
+    Few threads each, as they are many. On a CPU nothing is compiled that another machine could use.
+    """
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **compile_cache.environment(CACHE), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    cache = {} if rehearse else compile_cache.environment(CACHE)
+    return {**os.environ, **cache, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
 
 
 def run_part(name: str, session: Session, left: float) -> dict:
@@ -205,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "make gpu-check needs a CUDA GPU and found none: nothing was run (--rehearse walks its stages on the CPU)"
         )
         return 1
-    os.environ.update(environment())
+    os.environ.update(environment(options.rehearse))
     described = gpu.describe(torch.device("cpu" if options.rehearse else "cuda"))
     print(heading(described), flush=True)
     if options.cache is not None:

@@ -83,6 +83,23 @@ def test_assertions_are_those_of_compiled_kernels():
     assert set(ASSERTED) <= {(case, kernel) for case, _generation, kernel in BOUNDS}
 
 
+WITHOUT = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import compiled as tool
+print([row.assertions for row in tool.measure("loss d=128", 90)])
+"""
+PATHS = [str(Path(tool.__file__).parent), str(Path(tool.__file__).parents[1])]
+
+
+def test_assertions_can_be_left_out():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", WITHOUT, *PATHS]
+    environment |= {"EMC2_DEVICE_ASSERTIONS": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "[[], [], [], []]\n", done.stderr[-3000:]
+
+
 TIMES = """
 import json, sys, time
 sys.path[:0] = sys.argv[1:3]
@@ -101,7 +118,7 @@ print(json.dumps(seconds))
 def test_a_first_step_does_not_wait_for_the_compiler(tmp_path):
     """Processor time, in that of a kernel without a walk (0.7 s here). Both in one took 15 of it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", TIMES, str(Path(tool.__file__).parent), str(Path(tool.__file__).parents[1])]
+    command = [sys.executable, "-c", TIMES, *PATHS]
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

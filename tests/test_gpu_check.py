@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -17,8 +18,10 @@ from emc2_kernels.backends import reference
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "gpu")]  # scripts and test files, no packages
 
+import compile_cache  # noqa: E402
 import gpu  # noqa: E402
 import gpu_check  # noqa: E402
+import gpu_rows  # noqa: E402
 import gpu_stages  # noqa: E402
 import gpu_support  # noqa: E402
 import test_gpu_loss  # noqa: E402
@@ -233,9 +236,110 @@ def test_what_the_sanitizer_said(tmp_path, code, text, status, summary):
     assert judged["status"] == status and summary in judged["summary"]
 
 
+def session(tmp_path, **options):
+    return gpu_stages.Session(tmp_path, tmp_path / "bench.json", **options)
+
+
 def test_without_a_sanitizer(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: None)
-    assert gpu_stages.sanitize(tmp_path, 10)["status"] == "not run"
+    assert gpu_stages.sanitize(session(tmp_path), 10)["status"] == "not run"
+
+
+@pytest.mark.parametrize(("racy", "status"), [("triton", "passed"), ("cuda", "failed")])
+def test_races_are_judged_in_our_own_kernels(racy, status, monkeypatch, tmp_path):
+    """In Triton's they are told: racecheck may take its asynchronous copies for hazards."""
+    ran = []
+
+    def run(command, log, limit, **environment):
+        tool, backend = command[2], command[-1]
+        ran.append((tool, backend, environment))
+        found = tool == "racecheck" and backend == racy
+        log.write_text(f"3 passed in 1s\n========= RACECHECK SUMMARY: {int(found)} hazards displayed\n")
+        return 86 if found else 0
+
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gpu_stages, "run_logged", run)
+    record = gpu_stages.sanitize(session(tmp_path), 10)
+    assert {each[:2] for each in ran} == {("memcheck", "cuda"), ("racecheck", "cuda"), ("racecheck", "triton")}
+    assert record["status"] == status
+    assert record[f"racecheck {racy}"].startswith("failed") and "1 hazard" in record[f"racecheck {racy}"]
+
+
+FAMILY = """
+import json, os, sys, time
+name, end = sys.argv[1:3]
+if end == "hang":
+    time.sleep(100)
+if end == "crash":
+    print("a word before it", flush=True)
+    os.kill(os.getpid(), 9)
+print(json.dumps({"family": name, "status": end, "cases": [], "largest_error": 0.5, "why": ""}))
+print("a word after it", file=sys.stderr)
+sys.exit(end == "FAIL")
+"""
+
+
+def run_families(tmp_path, monkeypatch, limit=30.0, **ends):
+    families = {name: SimpleNamespace(kind="triton") for name in ends}
+    monkeypatch.setattr(gpu_stages.gpu_smoke, "FAMILIES", families)
+    monkeypatch.setattr(gpu_stages, "FAMILY_SECONDS", 1.5)
+    script = lambda self, *words: [sys.executable, "-S", "-c", FAMILY, words[2], ends[words[2]]]  # noqa: E731
+    monkeypatch.setattr(gpu_stages.Session, "script", script)
+    return gpu_stages.smoke(session(tmp_path), limit)
+
+
+def test_a_family_that_hangs_or_crashes_costs_itself_only(tmp_path, monkeypatch):
+    record = run_families(tmp_path, monkeypatch, a="PASS", b="hang", c="crash", d="FAIL", e="SKIP", f="PASS")
+    assert [family["status"] for family in record["families"]] == ["PASS", "FAIL", "FAIL", "FAIL", "SKIP", "PASS"]
+    assert "killed after 1.5 s" in record["families"][1]["why"]
+    assert "status -9" in record["families"][2]["why"] and "a word before it" in record["families"][2]["why"]
+    assert record["status"] == "failed" and (record["passed"], record["failed"], record["skipped"]) == (2, 3, 1)
+    printed = gpu_check.family_line(record["families"][1])
+    assert printed.startswith("FAIL") and "killed" in printed
+
+
+def test_a_family_that_the_stage_had_no_time_for_has_not_failed(tmp_path, monkeypatch):
+    record = run_families(tmp_path, monkeypatch, limit=0.8, a="hang", b="PASS")
+    assert [family["status"] for family in record["families"]] == ["CUT OFF", "PASS"]
+    assert record["status"] == "timed out" and record["failed"] == 0
+    assert run_families(tmp_path, monkeypatch, a="PASS", b="SKIP")["status"] == "passed"
+    assert run_families(tmp_path, monkeypatch, a="SKIP")["status"] == "failed"  # nothing was tried
+
+
+def test_warm_makes_the_calls_of_smoke_and_headline(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, log, limit, **environment):
+        ran.append(" ".join(command[1:]))
+        log.write_text("what it said")
+        return None if "small-64" in ran[-1] else 3 if "log2" in ran[-1] else 0
+
+    monkeypatch.setattr(gpu_stages, "run_logged", run)
+    monkeypatch.setattr(gpu_stages.gpu.emc2, "backends", lambda: {"cuda": "available"})
+    record = gpu_stages.warm(session(tmp_path, processes=1), 10)
+    assert "-c" in ran[0] and 'backend="cuda"' in ran[0]
+    rows, families = [one for one in ran if "gpu.py" in one], [one for one in ran if "gpu_smoke.py" in one]
+    assert len(rows) == len(gpu_rows.HEADLINE) and all("--headline --warm" in one for one in rows)
+    assert ran[1 : 1 + len(rows)] == rows and all("--warm" in one for one in families)
+    assert {one.split()[2] for one in families} == {
+        name for name, family in gpu_stages.gpu_smoke.FAMILIES.items() if family.kind == "triton"
+    }
+    assert record["status"] == "failed" and record["late"] == ["row small-64"]
+    assert record["errors"] == {"family log2": "what it said"} and record["done"] == len(ran) - 2
+    ran.clear()
+    gpu_stages.warm(session(tmp_path, rehearse=True, only=("sweep-128",)), 10)
+    assert len(ran) == 2 and all(one.endswith("--rehearse") and "sweep-128" in one for one in ran)
+
+
+def test_the_benchmark_is_run_with_the_rows_that_are_named(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(gpu_stages, "run_logged", lambda command, log, limit, **environment: ran.append(command) or 0)
+    assert gpu_stages.headline(session(tmp_path), 75)["status"] == "passed"
+    assert "--headline" in ran[0] and "--only" not in ran[0] and "--resume" in ran[0]
+    assert float(ran[0][ran[0].index("--budget") + 1]) == pytest.approx(60, abs=1)
+    gpu_stages.benchmark(session(tmp_path, only=("sweep-ids", "log2")), 75)
+    assert [word for word in ran[1] if word.startswith("sweep")] == ["sweep-ids-512", "sweep-ids-128"]
+    assert gpu_stages.headline(session(tmp_path, only=("log2",)), 75)["status"] == "not run" and len(ran) == 2
 
 
 def test_a_command_that_is_stopped_takes_its_children_along(tmp_path):
@@ -263,84 +367,215 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_budget_is_shared():
-    assert gpu_check.allot("build", 480) == gpu_check.LIMITS["build"][0]
-    assert gpu_check.allot("tests", 300) == 300 - 40 - 110  # what the later stages must have
-    assert gpu_check.allot("bench", 70) == 70
-    assert gpu_check.allot("tests", 100) == 0
-    left = gpu_check.BUDGET
-    for stage in gpu_check.LIMITS:  # each stage takes all that it may: the last still has its share
-        allotted = gpu_check.allot(stage, left)
-        assert allotted >= gpu_check.LIMITS[stage][1]
-        left -= allotted
-    assert left >= 0
+def test_the_first_contact_takes_five_minutes_and_all_of_it_less_than_a_call():
+    limits = {name: limit for parts in gpu_check.PARTS.values() for name, (_, limit) in parts.items()}
+    assert [limits[name] for name in ("warm", "smoke", "headline", "tests")] == [45, 60, 75, 240]
+    assert (
+        sum(limits[name] for name in ("warm", "smoke", "headline")) <= 300 - 60
+    )  # imports, and packing what is compiled
+    assert sum(limits[name] for name in ("warm", "smoke", "headline", "tests")) < gpu_check.BUDGET < 600 - 60
+
+
+GOOD = {
+    "warm": {"status": "passed"},
+    "smoke": {"status": "passed", "passed": 9, "families": [{"family": "log2", "status": "PASS"}]},
+    "headline": {"status": "passed", "met": 3},
+    "tests": {"status": "passed", "passed": 10, "failed": 0, "failures": []},
+    "sanitizer": {"status": "not run", "why": "compute-sanitizer was not found"},
+    "rows": {"status": "passed"},
+    "tune": {"status": "timed out"},
+}
 
 
 def fake_stages(monkeypatch, **records):
     """Stages that return these records, or raise them."""
 
-    def stage(name):
-        def run(work, limit, *others):
-            (work / f"{name}.log").write_text("what it said")
-            if name == "bench":
-                gpu.write(
-                    {"machine": {}, "rows": [{"name": "row", "backend": "triton", "error": "no\nmore"}]}, others[0]
-                )
+    def part(name):
+        def run(session, limit):
+            (session.work / f"{name}.log").write_text("what it said")
+            if name == "headline":
+                row = {"name": "row", "backend": "triton", "error": "no\nmore"}
+                gpu.write({"machine": {}, "rows": [row]}, session.bench)
+            if name == "tune":
+                session.bench.with_name("tune.json").write_text('{"shapes": [1]}')
             if isinstance(records[name], Exception):
                 raise records[name]
             return records[name]
 
         return run
 
-    functions = {"build": "build", "tests": "run_tests", "sanitizer": "sanitize", "bench": "benchmark"}
-    for name, function in functions.items():
-        monkeypatch.setattr(gpu_stages, function, stage(name))
+    parts = {stage: {name: (part(name), limit) for name, (_, limit) in those.items()}
+             for stage, those in gpu_check.PARTS.items()}  # fmt: skip
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
 
 
-GOOD = {
-    "build": {"status": "passed"},
-    "tests": {"status": "passed", "passed": 10, "failed": 0, "failures": []},
-    "sanitizer": {"status": "not run", "why": "compute-sanitizer was not found"},
-    "bench": {"status": "passed", "met": 3},
-}
 FAILED_TEST = {"test": "test_x", "outcome": "failed", "why": "because"}
 CHECKS = {
-    "all well": ({}, 0),
-    "a test failed": ({"tests": GOOD["tests"] | {"status": "failed", "failed": 1, "failures": [FAILED_TEST]}}, 1),
-    "no test ran": ({"tests": GOOD["tests"] | {"passed": 0}}, 1),
-    "tests cut off": ({"tests": GOOD["tests"] | {"status": "timed out"}}, 1),
-    "a stage broke": ({"build": RuntimeError("broken")}, 1),
-    "the sanitizer found something": ({"sanitizer": {"status": "failed"}}, 1),
-    "the benchmark failed": ({"bench": {"status": "failed"}}, 0),
-}
+    "all well": ({}, "all", 0),
+    "a family failed": ({"smoke": GOOD["smoke"] | {"status": "failed"}}, "all", 1),
+    "smoke cut off": ({"smoke": GOOD["smoke"] | {"status": "timed out"}}, "all", 1),
+    "a test failed": ({"tests": GOOD["tests"] | {"status": "failed", "failures": [FAILED_TEST]}}, "all", 1),
+    "no test ran": ({"tests": gpu_stages.summarize_tests({})}, "all", 1),
+    "tests cut off": ({"tests": GOOD["tests"] | {"status": "timed out"}}, "all", 1),
+    "tests broke": ({"tests": RuntimeError("broken")}, "all", 1),
+    "warming broke": ({"warm": RuntimeError("broken")}, "all", 0),
+    "warming timed out": ({"warm": {"status": "timed out"}}, "all", 0),
+    "the sanitizer found something": ({"sanitizer": {"status": "failed"}}, "all", 1),
+    "the benchmark failed": ({"headline": {"status": "failed"}}, "all", 0),
+    "the first three": ({}, "headline,warm,smoke", 0),
+    "the first three, and a family failed": ({"smoke": {"status": "failed"}}, "warm,smoke,headline", 1),
+    "only tests": ({"smoke": {"status": "failed"}}, "tests,rest", 0),
+    "nothing that is judged": ({}, "warm,headline", 1),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "status"), CHECKS.values(), ids=CHECKS)
-def test_stages_results_and_exit_status(changes, status, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(("changes", "stages", "status"), CHECKS.values(), ids=CHECKS)
+def test_stages_results_and_exit_status(changes, stages, status, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_check, "has_gpu", lambda: True)
     monkeypatch.setattr(gpu, "describe", lambda device: {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda"})
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu_check, "CACHE", tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.chdir(tmp_path)
     fake_stages(monkeypatch, **(GOOD | changes))
-    assert gpu_check.main(["--out", str(tmp_path / "out")]) == status
+    names = list(gpu_check.STAGES) if stages == "all" else [name for name in gpu_check.STAGES if name in stages]
+    expected = [name for stage in names for name in gpu_check.PARTS[stage]]
+    words = [] if stages == "all" else ["--stages", stages]
+    assert gpu_check.main([*words, "--out", str(tmp_path / "out")]) == status
     written = tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
     results = json.loads(written.read_text())
     assert (tmp_path / "out" / written.name).read_text() == written.read_text()
-    logs = {file.name for file in (tmp_path / "out").glob("*.log")}
-    assert logs == {f"{name}.log" for name in GOOD} and str(tmp_path) not in written.read_text()
-    stages = results["check"]["stages"]
-    assert list(stages) == list(GOOD) and all("seconds" in stage for stage in stages.values())
-    assert results["check"]["passed"] == (status == 0) and results["rows"][0]["error"] == "no\nmore"
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        written.name, "gpu-check.log", "compile-cache.tar.gz",
+    }  # fmt: skip
+    log = (tmp_path / "out" / "gpu-check.log").read_text()
+    assert all(f"=== {name}\n" in log for name in expected) and str(tmp_path) not in written.read_text()
+    parts = results["check"]["stages"]
+    assert list(parts) == expected and all("seconds" in part for part in parts.values())
+    assert results["check"]["passed"] == (status == 0)
+    assert [row["error"] for row in results["rows"]] == ["no\nmore"] * ("headline" in expected)
+    assert results.get("tune") == ({"shapes": [1]} if "tune" in expected else None)
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith("gpu-check passed" if status == 0 else "gpu-check FAILED")
-    assert ("FAILED test_x" in printed) == ("failed" in str(changes.get("tests", {}).get("failures")))
-    assert "FAILED  no" in printed
+    assert ("FAILED test_x" in printed) == ("test_x" in str(changes))
+    assert ("PASS    log2" in printed) == ("families" in str((GOOD | changes)["smoke"]) and "smoke" in expected)
+    assert ("FAILED  no" in printed) == ("headline" in expected)
 
 
 def test_a_stage_without_time_is_not_begun(monkeypatch, tmp_path):
     fake_stages(monkeypatch, **GOOD)
     report = gpu_check.Report({}, None, tmp_path / "out.json")
-    gpu_check.run_stages(gpu_check.parse_arguments(["--budget", "1", "--skip", "build"]), report)
-    assert [stage["status"] for stage in report.stages.values()] == ["not run", "not run", "not run", "passed"]
-    assert not report.passed()
+    gpu_check.run_stages(gpu_check.parse_arguments(["--budget", "0"]), report)
+    assert {part["status"] for part in report.parts.values()} == {"not run"} and not report.passed()
+    limits = []
+    those = {name: (lambda session, limit: limits.append(limit) or {"status": "passed"}, 50.0) for name in "ab"}
+    monkeypatch.setattr(gpu_check, "PARTS", {"tests": those})
+    gpu_check.run_stages(gpu_check.parse_arguments(["--budget", "60", "--stages", "tests"]), report)
+    assert limits[0] == 50 and 50 < limits[1] + 10 < 70
+
+
+def test_options_that_name_nothing(tmp_path, capsys):
+    for words in (["--stages", "smoke,smoek"], ["--cache", str(tmp_path / "none.tar.gz")]):
+        with pytest.raises(SystemExit):
+            gpu_check.parse_arguments(words)
+        assert words[1].split(",")[-1] in capsys.readouterr().err
+    assert gpu_check.parse_arguments(["--stages", "tests,warm"]).stages == ["warm", "tests"]
+
+
+# What was compiled, on its way to another machine.
+
+
+def write_kernel(folder, name, size=1000):
+    """As Triton's cache has it: all stages of the compiler's work, and a list of them by their whole paths."""
+    folder.mkdir(parents=True)
+    files = {
+        f"{name}.{stage}": folder / f"{name}.{stage}" for stage in ("ttir", "ttgir", "llir", "ptx", "cubin", "json")
+    }
+    for path in files.values():
+        path.write_bytes(os.urandom(size))
+    group = {"child_paths": {each: str(path) for each, path in files.items()}}
+    (folder / f"__grp__{name}.json").write_text(json.dumps(group))
+
+
+def test_what_was_compiled_fits_into_a_small_file_and_is_found_again(tmp_path):
+    here, there, archive = tmp_path / "here", tmp_path / "there", tmp_path / "cache.tar.gz"
+    write_kernel(here / "triton" / "AB", "sweep_kernel")
+    write_kernel(here / "triton" / "CD", "lse_kernel")
+    (here / "extensions").mkdir()
+    (here / "extensions" / "emc2_cuda.so").write_bytes(b"machine code")
+    assert compile_cache.pack(here, archive) == 0
+    assert compile_cache.unpack(archive, there) == 2
+    assert (there / "extensions" / "emc2_cuda.so").read_bytes() == b"machine code"
+    group = json.loads((there / "triton" / "AB" / "__grp__sweep_kernel.json").read_text())["child_paths"]
+    assert group.keys() == {"sweep_kernel.cubin", "sweep_kernel.json"}  # Triton 3.9 wants all that are named
+    assert all(Path(path).is_relative_to(there) for path in group.values())
+    for name in group:
+        assert Path(group[name]).read_bytes() == (here / "triton" / "AB" / name).read_bytes()
+
+
+def test_what_does_not_fit_is_what_was_compiled_last(tmp_path):
+    here, archive = tmp_path / "here", tmp_path / "cache.tar.gz"
+    for number in range(6):
+        write_kernel(here / "triton" / str(number), "kernel", 100_000)
+        for file in (here / "triton" / str(number)).iterdir():
+            os.utime(file, (number, number))
+    assert compile_cache.pack(here, archive, limit=700_000) == 3 * 3
+    assert archive.stat().st_size < 700_000
+    assert compile_cache.unpack(archive, tmp_path / "there") == 3
+    assert {folder.name for folder in (tmp_path / "there" / "triton").iterdir()} == {"0", "1", "2"}
+
+
+COMPILE = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import compiled
+launched = next(each for each in compiled.launches(compiled.CASES["loss d=128"], 90))
+print(len(compiled.compile_launch(launched, 90).asm["cubin"]))
+"""
+
+
+def test_triton_takes_what_was_unpacked(tmp_path):
+    """Nothing is compiled again: no file is added."""
+    pytest.importorskip("triton")
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    sizes = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        before = {file for file in folder.rglob("*") if file.is_file()}
+        command = [sys.executable, "-c", COMPILE, str(ROOT / "bench"), str(ROOT)]
+        done = subprocess.run(
+            command, env=clean | compile_cache.environment(folder), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        sizes.append(int(done.stdout))
+        added = {file for file in folder.rglob("*") if file.is_file()} - before
+        assert bool(added) == (folder.name == "here")
+        if added:
+            compile_cache.pack(folder, tmp_path / "cache.tar.gz")
+            assert compile_cache.unpack(tmp_path / "cache.tar.gz", tmp_path / "there") == 1
+    assert sizes[0] == sizes[1]
+
+
+# All of it, on the CPU.
+
+
+def rehearse(tmp_path, *words):
+    done = run_here("bench/gpu_check.py", "--rehearse", "--out", tmp_path, "--json", tmp_path / "x.json", *words)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return json.loads((tmp_path / "x.json").read_text())["check"]["stages"]
+
+
+def test_a_rehearsal_walks_the_stages(tmp_path):
+    parts = rehearse(tmp_path, "--stages", "warm,smoke,headline", "--only", "log2", "--only", "small-64")
+    assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(
+        ["warm", "smoke", "headline"], "passed"
+    )
+    assert (parts["warm"]["done"], parts["smoke"]["passed"]) == (2, 1)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_walks_every_stage(tmp_path):
+    statuses = {name: part["status"] for name, part in rehearse(tmp_path).items()}
+    assert statuses.pop("warm") in ("passed", "timed out")  # 40 processes, 45 s
+    assert statuses.pop("sanitizer") == "not run"
+    assert statuses == dict.fromkeys(["smoke", "headline", "tests", "rows", "tune"], "passed")

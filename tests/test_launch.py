@@ -60,7 +60,10 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 
-from emc2_kernels.backends.triton import run, settings
+import importlib
+import pkgutil
+from emc2_kernels.backends import triton as package
+from emc2_kernels.backends.triton import launch, run, settings
 from emc2_kernels.backends.walk import Walk
 
 settings.device = lambda index: (9, 132)
@@ -76,7 +79,50 @@ def step(n, m, offset=0, seed=0, burn_in=0):
 
 binaries = [step(48, 64), step(48, 64), step(37, 33, seed=2**64 - 1, burn_in=1), step(1, 16), step(48, 64, offset=1)]
 names = run.SWEEP_KERNEL.names
-print(json.dumps({"binaries": binaries, "names": names, "launched": launched}))
+
+submodules = [f"{package.__name__}.{each.name}" for each in pkgutil.iter_modules(package.__path__)]
+members = [each for name in submodules for each in vars(importlib.import_module(name)).values()]
+kernels = {id(each): each for each in members if isinstance(each, launch.Kernel)}
+wide = torch.zeros(64)
+
+
+def variants(kernel, name):
+    "Values of an argument, the first of them its usual one."
+    if name in kernel.constants:
+        return [64, 1, True, False, "ieee"]
+    if name in kernel.strides:
+        return [128, 1, 2, 16, 17, 0, 2**31, 2**31 + 1]
+    if name in kernel.pointers:
+        given = [wide, wide[1:], wide[2:], wide[4:], wide.bfloat16(), wide.bfloat16()[8:], wide.long(), wide.long()[1:]]
+        return given if name == kernel.pointers[0] else [*given, None]
+    return [48, 0, 1, 16, 17, 2**31, 2**40, 0.5]
+
+
+def differences(kernel, key):
+    "Arguments that Triton compiles for apart, though the key takes them for one: two names, or the same twice."
+    binder, found, seen = kernel.function.device_caches[0][-1], [], {}
+    usual = {name: variants(kernel, name)[0] for name in kernel.names}
+    for name in kernel.names:
+        for value in variants(kernel, name):
+            arguments = usual | {name: value}
+            specialized = tuple(binder(*arguments.values(), debug=True)[1])  # by which Triton looks binaries up
+            other = seen.setdefault(key(kernel, arguments), (name, specialized))
+            if other[1] != specialized:
+                found.append([other[0], name])
+    return found
+
+
+def coarser(part):
+    "A key without some of ours."
+    return lambda kernel, arguments: tuple(
+        each for place, each in enumerate(kernel.key(arguments, {"num_warps": 4})) if place != part
+    )
+
+
+fine = {each.function.__name__: differences(each, coarser(None)) for each in kernels.values()}
+sweep = run.SWEEP_KERNEL
+coarse = [len(differences(sweep, coarser(part))) for part in range(1, 1 + len(sweep.pointers) + len(sweep.strides))]
+print(json.dumps({"binaries": binaries, "names": names, "launched": launched, "fine": fine, "coarse": coarse}))
 """
 
 
@@ -109,3 +155,10 @@ def test_a_binary_serves_all_sizes_and_numbers_but_not_other_alignments(seen):
     other = dict(zip(seen["names"], seen["launched"][2][3], strict=True))
     assert (other["n"], other["m"], other["burn_in"], other["kept"]) == (37, 33, 1, 32)
     assert (other["seed_low"], other["seed_high"], other["step"]) == (-1, -1, 3)
+
+
+def test_the_launchers_key_is_as_fine_as_tritons(seen):
+    """Of no two sets of arguments that share a key would Triton have made two binaries; a coarser key is found out."""
+    assert len(seen["fine"]) >= 12
+    assert {name: found for name, found in seen["fine"].items() if found} == {}
+    assert all(found > 0 for found in seen["coarse"])

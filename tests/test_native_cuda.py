@@ -82,6 +82,20 @@ def test_registers_and_shared_memory(tmp_path):
         assert entry.shared_bytes <= MOST_SHARED_BYTES[entry.kernel], entry
 
 
+@needs_nvcc
+@pytest.mark.parametrize("asserts", ["1", "0"])
+def test_assertions_can_be_left_out(asserts, monkeypatch):
+    """By one environment variable, and the build is another."""
+    path = native_cuda._library_path.__wrapped__
+    usual = path(90)
+    monkeypatch.setenv("EMC2_DEVICE_ASSERTIONS", asserts)
+    assert (path(90) == usual) == (asserts == "1")
+    sources = [source for source in native_cuda.sources() if source.stem in ("sweep", "gathered")]
+    for source in sources:
+        text = run_checked(native_cuda.compiler(), *native_cuda.definitions(), "-std=c++17", "-E", source)
+        assert ("emc2_kernels: chain_ids" in text) == (asserts == "1")
+
+
 BUILD = """
 import sys
 from emc2_kernels.backends import native_cuda

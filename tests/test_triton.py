@@ -1,5 +1,8 @@
 """Triton's kernels in its interpreter, against the oracle: tile edges, exclusions, dtypes, whole and split walks."""
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 from helpers import assert_identical
@@ -13,7 +16,8 @@ from emc2_kernels.backends import gpu
 pytestmark = pytest.mark.skipif(not gpu.interpreting(), reason="with a GPU, tests/gpu runs the kernels on it")
 pytest.importorskip("triton")
 
-from emc2_kernels.backends.triton import gradient, launch, negatives, prepare, remember, run, settings  # noqa: E402  Triton first
+from emc2_kernels.backends import triton  # noqa: E402  Triton first
+from emc2_kernels.backends.triton import launch, run, settings  # noqa: E402
 
 SMALL = settings.Sweep(16, 16, 4, 1, None, "chosen for tests")  # the interpreter's time goes by programs and chunks
 
@@ -265,13 +269,10 @@ def test_float32_products_are_as_precise_as_those_of_torch(change, expected, tor
 
 def test_every_number_of_a_kernel_is_named_as_one():
     """Else Triton would compile for the divisibility of the first value, and the binary be kept for all others."""
-    kernels = [
-        kernel
-        for module in (run, gradient, negatives, prepare, remember)
-        for kernel in vars(module).values()
-        if isinstance(kernel, launch.Kernel)
-    ]
-    assert len(kernels) >= 8
+    names = [f"{triton.__name__}.{each.name}" for each in pkgutil.iter_modules(triton.__path__)]
+    values = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    kernels = {id(value): value for value in values if isinstance(value, launch.Kernel)}.values()
+    assert len(kernels) >= 12
     for kernel in kernels:
         others = set(kernel.names) - {*kernel.pointers, *kernel.strides, *kernel.constants}
         assert others <= set(launch.NUMBERS), others - set(launch.NUMBERS)

@@ -81,6 +81,7 @@ __device__ __forceinline__ float exponential(uint32_t word) {
 // Values of a row that nobody has looked at on the host. At the end of a walk, because before that a call would have
 // its registers spilled.
 __device__ __forceinline__ void refuse_bad_row(const DeviceWalk& walk, int64_t row) {
+#if !defined(EMC2_NO_DEVICE_ASSERTIONS)
   const Walk& common = walk.walk;
   if (common.chain_ids && static_cast<uint64_t>(common.chain_ids[row]) >> 40 != 0) {
     __assert_fail("emc2_kernels: chain_ids (or query_ids) must be in [0, 2^40), got one outside", "draws.cuh", __LINE__,
@@ -91,6 +92,7 @@ __device__ __forceinline__ void refuse_bad_row(const DeviceWalk& walk, int64_t r
     __assert_fail("emc2_kernels: temperature must be > 0 and finite, got another", "draws.cuh", __LINE__,
                   "refuse_bad_row");
   }
+#endif
 }
 
 }  // namespace emc2

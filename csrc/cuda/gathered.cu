@@ -26,8 +26,10 @@ constexpr int kInFlight = kAligned ? 8 : 2;
 // What a failing assert() calls on a device, with a text that names the argument. At the end of a walk, because before
 // that a call would have its registers spilled.
 __device__ __forceinline__ void refuse_positions() {
+#if !defined(EMC2_NO_DEVICE_ASSERTIONS)
   __assert_fail("emc2_kernels: proposal must hold positions in [0, number of keys), got one outside", "gathered.cu",
                 __LINE__, "gathered_kernel");
+#endif
 }
 
 // The proposals of a batch that starts at a multiple of 32: one call of the generator serves them all. Lanes 0 .. 15

@@ -28,6 +28,15 @@ def interpreted_devices() -> tuple[str, ...]:
     return ("cpu",) if interpreting() else ()
 
 
+def asserts() -> bool:
+    """Whether kernels look at values that the host does not: ids, temperatures and positions in a GPU's memory.
+
+    ``EMC2_DEVICE_ASSERTIONS=0`` leaves that out, from the start of the process on. A value out of range then reads
+    memory that is not the caller's, or draws from another chain's stream.
+    """
+    return os.environ.get("EMC2_DEVICE_ASSERTIONS", "1") != "0"
+
+
 def why_no_gpu() -> str | None:
     if torch.version.hip is not None:
         return "the GPU kernels are written for NVIDIA GPUs, and this torch is built for AMD's"

@@ -19,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
+from . import gpu
 from .build import Extension, cache_root, digest_of, source_root
 
 MODULE = "emc2_cuda"
@@ -47,6 +48,11 @@ def include_flags() -> list[str]:
     import pybind11
 
     return ["-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include()]
+
+
+def definitions() -> list[str]:
+    """What the sources are told of the environment."""
+    return [] if gpu.asserts() else ["-DEMC2_NO_DEVICE_ASSERTIONS"]
 
 
 def code_for(*architectures: int) -> list[str]:
@@ -91,7 +97,8 @@ def _library_path(architecture: int) -> Path:
     """In a folder named after the sources and nvcc's version; without nvcc, what the newest version has left there."""
     root = source_root()
     headers = (*root.glob("csrc/*.h"), *root.glob("csrc/cuda/*.h"), *root.glob("csrc/cuda/*.cuh"))
-    parts = (*FLAGS, *LINK_FLAGS, *code_for(architecture), sys.implementation.cache_tag, sysconfig.get_platform())
+    flags = (*FLAGS, *LINK_FLAGS, *definitions(), *code_for(architecture))
+    parts = (*flags, sys.implementation.cache_tag, sysconfig.get_platform())
     key = digest_of((*sources(), *headers), parts)
     nvcc = compiler()
     if nvcc is not None:
@@ -119,7 +126,7 @@ def _run(command: list[str]) -> None:
 
 def _compile(architecture: int, folder: Path) -> None:
     nvcc = compiler()
-    common = [nvcc, *FLAGS, *code_for(architecture)]
+    common = [nvcc, *FLAGS, *definitions(), *code_for(architecture)]
 
     def compiled(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")

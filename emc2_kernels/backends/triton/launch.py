@@ -9,13 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import gpu
 from ..walk import Walk
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ALIGNMENT = 16  # bytes, on which Triton compiles wide loads
 # Multiplications and additions fuse by default, which Triton 3.9 warns will change. Assertions on values that nobody
 # has seen on the host are compiled in; Triton's own, on every addition, are not.
-ALWAYS = {"enable_fp_fusion": True, "debug": True, "sanitize_overflow": False}
+ALWAYS = {"enable_fp_fusion": True, "debug": gpu.asserts(), "sanitize_overflow": False}
 
 # What kernels take as numbers, whatever they are: `@triton.jit(do_not_specialize=NUMBERS)`.
 NUMBERS = (
