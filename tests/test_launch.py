@@ -77,8 +77,14 @@ def step(n, m, offset=0, seed=0, burn_in=0):
     return len(run.SWEEP_KERNEL.compiled)
 
 
+settings.splits = lambda *sizes: 1
 binaries = [step(48, 64), step(48, 64), step(37, 33, seed=2**64 - 1, burn_in=1), step(1, 16), step(48, 64, offset=1)]
 names = run.SWEEP_KERNEL.names
+whole = len(launched)
+settings.splits = lambda *sizes: 2  # whose second launch is told of no chain ids here
+step(48, 300)
+step(48, 300)
+split = [each[0] for each in launched[whole:]]
 
 submodules = [f"{package.__name__}.{each.name}" for each in pkgutil.iter_modules(package.__path__)]
 members = [each for name in submodules for each in vars(importlib.import_module(name)).values()]
@@ -94,7 +100,7 @@ def variants(kernel, name):
         return [128, 1, 2, 16, 17, 0, 2**31, 2**31 + 1]
     if name in kernel.pointers:
         given = [wide, wide[1:], wide[2:], wide[4:], wide.bfloat16(), wide.bfloat16()[8:], wide.long(), wide.long()[1:]]
-        return given if name == kernel.pointers[0] else [*given, None]
+        return [*given, None]
     return [48, 0, 1, 16, 17, 2**31, 2**40, 0.5]
 
 
@@ -122,7 +128,8 @@ def coarser(part):
 fine = {each.function.__name__: differences(each, coarser(None)) for each in kernels.values()}
 sweep = run.SWEEP_KERNEL
 coarse = [len(differences(sweep, coarser(part))) for part in range(1, 1 + len(sweep.pointers) + len(sweep.strides))]
-print(json.dumps({"binaries": binaries, "names": names, "launched": launched, "fine": fine, "coarse": coarse}))
+said = {"binaries": binaries, "names": names, "launched": launched, "split": split, "fine": fine, "coarse": coarse}
+print(json.dumps(said))
 """
 
 
@@ -155,6 +162,11 @@ def test_a_binary_serves_all_sizes_and_numbers_but_not_other_alignments(seen):
     other = dict(zip(seen["names"], seen["launched"][2][3], strict=True))
     assert (other["n"], other["m"], other["burn_in"], other["kept"]) == (37, 33, 1, 32)
     assert (other["seed_low"], other["seed_high"], other["step"]) == (-1, -1, 3)
+
+
+def test_a_split_walk_is_launched_twice(seen):
+    """Through Triton, and past it."""
+    assert seen["split"] == ["sweep_kernel", "close_kernel"] * 2
 
 
 def test_the_launchers_key_is_as_fine_as_tritons(seen):

@@ -59,10 +59,10 @@ class Kernel:
             kernel[grid](*values)
 
     def key(self, arguments: Arguments, options: Arguments) -> tuple:
-        """What the binary depends on, its device included; the first pointer is always given."""
+        """What the binary depends on, its device included."""
         tensors = [arguments[name] for name in self.pointers]
         return (
-            tensors[0].get_device(),
+            next(tensor for tensor in tensors if tensor is not None).get_device(),
             *[None if tensor is None else (tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0) for tensor in tensors],
             *[(stride % _ALIGNMENT == 0, stride == 1) for stride in [arguments[name] for name in self.strides]],
             *[arguments[name] for name in self.constants],
