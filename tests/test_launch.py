@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-STEPS = """
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+DRIVER = """
 import json
 
 import torch
@@ -59,7 +61,11 @@ class Driver:
 
 
 triton.runtime.driver.set_active(Driver())
+"""
 
+STEPS = (
+    DRIVER
+    + """
 import importlib
 import pkgutil
 from emc2_kernels.backends import triton as package
@@ -131,14 +137,21 @@ coarse = [len(differences(sweep, coarser(part))) for part in range(1, 1 + len(sw
 said = {"binaries": binaries, "names": names, "launched": launched, "split": split, "fine": fine, "coarse": coarse}
 print(json.dumps(said))
 """
+)
+
+
+def compiling(script):
+    """What a script prints in a process in which nothing is interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script, str(BENCH), str(BENCH.parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def seen():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return compiling(STEPS)
 
 
 def test_a_launch_past_triton_says_what_one_through_it_does(seen):
@@ -174,3 +187,74 @@ def test_the_launchers_key_is_as_fine_as_tritons(seen):
     assert len(seen["fine"]) >= 12
     assert {name: found for name, found in seen["fine"].items() if found} == {}
     assert all(found > 0 for found in seen["coarse"])
+
+
+FAMILIES = (
+    DRIVER
+    + """
+import sys
+sys.path[:0] = sys.argv[1:]
+empty, new_empty, empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
+torch.empty = lambda *shape, **options: empty(*shape, **options).zero_()  # no kernel fills it, and no index is rubbish
+torch.Tensor.new_empty = lambda self, *shape, **options: new_empty(self, *shape, **options).zero_()
+torch.empty_like = lambda like, **options: empty_like(like, **options).zero_()
+
+import importlib
+import pkgutil
+import gpu_smoke
+import gpu_trial
+from emc2_kernels.backends import gpu
+from emc2_kernels.backends import triton as package
+from emc2_kernels.backends.triton import launch, settings
+
+gpu.interpreting = lambda: True  # for tensors on the CPU, though nothing is interpreted
+settings.device = lambda index: (9, 132)
+calls = {"through": {}, "past": {}}
+
+
+class Compiled:
+    "In the place of a binary."
+
+    def __init__(self, function):
+        self.function, self.way = function, "past"
+
+    def __getitem__(self, grid):
+        def call(*values, **options):
+            self.function.device_caches[0][-1](*values, **options)  # Triton looks at each
+            counts = calls["through" if options else "past"]
+            counts[self.function.__name__] = counts.get(self.function.__name__, 0) + 1
+            return self
+
+        return call
+
+
+submodules = [f"{package.__name__}.{each.name}" for each in pkgutil.iter_modules(package.__path__)]
+members = [each for name in submodules for each in vars(importlib.import_module(name)).values()]
+kernels = {id(each): each for each in members if isinstance(each, launch.Kernel)}
+for kernel in kernels.values():
+    kernel.function = Compiled(kernel.function)
+
+
+class AsOnAGpu(gpu_trial.Context):
+    def sized(self, real, toy):
+        return toy
+
+
+context = AsOnAGpu(torch.device("cpu"), "triton", "reference")
+for name, family in gpu_smoke.FAMILIES.items():
+    if family.kind == "triton" and name != "log2" and "graph" not in name:
+        for trial in family.trials(context, "triton"):
+            trial.call()
+            trial.call()
+print(json.dumps(calls))
+"""
+)
+
+
+def test_every_family_of_kernels_is_launched_as_on_a_gpu():
+    """All that the host does, twice: through Triton, whose compiler is left out, and past it."""
+    calls = compiling(FAMILIES)
+    assert calls["through"].keys() == calls["past"].keys()
+    families = {"sweep_kernel", "close_kernel", "gathered_kernel", "gumbel_kernel", "lse_kernel", "lse_gradient_kernel"}
+    losses = {"prepare_kernel", "negatives_kernel", "remember_kernel", "gradient_kernel"}
+    assert families | losses <= calls["past"].keys()
