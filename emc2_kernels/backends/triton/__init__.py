@@ -1,4 +1,4 @@
-"""The Triton backend: one launch for all chains, on GPUs (on CPU tensors in the interpreter: TRITON_INTERPRET=1)."""
+"""The Triton backend: all chains at once, on GPUs (on CPU tensors in the interpreter: TRITON_INTERPRET=1)."""
 
 from .run import step, transition, view_coin
 

@@ -5,7 +5,8 @@ thread. So the key rows are loaded permuted: column 8 g + s of the t-th product 
 each of the eight segments is a run of consecutive keys that one thread walks in its registers, from the first tile to
 the last. The operator makes that right: a segment is walked from the identity, whatever comes before it, and the eight
 are composed once, at the end (finish.py). Further segments are further programs, where rows are too few to fill the
-GPU.
+GPU. Of a long walk one launch leaves the segments, and what they enter the tiles of sample points with; the next one
+takes the samples there and writes the results.
 """
 
 from __future__ import annotations
