@@ -240,9 +240,11 @@ def test_a_binary_is_kept_for_all_it_does_not_depend_on():
 
 @pytest.fixture
 def torch_precision():
-    """The setting of float32 products, which tests change, as it was."""
+    """The setting of float32 products, which tests change: as it comes with torch, and afterwards as it was."""
     settings_of = torch.backends.cuda.matmul, torch.backends
     before = [each.fp32_precision for each in settings_of]
+    for each in settings_of:
+        each.fp32_precision = "none"
     yield
     torch.set_float32_matmul_precision("highest")  # or its getter would find the two at odds
     for each, value in zip(settings_of, before, strict=True):

@@ -19,6 +19,7 @@ _WEYL_0 = tl.constexpr(0x9E3779B9)
 _WEYL_1 = tl.constexpr(0xBB67AE85)
 
 _ONE_BITS = tl.constexpr(0x3F800000)
+_ALL_BITS = tl.constexpr(0xFFFFFFFF)  # `~` of uint32 fails in the interpreter of Triton 3.6 with numpy 2
 _ONE_LESS_HALF_STEP = tl.constexpr(1.0 - 2.0**-24)
 _TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 _TWO_TO_MINUS_33 = tl.constexpr(2.0**-33)
@@ -120,7 +121,7 @@ def gumbel_log2(word):
     4e-8) stands for the logarithm, whose approximate version has an absolute error there. Altogether within 1e-5.
     """
     above = word >= 0x80000000
-    nearer = tl.where(above, ~word, word).to(tl.int32).to(tl.float32)
+    nearer = tl.where(above, word ^ _ALL_BITS, word).to(tl.int32).to(tl.float32)
     nearer = tl.fma(nearer, _TWO_TO_MINUS_32, _TWO_TO_MINUS_33)
     p = tl.fma(nearer, 0.37928685545921326, 0.3501330018043518)
     p = tl.fma(nearer, p, 0.4813832938671112)
