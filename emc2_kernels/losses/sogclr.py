@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import NAMES
 from ..distributed import Shards, gather_views
-from ..lse import contrastive_lse
+from ..lse import contrastive_lse, mean_similarity
 from ..slots import SlotStore, last_duplicates
 from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
 
@@ -184,7 +184,7 @@ class SogCLRLoss(SlotStore):
         whole, dtype = of_all_ranks(anchors, shards), compute_dtype(z0)
         slots = self.slots(anchors.items, anchors.views if self.bimodal else 0, z0.device)
         temperature = self.item_temperature[slots] if self.individual_temperature else self.temperature
-        lse = self._lse(anchors, whole, dtype, temperature)
+        lse = self._over_negatives(anchors, whole, dtype, temperature)
         found = self._denominators(anchors, whole, slots, lse.detach())
         positive = (anchors.embeddings * anchors.positives).sum(1) / temperature
         # Of value log u, and with the gradient of weight * lse: lse's gradient is the mean score's under the softmax.
@@ -194,49 +194,53 @@ class SogCLRLoss(SlotStore):
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
         learns = self.training and self.individual_temperature
-        scores = self._mean_scores(anchors, whole, dtype, temperature) if learns or return_stats else None
+        scores = None
+        if learns or return_stats:  # the mean s of each anchor's negatives under their softmax
+            scores = self._over_negatives(anchors, whole, dtype, temperature, lse.detach()) / temperature
         stats = self._stats(anchors, found, temperature, scores) if return_stats else None
         if self.training:
             with torch.no_grad():
                 self._remember(slots, found, positive, scores, shards)
         return loss if stats is None else (loss, stats)
 
-    def _lse(self, anchors: Anchors, whole: Anchors, dtype: torch.dtype, temperature: float | Tensor) -> Tensor:
-        """(2b,) log sum over negatives, which are among the anchors of all ranks, of exp(s); -inf without any."""
-        queries, keys = (side.embeddings.to(dtype) for side in (anchors, whole))
+    def _over_negatives(
+        self,
+        anchors: Anchors,
+        whole: Anchors,
+        dtype: torch.dtype,
+        temperature: float | Tensor,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """(2b,) log sum of exp(s) over each anchor's negatives, among the anchors of all ranks; -inf without any.
+
+        Given that, ``lse``: the mean of their similarities under their softmax, detached; 0 without any.
+        """
+        queries, keys = anchors.embeddings.to(dtype), whole.embeddings.to(dtype)
         if whole is anchors:
             keys = queries
         if not self.bimodal:
-            ids = {"query_ids": anchors.items, "key_ids": whole.items}
-            return contrastive_lse(queries, keys, temperature=temperature, backend=self.backend, **ids)
-        halves = temperature.chunk(2) if isinstance(temperature, Tensor) else (temperature, temperature)
-        query_ids, key_ids = (side.items.chunk(2)[0] for side in (anchors, whole))
-        return torch.cat(
-            [
-                contrastive_lse(
-                    queries.chunk(2)[side],
-                    keys.chunk(2)[1 - side],
-                    temperature=halves[side],
-                    query_ids=query_ids,
-                    key_ids=key_ids,
-                    backend=self.backend,
-                )
-                for side in (0, 1)
-            ]
-        )
+            return self._reduce(queries, keys, anchors.items, whole.items, temperature, lse)
+        temperatures = temperature.chunk(2) if isinstance(temperature, Tensor) else (temperature, temperature)
+        sums = (None, None) if lse is None else lse.chunk(2)
+        query_ids, key_ids = anchors.items.chunk(2)[0], whole.items.chunk(2)[0]
+        queries, keys = queries.chunk(2), keys.chunk(2)[::-1]
+        sides = zip(queries, keys, temperatures, sums, strict=True)
+        return torch.cat([self._reduce(q, k, query_ids, key_ids, t, of_side) for q, k, t, of_side in sides])
 
-    def _mean_scores(self, anchors: Anchors, whole: Anchors, dtype: torch.dtype, temperature: float | Tensor) -> Tensor:
-        """(2b,) detached mean of each anchor's s under the softmax of its negatives; 0 without any.
-
-        d lse / d temperature is minus that mean over the temperature, so no array of scores is needed.
-        """
-        detached, others = (side._replace(embeddings=side.embeddings.detach()) for side in (anchors, whole))
-        if whole is anchors:
-            others = detached
-        rows = anchors.embeddings.new_ones(anchors.items.shape[0]) * temperature
-        with torch.enable_grad():
-            total = self._lse(detached, others, dtype, rows.requires_grad_()).sum()
-        return -rows.detach() * torch.autograd.grad(total, rows)[0]
+    def _reduce(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        query_ids: Tensor,
+        key_ids: Tensor,
+        temperature: float | Tensor,
+        lse: Tensor | None,
+    ) -> Tensor:
+        """The same for queries and keys, where those of a query's item are no negatives."""
+        options = {"temperature": temperature, "query_ids": query_ids, "key_ids": key_ids, "backend": self.backend}
+        if lse is None:
+            return contrastive_lse(queries, keys, **options)
+        return mean_similarity(lse, queries, keys, **options)
 
     def _denominators(self, anchors: Anchors, whole: Anchors, slots: Tensor, lse: Tensor) -> Denominators:
         keys = whole.items.shape[0] // (2 if self.bimodal else 1)
