@@ -40,6 +40,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 1  # of the results file; raise it when a field changes its meaning
 NO_GPU, DEAD_CONTEXT = 1, 70  # exit statuses
 UNFINISHED = "started and never finished"
+NOT_BEGUN = "not begun within"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,7 +73,7 @@ def names(options: argparse.Namespace) -> list[str]:
 def gpu_details() -> dict[str, object]:
     """What a figure depends on beside machine.describe: the card, its driver, the compiler."""
     properties = torch.cuda.get_device_properties(0)
-    driver = machine.run_quietly("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    driver = machine.ask_nvidia_smi("driver_version")
     compiler = machine.run_quietly("nvcc", "--version") or ""
     return {
         "driver": driver or machine.UNKNOWN,
@@ -205,9 +206,13 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def so_far(target: Path) -> tuple[list[dict], dict]:
-    """Rows and limits of an earlier run. A row that was running when its process died is not tried again."""
+    """Rows and limits of an earlier run, but for rows that there was no time for.
+
+    A row that was running when its process died is not tried again.
+    """
     earlier = json.loads(target.read_text()) if target.exists() else {}
-    return earlier.get("rows", []), earlier.get("limits", {})
+    rows = [row for row in earlier.get("rows", []) if not row.get("error", "").startswith(NOT_BEGUN)]
+    return rows, earlier.get("limits", {})
 
 
 def run_all(options: argparse.Namespace, context: Context, results: dict, target: Path) -> int:
@@ -218,7 +223,7 @@ def run_all(options: argparse.Namespace, context: Context, results: dict, target
         if (name, backend) in have:
             continue
         if time.perf_counter() > deadline:
-            record = {"name": name, "backend": backend, "error": f"not begun within {options.budget:g} s"}
+            record = {"name": name, "backend": backend, "error": f"{NOT_BEGUN} {options.budget:g} s"}
             results["rows"].append(record)
             continue
         results["rows"].append({"name": name, "backend": backend, "error": UNFINISHED})
@@ -241,15 +246,15 @@ def run_and_tell(name: str, backend: str, context: Context) -> dict[str, object]
 
 
 def warm(options: argparse.Namespace, context: Context) -> int:
-    """Compiles and loads what the rows need, frees their operands, and keeps no figure."""
-    deadline = time.perf_counter() + options.budget
+    """Compiles and loads what the rows need, frees their operands, and keeps no figure; 1 where a row failed."""
+    deadline, failed = time.perf_counter() + options.budget, False
     for name, backend in plan(options, context.backends):
         if time.perf_counter() > deadline:
             break
-        run_and_tell(name, backend, context)
+        failed |= "error" in run_and_tell(name, backend, context)
         if not context_is_alive(context.device):
             return DEAD_CONTEXT
-    return 0
+    return int(failed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,10 +21,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -41,6 +44,7 @@ import emc2_kernels as emc2  # noqa: E402
 
 BUDGET = 530.0
 CACHE = CHECKOUT / "build" / "gpu-cache"
+PROCESS_BYTES = 3e9  # of GPU memory, for one process of smoke
 STAGES = ("warm", "smoke", "headline", "tests", "rest")
 # The parts of each stage, in order: what runs it, and the seconds that it may take.
 PARTS: dict[str, dict[str, tuple[Callable[[Session, float], dict], float]]] = {
@@ -54,54 +58,79 @@ PARTS: dict[str, dict[str, tuple[Callable[[Session, float], dict], float]]] = {
         "tune": (gpu_stages.tune, 300),
     },
 }
-JUDGED = ("smoke", "tests")  # must have passed where they were asked for
-MAY_NOT_FAIL = ("sanitizer",)  # but need not be there, nor end
+JUDGED = ("smoke", "tests")  # must have passed where they were asked for; of the others none may have failed
+NOT_JUDGED = ("warm",)  # what it could not compile fails in smoke
 
 
 class Report:
-    """The results as they grow, written after every part to the results folder and to `--out`."""
+    """The results as they grow, written after every part to the results folder and to `--out`.
+
+    What an earlier run of the same commit has found stays in the file until the same part is run again.
+    """
 
     def __init__(self, described: dict[str, object], out: Path | None, target: Path) -> None:
-        self.parts: dict[str, dict] = {}
         self.machine, self.out, self.target = described, out, target
         self.work = Path(tempfile.mkdtemp(prefix="emc2-gpu-check-"))
-        self.bench = self.work / "bench.json"
+        self.bench, self.tuned = self.work / "bench.json", self.work / "tune.json"
+        self.parts: dict[str, dict] = {}
+        self.ran: dict[str, dict] = {}  # in this run
+
+    def go_on(self, earlier: dict, anew: Iterable[str]) -> None:
+        """Takes in the results of an earlier run, but for the rows ``anew``, which are to be measured again."""
+        self.parts = earlier["check"]["stages"]
+        anew = set(anew)
+        gpu.write(earlier | {"rows": [row for row in earlier["rows"] if row["name"] not in anew]}, self.bench)
+        if "tune" in earlier:
+            self.tuned.write_text(json.dumps(earlier["tune"]))
 
     def results(self) -> dict[str, object]:
         """The benchmark's results, and beside them what the check found."""
-        benched = json.loads(self.bench.read_text()) if self.bench.exists() else {"machine": self.machine, "rows": []}
-        tuned = self.bench.with_name("tune.json")
-        found = {"tune": json.loads(tuned.read_text())} if tuned.exists() else {}
-        return benched | {"check": {"command": "make gpu-check", "stages": self.parts, "passed": self.passed()}} | found
+        benched = json.loads(self.bench.read_text()) if self.bench.exists() else {"rows": []}
+        found = {"tune": json.loads(self.tuned.read_text())} if self.tuned.exists() else {}
+        check = {"command": "make gpu-check", "stages": self.parts, "passed": passes(self.parts)}
+        return benched | found | {"machine": self.machine, "check": check}
 
     def passed(self) -> bool:
-        """Whether something was judged and nothing failed."""
-        judged = [self.parts[name]["status"] for name in JUDGED if name in self.parts]
-        return (
-            bool(judged)
-            and all(status == "passed" for status in judged)
-            and not any(self.parts.get(name, {}).get("status") == "failed" for name in MAY_NOT_FAIL)
-        )
+        """Whether what this run was asked for ran, and nothing failed."""
+        return passes(self.ran)
 
     def add(self, name: str, record: dict) -> None:
         """Keeps a part's record, prints its lines, writes everything."""
-        self.parts[name] = record
+        fresh = record.get("families", [])
+        if name == "smoke" and fresh:
+            tried = {family["family"] for family in fresh}
+            earlier = [each for each in self.parts.get(name, {}).get("families", []) if each["family"] not in tried]
+            self.parts[name] = record | gpu_stages.summarize_families([*earlier, *fresh])
+        else:
+            self.parts[name] = record
+        self.ran[name] = record
         counts = {key: value for key, value in record.items() if isinstance(value, (int, float, str)) and value != ""}
         print(f"{name}: {counts.pop('status')}  {counts}", flush=True)
-        for family in record.get("families", []):
+        for family in fresh:
             print(f"  {family_line(family)}", flush=True)
-        text = json.dumps(self.results(), indent=2) + "\n"
+        self.write()
+
+    def write(self) -> None:
+        """Each file whole or not at all."""
+        texts = {self.target.name: json.dumps(self.results(), indent=2) + "\n"}
         for folder in filter(None, (self.target.parent, self.out)):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / self.target.name).write_text(text)
-        if self.out is not None:
-            (self.out / "gpu-check.log").write_text(self.logs())
+            for name, text in (texts | ({"gpu-check.log": self.logs()} if folder == self.out else {})).items():
+                draft = folder / f"{name}.part"
+                draft.write_text(text)
+                draft.replace(folder / name)
 
     def logs(self) -> str:
         """Of all processes, one after the other."""
         return "".join(
             f"=== {file.stem}\n{file.read_text(errors='replace')}\n" for file in sorted(self.work.glob("*.log"))
         )
+
+
+def passes(parts: Mapping[str, dict]) -> bool:
+    """Whether what must pass has passed, and nothing else failed."""
+    statuses = {name: part["status"] for name, part in parts.items() if name not in NOT_JUDGED}
+    return "failed" not in statuses.values() and all(statuses[name] == "passed" for name in JUDGED if name in statuses)
 
 
 def family_line(family: dict) -> str:
@@ -139,6 +168,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.cache is not None and not options.cache.is_file():
         parser.error(f"--cache: there is no file {options.cache}")
+    known = [*gpu_stages.gpu_smoke.FAMILIES, *gpu_stages.gpu_rows.ROWS]
+    for name in options.only:
+        if not any(each.startswith(name) for each in known):
+            parser.error(f"--only {name}: families and rows are {', '.join(known)}")
     return options
 
 
@@ -176,14 +209,50 @@ def run_part(name: str, session: Session, left: float) -> dict:
 def run_stages(options: argparse.Namespace, report: Report) -> None:
     """Every stage that was asked for, each within what is left."""
     deadline = time.monotonic() + options.budget
-    session = Session(report.work, report.bench, options.workers, options.rehearse, tuple(options.only))
+    session = Session(report.work, report.bench, workers(options), options.rehearse, tuple(options.only))
+    report.write()  # or a run that is killed early would leave nothing
     for stage in options.stages:
         for name in PARTS[stage]:
-            report.add(name, run_part(name, session, deadline - time.monotonic()))
+            if not gpu_stages.STOP.is_set():
+                report.add(name, run_part(name, session, deadline - time.monotonic()))
         if report.out is not None and not options.rehearse and CACHE.exists():
             left_out = compile_cache.pack(CACHE, report.out / "compile-cache.tar.gz")
             if left_out:
                 print(f"  {left_out} compiled files did not fit into compile-cache.tar.gz", flush=True)
+
+
+def workers(options: argparse.Namespace) -> int:
+    """Processes at a time: no more than the GPU has memory for."""
+    return options.workers if options.rehearse else max(1, min(options.workers, int(free_bytes() / PROCESS_BYTES)))
+
+
+def resume(report: Report, options: argparse.Namespace) -> None:
+    """Goes on from the results file where it is of this commit; says where it is not, as it will be replaced."""
+    if not report.target.exists():
+        return
+    try:
+        earlier = json.loads(report.target.read_text())
+        same = earlier["machine"]["commit"] == report.machine["commit"] and "stages" in earlier["check"]
+    except (ValueError, KeyError):
+        same = False
+    if not same:
+        print(f"  {report.target.name} is of another commit, and is replaced", flush=True)
+        return
+    named = gpu_stages.gpu_rows.HEADLINE if "headline" in options.stages else ()
+    report.go_on(earlier, [name for name in named if not options.only or name.startswith(tuple(options.only))])
+
+
+def take_cache(file: Path) -> None:
+    """What an earlier run has compiled; without it everything is compiled again."""
+    try:
+        print(f"  kernels from {file.name}: {compile_cache.unpack(file, CACHE)}", flush=True)
+    except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error) as error:
+        print(f"  {file.name} was not taken in, {type(error).__name__}: {error}", flush=True)
+
+
+def stop(number: int, frame: object) -> None:
+    """On SIGTERM and Ctrl-C: what runs is killed, and the report says what there is."""
+    gpu_stages.STOP.set()
 
 
 def closing(report: Report) -> str:
@@ -193,7 +262,14 @@ def closing(report: Report) -> str:
         lines.append(f"{failure['outcome'].upper()} {failure['test']}\n    {failure['why'][-300:].strip()}")
     if report.bench.exists():
         lines.append(gpu.table(json.loads(report.bench.read_text())["rows"]))
+    if gpu_stages.STOP.is_set():
+        lines.append("stopped before its end")
     return "\n".join([*lines, "gpu-check passed" if report.passed() else "gpu-check FAILED"])
+
+
+def free_bytes() -> float:
+    """Of the GPU's memory."""
+    return torch.cuda.mem_get_info()[0]
 
 
 def has_gpu() -> bool:
@@ -213,17 +289,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     described = gpu.describe(torch.device("cpu" if options.rehearse else "cuda"))
     print(heading(described), flush=True)
     if options.cache is not None:
-        print(f"  kernels from {options.cache.name}: {compile_cache.unpack(options.cache, CACHE)}", flush=True)
+        take_cache(options.cache)
     beside = CHECKOUT / "build" if options.rehearse else gpu.RESULTS  # a rehearsal is never among the results
     target = options.json or beside / ("rehearsal.json" if options.rehearse else f"{machine.slug(described)}.json")
-    report = Report(described, options.out, target.resolve())
-    os.chdir(CHECKOUT)
+    report = Report(described, options.out and options.out.resolve(), target.resolve())
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        resume(report, options)
         run_stages(options, report)
         print(closing(report))
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         shutil.rmtree(report.work, ignore_errors=True)
-    return 0 if report.passed() else 1
+    return 0 if report.passed() and not gpu_stages.STOP.is_set() else 1
 
 
 if __name__ == "__main__":

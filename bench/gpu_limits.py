@@ -152,9 +152,7 @@ def _gather(context: Context) -> float:
 def _clock(context: Context) -> float:
     if context.rehearsal:
         return 1e9
-    return 1e6 * float(
-        machine.run_quietly("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "--id=0")
-    )
+    return 1e6 * float(machine.ask_nvidia_smi("clocks.max.sm"))
 
 
 def multiprocessors(context: Context) -> int:

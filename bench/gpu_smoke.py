@@ -28,7 +28,7 @@ sys.path.insert(0, str(CHECKOUT))  # from a bare checkout
 import gpu_families as families  # noqa: E402
 import gpu_loss_trials as loss_trials  # noqa: E402
 import torch  # noqa: E402
-from gpu_families import ALIGNED, FEW_ROWS, FEW_ROWS_WIDE, FILLS, GATHERED, GATHERED_SPLIT, LONG, SPLIT  # noqa: E402
+from gpu_families import ALIGNED, FEW_ROWS, FEW_ROWS_WIDE, FILLS, GATHERED, GATHERED_SPLIT, LONG, SPLIT, SPLIT_LONG  # noqa: E402
 from gpu_trial import Case, Context, Trial  # noqa: E402
 
 import emc2_kernels as emc2  # noqa: E402
@@ -65,13 +65,14 @@ def _triton(function: Callable[..., Iterator[Trial]], **options: object) -> Fami
 FAMILIES = {
     "sweep-128": _walks("triton", shapes=(FILLS,)),
     "sweep-512": _walks("triton", d=512, temperature=0.5, shapes=(FILLS, FEW_ROWS_WIDE)),
-    "sweep-replayed-128": _walks("triton", shapes=(LONG,), num_samples=3),
+    "sweep-replayed-128": _walks("triton", shapes=(LONG, SPLIT_LONG), num_samples=3),
     "sweep-replayed-512": _walks("triton", d=512, temperature=1.0, shapes=(LONG,), num_samples=3),
+    "sweep-replayed-options": _walks("triton", shapes=(SPLIT_LONG,), num_samples=3, full=True, counts=True),
     "sweep-float32": _walks("triton", dtype=SINGLE, shapes=(SPLIT, ALIGNED)),
     "sweep-split": _walks("triton", shapes=(SPLIT, ALIGNED, FEW_ROWS)),
     "sweep-counts": _walks("triton", shapes=(FILLS,), counts=True),
     "sweep-split-counts": _walks("triton", shapes=(SPLIT,), counts=True),
-    "sweep-options": _walks("triton", d=100, shapes=(FILLS, SPLIT), full=True),
+    "sweep-options": _walks("triton", d=100, shapes=(FILLS, SPLIT), full=True, counts=True),
     "gathered": _several("triton", *BOTH_GATHERED, counts=True),
     "gathered-options": _several("triton", *BOTH_GATHERED, d=512, dtype=SINGLE, temperature=0.5, full=True),
     "gumbel-1": _triton(families.gumbels, num_samples=1, full=False),

@@ -3,6 +3,7 @@
 A stage returns a record with a `status`: "passed", "failed", "timed out" or "not run".
 """
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +29,7 @@ CHECKOUT = HERE.parent
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--show-capture=no")
 STALLED = 100.0  # seconds without a test ending: it hangs (compiling one test's kernels takes less)
 MOST_RESTARTS = 8
-FAMILY_SECONDS = 60  # of smoke, for one family of kernels
+FAMILY_SECONDS = 30  # of smoke, for one family of kernels: half of the stage, or one that hangs were only cut off
 LEAST_FOR_ROWS = 15  # seconds that a process of the benchmark is left beyond its own budget
 REHEARSED = ("test_gpu_lse",)  # a rehearsal of all tests would take minutes
 LOST = ("crashed", "hung")  # outcomes that this module gives to a test whose process did not survive it
@@ -59,35 +61,53 @@ class Session:
         return [sys.executable, str(HERE / name), *words, *(["--rehearse"] if self.rehearse else [])]
 
 
+STOP = threading.Event()  # set where the whole check is to end: what runs is killed, and nothing is begun
+
+
 def kill_group(process: subprocess.Popen) -> None:
-    """Ends a process that was started in a session of its own, with all that it has started."""
-    if process.poll() is None:
+    """Ends a process that was started in a session of its own, with all that it has started and left behind."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def run_logged(
-    command: Sequence[str], log: Path, limit: float, *, stalled: Callable[[], bool] = lambda: False, **environment: str
+    command: Sequence[str],
+    log: Path,
+    limit: float,
+    *,
+    stalled: Callable[[], bool] = lambda: False,
+    own_group: bool = True,
+    **environment: str,
 ) -> int | None:
-    """Runs a command, its output appended to a file. Its exit status; None where it was stopped, late or stalled."""
+    """Runs a command, its output appended to a file. Its exit status; None where it was stopped, late or stalled.
+
+    ``own_group``: whatever it has started ends with it.
+    """
     deadline = time.monotonic() + limit
     with log.open("ab") as file:
+        if STOP.is_set():
+            return None
         process = subprocess.Popen(
             [str(word) for word in command],
             cwd=CHECKOUT,
             env={**os.environ, **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=own_group,
         )
         try:
             while process.poll() is None:
-                if time.monotonic() > deadline or stalled():
+                if time.monotonic() > deadline or stalled() or STOP.is_set():
                     return None
                 time.sleep(0.1)
             return process.returncode
         finally:
-            kill_group(process)
+            if own_group:
+                kill_group(process)
+            else:
+                process.kill()
+                process.wait()
 
 
 def tail(log: Path, characters: int = 1500) -> str:
@@ -137,13 +157,17 @@ def smoke(session: Session, limit: float) -> dict:
         told = [line for line in tail(log, 100_000).splitlines() if line.startswith('{"family"')]
         if told:
             return json.loads(told[-1])
-        if code is None and left < FAMILY_SECONDS:  # it may have waited for its turn
-            return {"family": name, "status": "CUT OFF", "why": f"the stage's {limit:.0f} s were over"}
+        if code is None and (left < FAMILY_SECONDS or STOP.is_set()):  # it had less than a family's time
+            return {"family": name, "status": "CUT OFF", "why": f"within {max(0.0, left):.0f} s: {tail(log, 600)}"}
         why = f"killed after {FAMILY_SECONDS} s" if code is None else f"ended with status {code}"
         return {"family": name, "status": "FAIL", "why": f"{why}: {tail(log, 600)}"}
 
     with ThreadPoolExecutor(session.processes) as pool:
-        families = list(pool.map(run, session.chosen(gpu_smoke.FAMILIES)))
+        return summarize_families(list(pool.map(run, session.chosen(gpu_smoke.FAMILIES))))
+
+
+def summarize_families(families: list[dict]) -> dict:
+    """Counts of verdicts, and each family's record."""
     counts = Counter(family["status"] for family in families)
     status = "failed" if counts["FAIL"] else "timed out" if counts["CUT OFF"] else "passed"
     return {
@@ -197,7 +221,7 @@ def run_file(
             return progress.exists() and time.time() - progress.stat().st_mtime > STALLED
 
         left = deadline - time.monotonic()
-        if left <= 0:
+        if left <= 0 or STOP.is_set():
             break
         if progress.exists():
             os.utime(progress)  # the patience begins anew
@@ -209,7 +233,7 @@ def run_file(
         code = run_logged(command, log, left, stalled=stalled, **settings)
         if code in (0, 1, 5):  # all passed, some failed, none was left
             return read_progress(progress), True
-        if code is None and time.monotonic() > deadline:  # what was running is not to blame
+        if code is None and (time.monotonic() > deadline or STOP.is_set()):  # what was running is not to blame
             break
         write_off(progress, "hung" if code is None else "crashed", tail(log))
         if code in (2, 3, 4):  # pytest could not import or collect it: trying again would not help
@@ -312,22 +336,27 @@ def judge_sanitizer(code: int | None, log: Path) -> dict:
 
 def benchmark(session: Session, limit: float, *words: str) -> dict:
     """bench/gpu.py; where it loses the GPU or hangs, again with the rows that are left."""
-    log, deadline, status = session.work / "benchmark.log", time.monotonic() + limit, "failed"
+    log, deadline, status = session.work / "benchmark.log", time.monotonic() + limit, "not run"
     named = session.chosen(gpu_rows.HEADLINE if "--headline" in words else gpu_rows.ROWS)
     if not named:
         return {"status": "not run", "why": "no row has such a name"}
     words = (*words, *(word for row in named if session.only for word in ("--only", row)))
     for _ in range(MOST_RESTARTS):
         left = deadline - time.monotonic()
-        if left <= LEAST_FOR_ROWS:
+        if left <= LEAST_FOR_ROWS or STOP.is_set():
             break
         command = session.script("gpu.py", "--json", str(session.bench), "--resume", *words)
         code = run_logged([*command, "--budget", f"{left - LEAST_FOR_ROWS:.0f}"], log, left)
         status = "passed" if code == 0 else "timed out" if code is None else "failed"
         if code in (0, 1, 2):
             break
-    counts = json.loads(session.bench.read_text())["goals"] if session.bench.exists() else {}
-    return {"status": status, **counts, "why": "" if status == "passed" else tail(log, 600)}
+    results = json.loads(session.bench.read_text()) if session.bench.exists() else {"rows": [], "goals": {}}
+    errors = {row["name"]: row["error"] for row in results["rows"] if row["name"] in named and "error" in row}
+    late = [name for name, error in errors.items() if error.startswith(gpu.NOT_BEGUN)]
+    if status == "passed" and errors:
+        status = "timed out" if len(late) == len(errors) else "failed"
+    why = "; ".join(f"{name}: {error.splitlines()[0][:200]}" for name, error in errors.items()) or tail(log, 600)
+    return {"status": status, **results["goals"], "why": "" if status == "passed" else why}
 
 
 def headline(session: Session, limit: float) -> dict:

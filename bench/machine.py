@@ -28,6 +28,12 @@ def run_quietly(*command: str) -> str | None:
     return done.stdout.strip()
 
 
+def ask_nvidia_smi(quantity: str) -> str | None:
+    """Of the GPU that torch uses, by its UUID: nvidia-smi's numbers know nothing of CUDA_VISIBLE_DEVICES."""
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    return run_quietly("nvidia-smi", f"--query-gpu={quantity}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}")
+
+
 def source_version() -> dict[str, str | bool | None]:
     """Commit of the checkout that this file lies in, and whether files differ from it; bench/results does not count."""
     root = run_quietly("git", "rev-parse", "--show-toplevel")

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -169,7 +170,9 @@ def compile_all(processes: int, words: Sequence[str], limit: float) -> Iterator[
             for part in range(processes)
         ]
         with ThreadPoolExecutor(processes) as pool:
-            codes = list(pool.map(run_logged, commands, logs, [limit] * processes))
+            # In this process's group, which whoever stops it kills as a whole.
+            run = partial(run_logged, own_group=False)
+            codes = list(pool.map(run, commands, logs, [limit] * processes))
         for code, log in zip(codes, logs, strict=True):
             text = log.read_text(errors="replace").splitlines()
             if code not in (0, None):
@@ -224,7 +227,9 @@ def tune(options: argparse.Namespace, device: torch.device, results: dict[str, A
         report(shape, rows)
         results["shapes"].append({"shape": [str(field) for field in shape], "ready": len(ready), "rows": rows})
         if options.json is not None:
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
+            draft = options.json.with_suffix(".part")  # whole or not at all
+            draft.write_text(json.dumps(results, indent=1) + "\n")
+            draft.replace(options.json)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

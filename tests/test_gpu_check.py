@@ -340,13 +340,43 @@ def test_the_benchmark_is_run_with_the_rows_that_are_named(tmp_path, monkeypatch
     gpu_stages.benchmark(session(tmp_path, only=("sweep-ids", "log2")), 75)
     assert [word for word in ran[1] if word.startswith("sweep")] == ["sweep-ids-512", "sweep-ids-128"]
     assert gpu_stages.headline(session(tmp_path, only=("log2",)), 75)["status"] == "not run" and len(ran) == 2
+    assert gpu_stages.headline(session(tmp_path), 5)["status"] == "not run" and len(ran) == 2
+
+
+@pytest.mark.parametrize(
+    ("errors", "status"),
+    [
+        ({}, "passed"),
+        ({"small-64": "RuntimeError: no\nmore"}, "failed"),
+        ({"small-64": f"{gpu.NOT_BEGUN} 60 s"}, "timed out"),
+        ({"small-64": f"{gpu.NOT_BEGUN} 60 s", "uniform": "RuntimeError: no"}, "failed"),
+        ({"crossover": "RuntimeError: of a row that was not asked for"}, "passed"),
+    ],
+)
+def test_a_benchmark_whose_rows_fail_has_failed(errors, status, tmp_path, monkeypatch):
+    rows = [{"name": name, "backend": "triton", "error": error} for name, error in errors.items()]
+    gpu.write({"rows": [{"name": "sweep-512", "backend": "triton"}, *rows]}, tmp_path / "bench.json")
+    monkeypatch.setattr(gpu_stages, "run_logged", lambda command, log, limit, **environment: 0)
+    record = gpu_stages.headline(session(tmp_path), 75)
+    assert record["status"] == status
+    assert all(name in record["why"] for name in errors if status != "passed")
 
 
 def test_a_command_that_is_stopped_takes_its_children_along(tmp_path):
     pid_file = tmp_path / "pid"
     code = f"sleep 100 & echo $! > {pid_file}; wait"
     assert gpu_stages.run_logged(["bash", "-c", code], tmp_path / "log", 1.0) is None
-    child = int(pid_file.read_text())
+    assert_ends(int(pid_file.read_text()))
+
+
+def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
+    """As pytest does that dies of a kernel, while its own processes are on the GPU."""
+    pid_file = tmp_path / "pid"
+    assert gpu_stages.run_logged(["bash", "-c", f"sleep 100 & echo $! > {pid_file}; exit 7"], tmp_path / "log", 30) == 7
+    assert_ends(int(pid_file.read_text()))
+
+
+def assert_ends(child):
     for _ in range(50):
         status = Path(f"/proc/{child}/stat")
         if not status.exists() or status.read_text().split(")")[-1].split()[0] == "Z":
@@ -370,6 +400,7 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
 def test_the_first_contact_takes_five_minutes_and_all_of_it_less_than_a_call():
     limits = {name: limit for parts in gpu_check.PARTS.values() for name, (_, limit) in parts.items()}
     assert [limits[name] for name in ("warm", "smoke", "headline", "tests")] == [45, 60, 75, 240]
+    assert limits["smoke"] >= 2 * gpu_stages.FAMILY_SECONDS  # or a family that hangs were never said to
     assert (
         sum(limits[name] for name in ("warm", "smoke", "headline")) <= 300 - 60
     )  # imports, and packing what is compiled
@@ -378,7 +409,7 @@ def test_the_first_contact_takes_five_minutes_and_all_of_it_less_than_a_call():
 
 GOOD = {
     "warm": {"status": "passed"},
-    "smoke": {"status": "passed", "passed": 9, "families": [{"family": "log2", "status": "PASS"}]},
+    "smoke": gpu_stages.summarize_families([{"family": "log2", "status": "PASS"}]),
     "headline": {"status": "passed", "met": 3},
     "tests": {"status": "passed", "passed": 10, "failed": 0, "failures": []},
     "sanitizer": {"status": "not run", "why": "compute-sanitizer was not found"},
@@ -409,11 +440,13 @@ def fake_stages(monkeypatch, **records):
     monkeypatch.setattr(gpu_check, "PARTS", parts)
 
 
+FAILING = gpu_stages.summarize_families([{"family": "log2", "status": "FAIL", "why": "because"}])
+LATE = gpu_stages.summarize_families([{"family": "log2", "status": "CUT OFF", "why": ""}])
 FAILED_TEST = {"test": "test_x", "outcome": "failed", "why": "because"}
 CHECKS = {
     "all well": ({}, "all", 0),
-    "a family failed": ({"smoke": GOOD["smoke"] | {"status": "failed"}}, "all", 1),
-    "smoke cut off": ({"smoke": GOOD["smoke"] | {"status": "timed out"}}, "all", 1),
+    "a family failed": ({"smoke": FAILING}, "all", 1),
+    "smoke cut off": ({"smoke": LATE}, "all", 1),
     "a test failed": ({"tests": GOOD["tests"] | {"status": "failed", "failures": [FAILED_TEST]}}, "all", 1),
     "no test ran": ({"tests": gpu_stages.summarize_tests({})}, "all", 1),
     "tests cut off": ({"tests": GOOD["tests"] | {"status": "timed out"}}, "all", 1),
@@ -421,28 +454,112 @@ CHECKS = {
     "warming broke": ({"warm": RuntimeError("broken")}, "all", 0),
     "warming timed out": ({"warm": {"status": "timed out"}}, "all", 0),
     "the sanitizer found something": ({"sanitizer": {"status": "failed"}}, "all", 1),
-    "the benchmark failed": ({"headline": {"status": "failed"}}, "all", 0),
+    "a row failed": ({"headline": {"status": "failed"}}, "all", 1),
+    "rows timed out": ({"headline": {"status": "timed out"}}, "all", 0),
+    "tuning failed": ({"tune": {"status": "failed"}}, "all", 1),
     "the first three": ({}, "headline,warm,smoke", 0),
-    "the first three, and a family failed": ({"smoke": {"status": "failed"}}, "warm,smoke,headline", 1),
-    "only tests": ({"smoke": {"status": "failed"}}, "tests,rest", 0),
-    "nothing that is judged": ({}, "warm,headline", 1),
+    "the first three, and a family failed": ({"smoke": FAILING}, "warm,smoke,headline", 1),
+    "only tests": ({"smoke": FAILING}, "tests,rest", 0),
+    "nothing that is judged": ({}, "warm,headline", 0),
 }  # fmt: skip
+
+
+def on_a_gpu(monkeypatch, tmp_path, commit="abc"):
+    """A machine with one, and nothing written outside of a folder, in which the command is called."""
+    described = {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda", "commit": commit}
+    monkeypatch.setattr(gpu_check, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu_check, "free_bytes", lambda: 80e9)
+    monkeypatch.setattr(gpu, "describe", lambda device: described)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu_check, "CACHE", tmp_path / "cache")
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_second_run_adds_to_the_first(monkeypatch, tmp_path, capsys):
+    """What it does not try again stays; of another commit nothing does."""
+    on_a_gpu(monkeypatch, tmp_path)
+    written = tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
+    families = [{"family": "a", "status": "PASS", "why": ""}, {"family": "b", "status": "FAIL", "why": ""}]
+    fake_stages(monkeypatch, **GOOD | {"smoke": gpu_stages.summarize_families(families)})
+    assert gpu_check.main(["--stages", "smoke,headline,rest", "--out", "out"]) == 1
+    fake_stages(monkeypatch, **GOOD | {"smoke": gpu_stages.summarize_families([families[1] | {"status": "PASS"}])})
+    assert gpu_check.main(["--stages", "smoke", "--only", "sweep"]) == 0
+    results = json.loads(written.read_text())
+    assert [row["name"] for row in results["rows"]] == ["row"] and results["tune"] == {"shapes": [1]}
+    parts = results["check"]["stages"]
+    assert set(parts) == {"smoke", "headline", "sanitizer", "rows", "tune"}
+    assert [(each["family"], each["status"]) for each in parts["smoke"]["families"]] == [("a", "PASS"), ("b", "PASS")]
+    assert parts["smoke"]["passed"] == 2 and results["check"]["passed"]
+    on_a_gpu(monkeypatch, tmp_path, commit="def")
+    assert gpu_check.main(["--stages", "smoke"]) == 0
+    results = json.loads(written.read_text())
+    assert set(results["check"]["stages"]) == {"smoke"} and results["rows"] == [] and "tune" not in results
+    assert "is of another commit" in capsys.readouterr().out
+
+
+def test_rows_that_are_asked_for_again_are_measured_again(tmp_path):
+    report = gpu_check.Report({"commit": "abc"}, None, tmp_path / "x.json")
+    rows = [{"name": name, "backend": "triton"} for name in ("sweep-512", "small-64", "crossover")]
+    earlier = {"machine": {"commit": "abc"}, "rows": rows, "check": {"stages": {"headline": {"status": "passed"}}}}
+    report.target.write_text(json.dumps(earlier))
+    gpu_check.resume(report, gpu_check.parse_arguments(["--stages", "headline", "--only", "sweep"]))
+    assert [row["name"] for row in report.results()["rows"]] == ["small-64", "crossover"]
+    gpu_check.resume(report, gpu_check.parse_arguments(["--stages", "rest"]))
+    assert len(report.results()["rows"]) == 3
+    report.target.write_text('{"machine": ')  # of a run that was killed by a version that wrote in place
+    gpu_check.resume(report, gpu_check.parse_arguments([]))
+
+
+STOPPED = """
+import os, signal, sys, threading, time
+sys.path[:0] = sys.argv[1:3]
+import gpu_check, gpu_stages
+
+def hang(session, limit):
+    (session.work / "a.log").write_text("what it said")
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    code = gpu_stages.run_logged(["sleep", "100"], session.work / "b.log", limit)
+    return {"status": "timed out", "code": code}
+
+gpu_check.PARTS = {"smoke": {"smoke": (hang, 60)}, "tests": {"tests": (hang, 60)}}
+sys.exit(gpu_check.main(["--rehearse", "--stages", "smoke,tests", "--out", "out", "--json", "x.json"]))
+"""
+
+
+def test_a_check_that_is_stopped_kills_what_runs_and_says_what_there_is(tmp_path):
+    command = [sys.executable, "-c", STOPPED, str(ROOT / "bench"), str(ROOT)]
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "stopped before its end" in done.stdout, done.stderr[-2000:]
+    assert time.monotonic() - started < 40
+    parts = json.loads((tmp_path / "out" / "x.json").read_text())["check"]["stages"]
+    assert list(parts) == ["smoke"] and parts["smoke"]["code"] is None
+    assert "what it said" in (tmp_path / "out" / "gpu-check.log").read_text()
+
+
+def test_a_damaged_cache_is_done_without(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "CACHE", tmp_path / "cache")
+    whole = tmp_path / "cache.tar.gz"
+    write_kernel(tmp_path / "here" / "triton" / "AB", "kernel", 20_000)
+    compile_cache.pack(tmp_path / "here", whole)
+    for content in (b"junk", whole.read_bytes()[:9000], b""):
+        (tmp_path / "damaged.tar.gz").write_bytes(content)
+        gpu_check.take_cache(tmp_path / "damaged.tar.gz")
+        assert "was not taken in" in capsys.readouterr().out
+    gpu_check.take_cache(whole)
+    assert "kernels from cache.tar.gz: 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("changes", "stages", "status"), CHECKS.values(), ids=CHECKS)
 def test_stages_results_and_exit_status(changes, stages, status, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu_check, "has_gpu", lambda: True)
-    monkeypatch.setattr(gpu, "describe", lambda device: {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda"})
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(gpu_check, "CACHE", tmp_path / "cache")
-    (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.chdir(tmp_path)
+    on_a_gpu(monkeypatch, tmp_path)
     fake_stages(monkeypatch, **(GOOD | changes))
     names = list(gpu_check.STAGES) if stages == "all" else [name for name in gpu_check.STAGES if name in stages]
     expected = [name for stage in names for name in gpu_check.PARTS[stage]]
     words = [] if stages == "all" else ["--stages", stages]
-    assert gpu_check.main([*words, "--out", str(tmp_path / "out")]) == status
+    assert gpu_check.main([*words, "--out", "out"]) == status
     written = tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
     results = json.loads(written.read_text())
     assert (tmp_path / "out" / written.name).read_text() == written.read_text()
@@ -459,12 +576,13 @@ def test_stages_results_and_exit_status(changes, stages, status, monkeypatch, tm
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith("gpu-check passed" if status == 0 else "gpu-check FAILED")
     assert ("FAILED test_x" in printed) == ("test_x" in str(changes))
-    assert ("PASS    log2" in printed) == ("families" in str((GOOD | changes)["smoke"]) and "smoke" in expected)
+    assert ("PASS    log2" in printed) == ("smoke" not in changes and "smoke" in expected)
     assert ("FAILED  no" in printed) == ("headline" in expected)
 
 
 def test_a_stage_without_time_is_not_begun(monkeypatch, tmp_path):
     fake_stages(monkeypatch, **GOOD)
+    monkeypatch.setattr(gpu_check, "free_bytes", lambda: 80e9)
     report = gpu_check.Report({}, None, tmp_path / "out.json")
     gpu_check.run_stages(gpu_check.parse_arguments(["--budget", "0"]), report)
     assert {part["status"] for part in report.parts.values()} == {"not run"} and not report.passed()
@@ -473,10 +591,13 @@ def test_a_stage_without_time_is_not_begun(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "PARTS", {"tests": those})
     gpu_check.run_stages(gpu_check.parse_arguments(["--budget", "60", "--stages", "tests"]), report)
     assert limits[0] == 50 and 50 < limits[1] + 10 < 70
+    for memory, processes in ((80e9, 16), (24e9, 8), (1e9, 1)):
+        monkeypatch.setattr(gpu_check, "free_bytes", lambda memory=memory: memory)
+        assert gpu_check.workers(gpu_check.parse_arguments(["--workers", "16"])) == processes
 
 
 def test_options_that_name_nothing(tmp_path, capsys):
-    for words in (["--stages", "smoke,smoek"], ["--cache", str(tmp_path / "none.tar.gz")]):
+    for words in (["--stages", "smoke,smoek"], ["--cache", str(tmp_path / "none.tar.gz")], ["--only", "sweeep"]):
         with pytest.raises(SystemExit):
             gpu_check.parse_arguments(words)
         assert words[1].split(",")[-1] in capsys.readouterr().err

@@ -170,7 +170,8 @@ def test_without_a_budget_nothing_is_measured_and_that_is_written(tmp_path, monk
 def test_a_late_process_leaves_what_it_had(tmp_path, monkeypatch, capsys):
     import gpu_stages
 
-    def run_logged(command, log, limit):
+    def run_logged(command, log, limit, own_group):
+        assert not own_group  # who stops the tuner stops its processes
         part = command[command.index("--warm") + 1]
         log.write_text('warning\n{"shape": 0, "settings": [1], "error": null}\n{"shape": 0, "sett')
         assert command[2:] == ["--warm", part, "--quick"] and limit == 7

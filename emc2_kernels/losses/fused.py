@@ -1,6 +1,6 @@
 """``EMC2Loss`` on a GPU: five launches forward (prepare, walk, negatives, a mean, remember) and one backward.
 
-A long walk is two launches.
+A walk that is long, or split over the GPU, is two.
 
 The plain path in ``emc2.py`` says what is computed; this one computes the same, on the same random numbers. At batch 32
 nearly all of the plain path's time is that of starting some 130 small kernels. Nothing here waits for the device.

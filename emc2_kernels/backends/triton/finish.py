@@ -154,7 +154,7 @@ def close_kernel(
     out_threshold_ptr, out_score_ptr, out_position_ptr, lse_ptr, lse_parts_ptr,
     KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The second launch of a split walk: composes the splits of BLOCK_M rows in order and writes the results."""
+    """The last launch of a split walk: composes the splits of BLOCK_M rows in order and writes the results."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < n
     key_0, key_1 = seed_words(seed_ptr, seed_low, seed_high)

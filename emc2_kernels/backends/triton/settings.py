@@ -80,7 +80,7 @@ LSE_GRADIENTS: dict[tuple[int, bool], LseGradient] = {
 
 PROGRAMS_PER_PROCESSOR = 2  # of the sweep, at once
 GATHERED_PROGRAMS = 4  # of the gathered walk, in the place of each of those
-MAX_SPLITS = 511  # composed by one program of the second launch
+MAX_SPLITS = 511  # composed by one program of the last launch
 ENDING = 2.0  # what the end of a program costs, in tiles
 # Up to so many tiles of a program, or so many for each sample, a sweep records its samples on the way, in one launch.
 # Beyond, the registers that recording takes from every tile cost more than a second launch, which walks the tiles of
