@@ -65,7 +65,7 @@ NOT_JUDGED = ("warm",)  # what it could not compile fails in smoke
 class Report:
     """The results as they grow, written after every part to the results folder and to `--out`.
 
-    What an earlier run of the same commit has found stays in the file until the same part is run again.
+    What an earlier run of the same commit, unchanged, has found stays in the file until the same part is run again.
     """
 
     def __init__(self, described: dict[str, object], out: Path | None, target: Path) -> None:
@@ -232,11 +232,12 @@ def resume(report: Report, options: argparse.Namespace) -> None:
         return
     try:
         earlier = json.loads(report.target.read_text())
-        same = earlier["machine"]["commit"] == report.machine["commit"] and "stages" in earlier["check"]
+        code = [(each["commit"], each["dirty"]) for each in (earlier["machine"], report.machine)]
+        same = code[0] == code[1] and code[0][1] is False and "stages" in earlier["check"]
     except (ValueError, KeyError):
         same = False
     if not same:
-        print(f"  {report.target.name} is of another commit, and is replaced", flush=True)
+        print(f"  {report.target.name} is of other code, and is replaced", flush=True)
         return
     named = gpu_stages.gpu_rows.HEADLINE if "headline" in options.stages else ()
     report.go_on(earlier, [name for name in named if not options.only or name.startswith(tuple(options.only))])

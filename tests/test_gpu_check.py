@@ -464,9 +464,9 @@ CHECKS = {
 }  # fmt: skip
 
 
-def on_a_gpu(monkeypatch, tmp_path, commit="abc"):
+def on_a_gpu(monkeypatch, tmp_path, commit="abc", dirty=False):
     """A machine with one, and nothing written outside of a folder, in which the command is called."""
-    described = {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda", "commit": commit}
+    described = {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda", "commit": commit, "dirty": dirty}
     monkeypatch.setattr(gpu_check, "has_gpu", lambda: True)
     monkeypatch.setattr(gpu_check, "free_bytes", lambda: 80e9)
     monkeypatch.setattr(gpu, "describe", lambda device: described)
@@ -492,17 +492,19 @@ def test_a_second_run_adds_to_the_first(monkeypatch, tmp_path, capsys):
     assert set(parts) == {"smoke", "headline", "sanitizer", "rows", "tune"}
     assert [(each["family"], each["status"]) for each in parts["smoke"]["families"]] == [("a", "PASS"), ("b", "PASS")]
     assert parts["smoke"]["passed"] == 2 and results["check"]["passed"]
-    on_a_gpu(monkeypatch, tmp_path, commit="def")
-    assert gpu_check.main(["--stages", "smoke"]) == 0
-    results = json.loads(written.read_text())
-    assert set(results["check"]["stages"]) == {"smoke"} and results["rows"] == [] and "tune" not in results
-    assert "is of another commit" in capsys.readouterr().out
+    for code in ({"commit": "def"}, {"commit": "def", "dirty": True}, {"commit": "def", "dirty": True}):
+        on_a_gpu(monkeypatch, tmp_path, **code)
+        assert gpu_check.main(["--stages", "headline" if code == {"commit": "def"} else "smoke"]) == 0
+        results = json.loads(written.read_text())
+        assert len(results["check"]["stages"]) == 1 and "tune" not in results
+        assert "is of other code" in capsys.readouterr().out
 
 
 def test_rows_that_are_asked_for_again_are_measured_again(tmp_path):
-    report = gpu_check.Report({"commit": "abc"}, None, tmp_path / "x.json")
+    code = {"commit": "abc", "dirty": False}
+    report = gpu_check.Report(code, None, tmp_path / "x.json")
     rows = [{"name": name, "backend": "triton"} for name in ("sweep-512", "small-64", "crossover")]
-    earlier = {"machine": {"commit": "abc"}, "rows": rows, "check": {"stages": {"headline": {"status": "passed"}}}}
+    earlier = {"machine": code, "rows": rows, "check": {"stages": {"headline": {"status": "passed"}}}}
     report.target.write_text(json.dumps(earlier))
     gpu_check.resume(report, gpu_check.parse_arguments(["--stages", "headline", "--only", "sweep"]))
     assert [row["name"] for row in report.results()["rows"]] == ["small-64", "crossover"]
