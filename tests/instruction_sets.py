@@ -62,7 +62,10 @@ SEEDS_RUN_WITH = SETTINGS["native, 2 threads"]
 # Whatever the caller has set; but OpenBLAS's choice may be there because it guesses wrong.
 NOT_INHERITED = {name for _, variables in SETTINGS.values() for name in variables} - {"OPENBLAS_CORETYPE"}
 # What compiles for a GPU, or drives the check of one: their numbers are no floats of this processor's.
-WITHOUT_ARITHMETIC = ("test_compiled.py", "test_sass.py", "test_native_cuda.py", "test_gpu_check.py", "gpu")
+WITHOUT_ARITHMETIC = (
+    "test_compiled.py", "test_compile_cache.py", "test_sass.py", "test_native_cuda.py", "test_gpu_check.py",
+    "test_gpu_stages.py", "gpu",
+)  # fmt: skip
 
 IN_FORCE = """
 import torch

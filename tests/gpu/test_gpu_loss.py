@@ -54,8 +54,8 @@ def train(loss, data, device, backend, index_on_cpu=False):
     return history
 
 
-# With these seeds chains stay as they are when all embeddings are moved by 1e-5 of their size (test_gpu_check.py), far
-# more than the rounding of another device: no accept is near a tie.
+# With these seeds chains stay as they are when all embeddings are moved by 1e-5 of their size (test_gpu_support.py),
+# far more than the rounding of another device: no accept is near a tie.
 OPTIONS = {
     "one view": {},
     "both views": {"views": "both", "num_samples": 7},
