@@ -34,9 +34,9 @@ def test_a_rehearsal_runs_every_row_and_claims_nothing(tmp_path, capsys):
     assert [row.get("error") for row in results["rows"]] == [None] * len(results["rows"])
     for row in results["rows"]:
         for goal in row["goals"]:
-            assert goal["met"] is None and goal["lower_quartile"] <= goal["value"] <= goal["upper_quartile"]
+            assert goal["met"] is None and goal["lower_quartile"] <= goal["value"] <= goal["upper_quartile"]  # exact
         for time_ms in row["times_ms"].values():
-            assert 0 < time_ms["lower_quartile"] <= time_ms["median"] <= time_ms["upper_quartile"]
+            assert 0 < time_ms["lower_quartile"] <= time_ms["median"] <= time_ms["upper_quartile"]  # exact
     held = {
         goal["quantity"]: goal["goal"] for row in results["rows"] for goal in row["goals"] if row["name"] == "split"
     }
@@ -58,7 +58,7 @@ def test_every_row_of_the_headline_is_read_beside_limits_and_predictions(tmp_pat
             assert limit == max(reading["limits"].values()) > 0
             in_ms = reading["measured"] / (1000 if reading["quantity"].endswith("us") else 1)
             assert reading["time / limit"] == pytest.approx(in_ms / limit)
-            assert reading["lower_quartile"] <= reading["measured"] <= reading["upper_quartile"]
+            assert reading["lower_quartile"] <= reading["measured"] <= reading["upper_quartile"]  # exact
         foreseen = {quantity.split(" [")[0] for quantity in gpu_predictions.PREDICTED[row["name"]]}
         assert foreseen <= {reading["quantity"] for reading in row["readings"]}
         assert not {"naive", "column loop", "streaming NT-Xent"} & row["times_ms"].keys()
