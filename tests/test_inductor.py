@@ -86,7 +86,11 @@ def trained(loss, run, steps):
 def assert_compiles_to_the_same(name, backend, options, steps):
     plain, inside = (LOSSES[name](backend) for _ in range(2))
     fast = torch.compile(inside, fullgraph=name not in BROKEN, options=options)
-    torch.testing.assert_close(trained(inside, fast, steps), trained(plain, plain, steps))
+    for actual, expected in zip(trained(inside, fast, steps), trained(plain, plain, steps), strict=True):
+        # C++ of Inductor's adds in another order; what falls on the other side of a bfloat16 of the bank is 1e-5 of the
+        # next step's value.
+        torch.testing.assert_close(actual[:-1], expected[:-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual[-1], expected[-1])
 
 
 @pytest.mark.parametrize("options", [GRAPHS_ONLY, pytest.param({}, marks=pytest.mark.slow)], ids=["graphs", "C++"])
