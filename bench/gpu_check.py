@@ -127,6 +127,9 @@ class Report:
         )
 
 
+OF_EVERY_CASE = {"case", "rows", "compared", "mismatches", "largest_error", "bound"}  # what else there is is a note
+
+
 def passes(parts: Mapping[str, dict]) -> bool:
     """Whether what must pass has passed, and nothing else failed."""
     statuses = {name: part["status"] for name, part in parts.items() if name not in NOT_JUDGED}
@@ -134,13 +137,18 @@ def passes(parts: Mapping[str, dict]) -> bool:
 
 
 def family_line(family: dict) -> str:
-    """PASS or FAIL of one family of kernels, in a line."""
-    cases = family.get("cases", [])
-    mismatches = sum(case["mismatches"] or 0 for case in cases)
-    told = (
-        f"{mismatches} mismatches in {len(cases)} cases, largest error {family.get('largest_error')}" if cases else ""
-    )
-    return f"{family['status']:8}{family['family']:20}{told}  {family.get('why', '')[:300]}".rstrip()
+    """PASS or FAIL of one family of kernels, what was compared, and the error that came nearest to its bound; notes."""
+    cases, told = family.get("cases", []), ""
+    if cases:
+        compared, rows, wrong = (sum(case[count] for case in cases) for count in ("compared", "rows", "mismatches"))
+        bounded = [case for case in cases if case["bound"] and case["largest_error"] is not None]
+        told = f"{compared:>8} of {rows:>8} rows compared, {wrong} differ"
+        if bounded:
+            worst = max(bounded, key=lambda case: case["largest_error"] / case["bound"])
+            told += f", error {worst['largest_error']:.2g} of {worst['bound']:.2g} allowed"
+    line = f"{family['status']:8}{family['family']:23}{told}  {family.get('why', '')[:300]}".rstrip()
+    notes = [{name: value for name, value in case.items() if name not in OF_EVERY_CASE} for case in cases]
+    return "\n".join([line, *(f"    {case['case']}: {note}" for case, note in zip(cases, notes, strict=True) if note)])
 
 
 def names_of_stages(text: str) -> list[str]:
@@ -192,10 +200,8 @@ def environment(rehearse: bool) -> dict[str, str]:
     return {**os.environ, **cache, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
 
 
-def run_part(name: str, session: Session, left: float) -> dict:
-    """A part's record, within its own limit and what is left of the whole."""
-    run, limit = next(parts[name] for parts in PARTS.values() if name in parts)
-    limit = min(limit, left)
+def run_part(run: Callable[[Session, float], dict], session: Session, limit: float) -> dict:
+    """A part's record, within so many seconds."""
     if limit <= 0:
         return {"status": "not run", "why": "no time was left"}
     started = time.monotonic()
@@ -212,9 +218,9 @@ def run_stages(options: argparse.Namespace, report: Report) -> None:
     session = Session(report.work, report.bench, workers(options), options.rehearse, tuple(options.only))
     report.write()  # or a run that is killed early would leave nothing
     for stage in options.stages:
-        for name in PARTS[stage]:
+        for name, (run, limit) in PARTS[stage].items():
             if not gpu_stages.STOP.is_set():
-                report.add(name, run_part(name, session, deadline - time.monotonic()))
+                report.add(name, run_part(run, session, min(limit, deadline - time.monotonic())))
         if report.out is not None and not options.rehearse and CACHE.exists():
             left_out = compile_cache.pack(CACHE, report.out / "compile-cache.tar.gz")
             if left_out:

@@ -230,26 +230,20 @@ def lse_gradient_work(n: int, m: int, d: int) -> Work:
     return Work(4 * n * m * d, 2 * (2 * n + m) * d, l2_bytes, exponentials=n * m)
 
 
-def lse_forward(context: Context, backend: str, d: int) -> Row:
-    """`contrastive_lse` of a large batch, forward."""
+def lse(context: Context, backend: str, d: int, backward: bool = False) -> Row:
+    """`contrastive_lse` of a large batch: forward, or its gradient in queries and in keys, two matrices.
+
+    The gradient is a kernel for each, alike but for the roles.
+    """
     n = context.size(32_768, 64)
     queries, keys = make_operands(n, n, d, torch.bfloat16, context.device)
-    measured = context.measure({"forward": LseStep(queries, keys, TEMPERATURE, backend, backward=False)})
+    name, kernels = ("backward", 2) if backward else ("forward", 1)
+    measured = context.measure({name: LseStep(queries, keys, TEMPERATURE, backend, backward=backward)})
     row = Row({"n": n, "m": n, "d": d, "dtype": "bfloat16"})
     row.add_times(measured)
-    row.add_reading("time, ms", measured.seconds["forward"], context.limits.of(lse_work(n, n, d)))
-    return row
-
-
-def lse_backward(context: Context, backend: str, d: int) -> Row:
-    """Its gradient in queries and in keys, two matrices: a kernel for each, alike but for the roles."""
-    n = context.size(32_768, 64)
-    queries, keys = make_operands(n, n, d, torch.bfloat16, context.device)
-    measured = context.measure({"backward": LseStep(queries, keys, TEMPERATURE, backend, backward=True)})
-    row = Row({"n": n, "m": n, "d": d, "dtype": "bfloat16"})
-    row.add_times(measured)
-    halves = [seconds / 2 for seconds in figures(measured.seconds["backward"])]
-    row.add_reading("one of two kernels, ms", halves, context.limits.of(lse_gradient_work(n, n, d)))
+    of_one = [seconds / kernels for seconds in figures(measured.seconds[name])]
+    quantity, work = ("one of two kernels, ms", lse_gradient_work) if backward else ("time, ms", lse_work)
+    row.add_reading(quantity, of_one, context.limits.of(work(n, n, d)))
     return row
 
 
@@ -301,9 +295,9 @@ ROWS: dict[str, RowFunction] = {  # in the order of their weight: what the time 
     "small-64": partial(small, m=64),
     "loss-32": small_loss,
     "loss-16384": large_loss,
-    "lse-128": partial(lse_forward, d=128),
-    "lse-backward-128": partial(lse_backward, d=128),
-    "lse-backward-512": partial(lse_backward, d=512),
+    "lse-128": partial(lse, d=128),
+    "lse-backward-128": partial(lse, d=128, backward=True),
+    "lse-backward-512": partial(lse, d=512, backward=True),
     "small-32": partial(small, m=32),
     "split": split,
     "small-64-float32": partial(small, m=64, dtype=torch.float32),

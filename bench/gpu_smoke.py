@@ -1,20 +1,17 @@
 """Smoke test of every kernel family on a GPU: is it right, in a minute, against float64 on the same device.
 
-    python bench/gpu_smoke.py                  every family, one after another in processes of their own; a table
+    python bench/gpu_check.py --stages smoke   every family in a process of its own, which may hang or lose the GPU
     python bench/gpu_smoke.py --list           their names
     python bench/gpu_smoke.py --family NAME    one, in this process; its result as a line of JSON, last on stdout
     python bench/gpu_smoke.py ... --warm       only calls the kernels, which compiles and loads them; compares nothing
     python bench/gpu_smoke.py ... --rehearse   on the CPU at toy sizes; the figures mean nothing
 
-Exits with 0 where all pass, are skipped or warmed, 1 where one fails, 2 where it was called wrongly.
+Exits with 0 where the family passes, is skipped or warmed, 1 where it fails, 2 where it was called wrongly.
 """
 
 import argparse
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +30,6 @@ from gpu_trial import Case, Context, Trial  # noqa: E402
 
 import emc2_kernels as emc2  # noqa: E402
 
-LIMIT = 60.0  # seconds of a family's process
 MOST_WORDS = 2000
 NO_GPU = "bench/gpu_smoke.py needs a CUDA GPU and found none; --rehearse walks every family on the CPU at toy sizes"
 
@@ -111,6 +107,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.backend and not options.rehearse:
         parser.error("--backend goes with --rehearse")
+    if not options.list and options.family is None:
+        parser.error("--family or --list is needed; bench/gpu_check.py --stages smoke tries every family")
     return options
 
 
@@ -149,7 +147,7 @@ def run_family(name: str, context: Context, warm: bool = False) -> dict[str, obj
     if reason != "available":
         status = "SKIP" if family.kind == "cuda" else "FAIL"
         return record | {"status": status, "why": f"backend {backend!r}: {reason}"[:MOST_WORDS]}
-    torch.set_float32_matmul_precision("highest")  # bounds are those of full products
+    torch.backends.cuda.matmul.fp32_precision = "ieee"  # bounds are those of full products
     try:
         for trial in family.trials(context, backend):
             at = trial.name
@@ -165,67 +163,8 @@ def run_family(name: str, context: Context, warm: bool = False) -> dict[str, obj
     return record | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def command_of(name: str, arguments: Sequence[str]) -> list[str]:
-    """A family's own process."""
-    return [sys.executable, str(Path(__file__).resolve()), "--family", name, *arguments]
-
-
-def run_apart(name: str, arguments: Sequence[str], limit: float = LIMIT) -> dict[str, object]:
-    """A family in a process of its own, which may hang, crash or lose the GPU."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command_of(name, arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=limit)
-        return json.loads(out.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        why = f"not done after {limit:g} s"
-    except (ValueError, IndexError):  # no line of JSON
-        why = f"ended with {process.returncode}: {err[-MOST_WORDS // 2 :].strip()}"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    failure = {"family": name, "status": "FAIL", "cases": [], "largest_error": None}
-    return failure | {"seconds": round(time.perf_counter() - started, 3), "why": why}
-
-
-def table_row(record: dict[str, object]) -> str:
-    """Family, status, rows compared, rows that differ, largest share of a bound, seconds; then why, and any notes."""
-    cases = record["cases"]
-    rows, compared, wrong = (sum(case[count] for case in cases) for count in ("rows", "compared", "mismatches"))
-    shares = [case["largest_error"] / case["bound"] for case in cases if case["bound"] and case["largest_error"]]
-    line = f"{record['family']:<19}{record['status']:<6}{compared:>9} of {rows:>9}{wrong:>7}"
-    line += f"{max(shares, default=0.0):>9.3f}{record['seconds']:>8.1f}  {record['why'][:200]}".rstrip()
-    known = {"case", "rows", "compared", "mismatches", "largest_error", "bound"}
-    notes = [
-        f"    {case['case']}: {extra}" for case in cases if (extra := {k: case[k] for k in case if k not in known})
-    ]
-    return "\n".join([line, *notes])
-
-
-def run_all(arguments: Sequence[str]) -> int:
-    """Every family, the table as it grows."""
-    print(f"{'family':<19}{'':<6}{'rows compared':>22}{'wrong':>7}{'/ bound':>9}{'s':>8}", flush=True)
-    failed = []
-    for name in FAMILIES:
-        record = run_apart(name, arguments)
-        print(table_row(record), flush=True)
-        if record["status"] == "FAIL":
-            failed.append(name)
-    print(f"failed: {', '.join(failed)}" if failed else "none failed")
-    return 1 if failed else 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for; the exit status."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parse_arguments(arguments)
     if options.list:
         print("\n".join(FAMILIES))
@@ -233,8 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         print(NO_GPU)
         return 1
-    if options.family is None:
-        return run_all(arguments)
     record = run_family(options.family, context_of(options), options.warm)
     print(json.dumps(record), flush=True)
     return 1 if record["status"] == "FAIL" else 0

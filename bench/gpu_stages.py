@@ -122,7 +122,7 @@ def warm(session: Session, limit: float) -> dict:
     jobs: dict[str, list[str]] = {}
     if not session.rehearse and gpu.emc2.backends()["cuda"] == "available":
         jobs["cuda"] = [sys.executable, "-c", BUILD_CUDA]
-    # Rows first, which are timed: a family that is not reached compiles in its own minute.
+    # Rows first, which are timed: a family that is not reached compiles in its own time.
     here = [] if session.rehearse else ["--backends", "triton"]
     jobs |= {f"row {name}": session.script("gpu.py", "--headline", "--warm", "--only", name, *here) for name in rows}
     jobs |= {f"family {name}": session.script("gpu_smoke.py", "--family", name, "--warm") for name in families}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
+from gpu_peers import Replay
 from torch import Tensor
 
 ENOUGH = 0.9  # share of a case's rows that must be clear of ties, or it says too little
@@ -137,24 +138,13 @@ def merged(cases: Sequence[Case]) -> list[Case]:
 
 
 def captured(function: Callable[[], tuple[Tensor, ...]], context: Context) -> Callable[[], tuple[Tensor, ...]]:
-    """A replay of the function's CUDA graph, which returns a copy of its outputs; in a rehearsal the function itself.
-
-    Warmed up on a stream of its own, as torch asks for: what compiles or loads on first use may not be captured.
-    """
+    """A replay of the function's CUDA graph, which returns copies of its outputs; in a rehearsal the function."""
     if context.rehearsal:
         return function
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
+    graph = Replay(function, context.device)
 
     def replay() -> tuple[Tensor, ...]:
-        graph.replay()
-        return tuple(output.detach().clone() for output in outputs)
+        graph()
+        return tuple(output.detach().clone() for output in graph.results)
 
     return replay

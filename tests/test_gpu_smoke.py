@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import oracle
@@ -37,7 +36,7 @@ ROW = 3  # that is broken: clear of ties in every toy problem
 
 @pytest.fixture
 def rehearsal():
-    return gpu_smoke.context_of(gpu_smoke.parse_arguments(["--rehearse"]))
+    return gpu_smoke.context_of(gpu_smoke.parse_arguments(["--rehearse", "--family", "log2"]))
 
 
 def wrong_cases(record):
@@ -501,12 +500,13 @@ def test_warming_calls_each_kernel_once_and_compares_nothing(rehearsal, monkeypa
 
 
 def test_products_are_full_ones(rehearsal):
-    torch.set_float32_matmul_precision("high")
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
         gpu_smoke.run_family("gumbel-1", rehearsal, warm=True)
-        assert torch.get_float32_matmul_precision() == "highest"
+        assert matmul.fp32_precision == "ieee"
     finally:
-        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("name", ["sweep-counts", "loss-32", "lse-128"])
@@ -543,13 +543,15 @@ def test_the_list(capsys):
 
 
 @without_gpu
-@pytest.mark.parametrize("words", [[], ["--family", "sweep-128"], ["--warm"], ["--family", "log2", "--warm"]])
+@pytest.mark.parametrize("words", [["--family", "sweep-128"], ["--family", "log2", "--warm"]])
 def test_without_a_gpu_it_says_so(words, capsys):
     assert gpu_smoke.main(words) == 1
     assert capsys.readouterr().out == gpu_smoke.NO_GPU + "\n"
 
 
-@pytest.mark.parametrize("words", [["--family", "nonsense"], ["--nonsense"], ["--backend", "reference"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--warm"], ["--family", "none"], ["--nonsense"], ["--list", "--backend", "cpu"]]
+)
 def test_wrong_usage(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         gpu_smoke.main(words)
@@ -570,51 +572,3 @@ def test_a_family_that_fails_is_the_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(owner, attribute, wrap(getattr(owner, attribute)))
     assert gpu_smoke.main(["--family", "sweep-128", "--rehearse"]) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "FAIL"
-
-
-ENDS = {
-    "hangs": ("import time; print('{}', flush=True); time.sleep(100)", "not done after 2 s"),
-    "crashes": ("import os, sys; sys.stderr.write('what it said'); sys.stderr.flush(); os.kill(os.getpid(), 9)",
-                "ended with -9: what it said"),
-    "says nothing": ("pass", "ended with 0:"),
-    "says something else": ("print('Segmentation fault')", "ended with 0:"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_a_process_that_does_not_end_well_is_a_failure(end, monkeypatch):
-    (code, why), started = ENDS[end], time.monotonic()
-    monkeypatch.setattr(gpu_smoke, "command_of", lambda name, arguments: [sys.executable, "-c", code])
-    record = gpu_smoke.run_apart("sweep-128", [], limit=2)
-    assert record["family"] == "sweep-128" and record["status"] == "FAIL" and record["why"].startswith(why)
-    assert gpu_smoke.table_row(record).startswith("sweep-128") and time.monotonic() - started < 50
-
-
-def test_all_families_and_the_exit_status(monkeypatch, capsys):
-    names = {"lse-128": "PASS", "cuda-sweep": "SKIP", "gumbel-1": "WARM"}
-    monkeypatch.setattr(gpu_smoke, "FAMILIES", names)
-    seen = []
-
-    def run_apart(name, arguments):
-        seen.append((name, arguments))
-        cases = [
-            Case("values", 10, 9, 2, 0.5, 2.0, {"below_zero": 7}).record(),
-            Case("bits", 5, 5, 0, 0.0, 0.0).record(),
-        ]
-        return {
-            "family": name,
-            "status": names[name],
-            "cases": cases,
-            "largest_error": 0.5,
-            "seconds": 1.0,
-            "why": "so",
-        }
-
-    monkeypatch.setattr(gpu_smoke, "run_apart", run_apart)
-    assert gpu_smoke.main(["--rehearse", "--warm"]) == 0
-    assert seen == [(name, ["--rehearse", "--warm"]) for name in names]
-    out = capsys.readouterr().out
-    assert "14 of        15" in out and "0.250" in out and "below_zero" in out and out.endswith("none failed\n")
-    names["gumbel-1"] = "FAIL"
-    assert gpu_smoke.main(["--rehearse"]) == 1
-    assert capsys.readouterr().out.endswith("failed: gumbel-1\n")

@@ -156,6 +156,21 @@ def test_a_family_that_hangs_or_crashes_costs_itself_only(tmp_path, monkeypatch)
     assert printed.startswith("FAIL") and "killed" in printed
 
 
+def test_a_familys_line():
+    """Rows of all cases, the error that came nearest to its bound, and what else a case has to say."""
+    cases = [
+        {"case": "values", "rows": 10, "compared": 9, "mismatches": 2, "largest_error": 0.5, "bound": 2.0},
+        {"case": "sums", "rows": 5, "compared": 5, "mismatches": 0, "largest_error": 0.03, "bound": 0.1, "rises": 7},
+        {"case": "bits", "rows": 5, "compared": 5, "mismatches": 1, "largest_error": 1.0, "bound": 0.0},
+        {"case": "far", "rows": 5, "compared": 5, "mismatches": 1, "largest_error": None, "bound": 1.0},
+    ]
+    line, note = gpu_check.family_line({"family": "log2", "status": "FAIL", "cases": cases, "why": "so"}).splitlines()
+    assert " ".join(line.split()) == "FAIL log2 24 of 25 rows compared, 4 differ, error 0.03 of 0.1 allowed so"
+    assert note.strip() == "sums: {'rises': 7}"
+    exact = [case for case in cases if case["case"] == "bits"]
+    assert "error" not in gpu_check.family_line({"family": "graph", "status": "PASS", "cases": exact})
+
+
 def test_a_family_that_the_stage_had_no_time_for_has_not_failed(tmp_path, monkeypatch):
     record = run_families(tmp_path, monkeypatch, limit=0.8, a="hang", b="PASS")
     assert [family["status"] for family in record["families"]] == ["CUT OFF", "PASS"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import gpu
 from ..walk import Walk
+from .walk import WORDS
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ALIGNMENT = 16  # bytes, on which Triton compiles wide loads
@@ -124,8 +125,8 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def transitions(like: Tensor, count: int) -> Tensor:
-    """Room for so many transitions, four words each (``WORDS`` in walk.py)."""
-    return torch.empty(4 * count, dtype=torch.float32, device=like.device)
+    """Room for so many transitions."""
+    return torch.empty(WORDS.value * count, dtype=torch.float32, device=like.device)
 
 
 def on_device(operand: Tensor) -> AbstractContextManager:
