@@ -130,6 +130,9 @@ def test_a_second_run_adds_to_the_first(monkeypatch, tmp_path, capsys):
     families = [{"family": "a", "status": "PASS", "why": ""}, {"family": "b", "status": "FAIL", "why": ""}]
     fake_stages(monkeypatch, **GOOD | {"smoke": gpu_stages.summarize_families(families)})
     assert gpu_check.main(["--stages", "smoke,headline,rest", "--out", "out"]) == 1
+    fake_stages(monkeypatch, **GOOD | {"smoke": gpu_stages.summarize_families(families[:1])})
+    assert gpu_check.main(["--stages", "smoke", "--only", "sweep"]) == 0, "b was not asked for"
+    assert json.loads(written.read_text())["check"]["passed"] is False
     fake_stages(monkeypatch, **GOOD | {"smoke": gpu_stages.summarize_families([families[1] | {"status": "PASS"}])})
     assert gpu_check.main(["--stages", "smoke", "--only", "sweep"]) == 0
     results = json.loads(written.read_text())
@@ -167,6 +170,7 @@ import gpu_check, gpu_stages
 
 def hang(session, limit):
     (session.work / "a.log").write_text("what it said")
+    print("there is a file:", os.path.exists("out/x.json"))
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     code = gpu_stages.run_logged(["sleep", "100"], session.work / "b.log", limit)
     return {"status": "timed out", "code": code}
@@ -181,6 +185,7 @@ def test_a_check_that_is_stopped_kills_what_runs_and_says_what_there_is(tmp_path
     started = time.monotonic()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "stopped before its end" in done.stdout, done.stderr[-2000:]
+    assert "there is a file: True" in done.stdout, "a run that is killed at once leaves nothing"
     assert time.monotonic() - started < 40
     parts = json.loads((tmp_path / "out" / "x.json").read_text())["check"]["stages"]
     assert list(parts) == ["smoke"] and parts["smoke"]["code"] is None

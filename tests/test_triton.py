@@ -73,14 +73,15 @@ def test_sweep(n, m, d, splits, small_tiles, monkeypatch):
 
 
 @pytest.mark.parametrize(("m", "splits"), [(5, 1), (129, 3), (400, 1), (400, 2)])
-@pytest.mark.parametrize("samples", ["one", "a few", "most"])
+@pytest.mark.parametrize("samples", ["one", "two", "a few", "most"])
 def test_samples_replayed_are_those_recorded_on_the_way(m, splits, samples, small_tiles, monkeypatch):
-    """To the bit, in every output; of whole walks and of shards that begin and end anywhere in a tile."""
+    """To the bit, in every output, and the reference's; of whole walks and of shards that begin anywhere in a tile."""
     split_into(monkeypatch, splits)
     queries, keys = exact(5, 3, seed=1), exact(m, 3, seed=2)
     state = emc2.MHState(torch.arange(5), torch.linspace(-3, 3, 5))
     kept = m - m // 3
-    options = {"burn_in": m // 3, "num_samples": {"one": 1, "a few": -(-kept // 29), "most": kept - kept // 7}[samples]}
+    counts = {"one": 1, "two": 2, "a few": -(-kept // 29), "most": kept - kept // 7}
+    options = {"burn_in": m // 3, "num_samples": counts[samples]}
     shard = {"first_proposal": 7, "total_proposals": m + 31, "temperature": 0.2, "seed": 3, "step": 5}
     results = []
     for on_the_way in (True, False):
@@ -89,6 +90,10 @@ def test_samples_replayed_are_those_recorded_on_the_way(m, splits, samples, smal
         results.append(emc2.mh_transition(queries, keys, backend="triton", **shard, **options))
     assert_identical(results[2], results[0])
     assert_identical(results[3], results[1])
+    expected = call("reference", queries, keys, state, **options)
+    assert torch.equal(results[0].samples, expected.samples) and torch.equal(results[0].state.key, expected.state.key)
+    expected = emc2.mh_transition(queries, keys, backend="reference", **shard, **options)
+    assert torch.equal(results[1].position, expected.position)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
