@@ -52,7 +52,7 @@ class EmbeddingBank(SlotStore):
             expected = f"shape ({slots.shape[0]}, {self.dim}) on {slots.device}"
             raise ValueError(f"embeddings must have {expected}, got {checks.describe(embeddings)}")
         checks.counter("step", step, 32, slots.device)
-        steps = torch.as_tensor(step, device=slots.device).expand(slots.shape[0])
+        steps = torch.as_tensor(step, dtype=torch.int64, device=slots.device).expand(slots.shape[0])
         self.put(slots, embeddings=embeddings.to(self.embeddings.dtype), written_at=steps)
         # A difference and no copy, which Inductor might make after a caller's `step += 1` (pytorch/pytorch#198131).
         self.last_step += step - self.last_step

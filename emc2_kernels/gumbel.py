@@ -123,7 +123,7 @@ def softmax_sample(
     if m > MAX_CATEGORIES:
         raise ValueError(f"keys must have at most 2^24 rows, the limit of torch.multinomial, got {m}")
     if n == 0 or m == 0:
-        return torch.full((n, num_samples), -1, device=device)
+        return torch.full((n, num_samples), -1, dtype=torch.int64, device=device)
     if generator is None:
         generator = torch.Generator(device).manual_seed(_generator_seed(seed, step))
     number, temperatures = checks.number_or_rows(temperature, queries)
@@ -137,7 +137,7 @@ def softmax_sample(
 
 
 def _generator_seed(seed: int | Tensor, step: int | Tensor) -> int:
-    zero = torch.zeros(1, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     seed, step = (int(value) for value in (seed, step))
     low, high = rng.words(zero, zero, stream=rng.POSITION, seed=seed, step=step)[0, :2].tolist()
     return high << 32 | low

@@ -84,7 +84,7 @@ class Owners(NamedTuple):
         mesh = DeviceMesh.from_group(self.group or dist.group.WORLD, table.device.type)
         local = table.unflatten(0, (self.own, self.views))
         shape = torch.Size((self.num_items, *local.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
+        stride = torch.empty(shape, dtype=table.dtype, device="meta").stride()
         return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
     def own_part(self, whole: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class CachedSoftmaxLoss(nn.Module):
         if carry == "corrected":
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         self.refresh_count = 0 if encode is None else math.ceil(refresh * self.bank.num_slots)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.bank.embeddings.device))
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
@@ -177,7 +177,7 @@ class CachedSoftmaxLoss(nn.Module):
             return batch[:0]
         written_at = self.bank.written_at.clone()
         written_at[batch] = self.step
-        slots = torch.arange(self.bank.num_slots, device=batch.device)
+        slots = torch.arange(self.bank.num_slots, dtype=torch.int64, device=batch.device)
         # step < 2^32 and slot < 2^31: all are different, so that every backend chooses the same
         return slots[((written_at + 1) * self.bank.num_slots + slots).topk(self.refresh_count, largest=False).indices]
 
@@ -228,8 +228,8 @@ class CachedSoftmaxLoss(nn.Module):
         ages = self.bank.age(drawn.flatten())
         held = ages >= 0
         return loss, batch_stats(anchors, self.temperature, bimodal=self.bimodal) | {
-            "cache_age": torch.where(held, ages, 0).sum() / held.sum().clamp_min(1),
-            "carry_share": (samples.label_weights > 0).sum() / held.sum().clamp_min(1),
+            "cache_age": torch.where(held, ages, 0).sum().float() / held.sum().clamp_min(1),
+            "carry_share": (samples.label_weights > 0).sum().float() / held.sum().clamp_min(1),
             "negative_similarity": negative_similarity.detach().mean(),
         }
 
@@ -245,10 +245,10 @@ class CachedSoftmaxLoss(nn.Module):
             "backend": self.backend,
         }
         if not self.bimodal:
-            key_ids = torch.arange(self.bank.num_slots, device=bank.device) // 2
+            key_ids = torch.arange(self.bank.num_slots, dtype=torch.int64, device=bank.device) // 2
             ids = {"chain_ids": labels, "query_ids": anchors.items, "key_ids": key_ids}
             return gumbel_sample(queries, bank, **ids, **options)
-        b, items = len(labels) // 2, torch.arange(self.bank.num_items, device=bank.device)
+        b, items = len(labels) // 2, torch.arange(self.bank.num_items, dtype=torch.int64, device=bank.device)
         drawn = []
         for view, rows in enumerate((slice(b), slice(b, None))):
             keys = bank.unflatten(0, (-1, 2))[:, 1 - view]

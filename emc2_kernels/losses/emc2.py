@@ -148,11 +148,11 @@ class EMC2Loss(nn.Module):
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         if carry == "two_sided":
             self.sitting = SittingQueries(num_items, dim)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.chains.key.device))
 
     def _number_slots(self) -> None:
         """Items and labels of the bank's slots, by modality where there are two; they follow the module's device."""
-        labels = torch.arange(self.chains.num_slots)
+        labels = torch.arange(self.chains.num_slots, dtype=torch.int64, device=self.chains.key.device)
         labels = labels.view(-1, 2).T.flip(0).contiguous() if self.bimodal else labels[None]
         self.register_buffer("slot_labels", labels, persistent=False)
         self.register_buffer("slot_items", labels // 2, persistent=False)
@@ -223,7 +223,8 @@ class EMC2Loss(nn.Module):
             return made.value
         items, result = made.batch.items, made.result
         anchors = Anchors(made.batch.anchors, items, made.batch.chain_ids % 2)
-        acceptance = result.num_accepted.sum() / num_proposed(items, items[: made.batch.keys.shape[0]]).clamp_min(1)
+        proposed = num_proposed(items, items[: made.batch.keys.shape[0]])
+        acceptance = result.num_accepted.sum().float() / proposed.clamp_min(1)  # of integers it were the default dtype
         carry_share = (result.samples < 0).float().mean()
         return made.value, self._stats(anchors, acceptance, carry_share, made.negative_similarity)
 

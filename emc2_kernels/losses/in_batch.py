@@ -139,7 +139,7 @@ def in_batch(
     """
     embeddings, ids = anchors.embeddings, anchors.items
     if ids is None:
-        ids = torch.arange(embeddings.shape[0], device=embeddings.device)
+        ids = torch.arange(embeddings.shape[0], dtype=torch.int64, device=embeddings.device)
         ids %= embeddings.shape[0] // 2
         ids += 0 if shards is None else shards.first
     batch = _Batch(ids, bimodal, dtype, backend)

@@ -54,7 +54,7 @@ def of_all_ranks(anchors: Anchors, shards: Shards | None) -> Anchors:
     if shards is None:
         return anchors
     items = gather_rows(anchors.items[: anchors.items.shape[0] // 2], shards)
-    views = torch.arange(2 * shards.total, device=items.device) // shards.total
+    views = torch.arange(2 * shards.total, dtype=torch.int64, device=items.device) // shards.total
     return Anchors(gather_views(anchors.embeddings, shards), items.repeat(2), views)
 
 
@@ -80,7 +80,7 @@ def stack(z0: Tensor, z1: Tensor, index: Tensor | None, *, normalize: bool) -> A
         index = index.to(z0.device, non_blocking=True)
     b = z0.shape[0]
     embeddings = unit(torch.cat((wide(z0), wide(z1))), normalize)
-    views = torch.arange(2 * b, device=z0.device) // b
+    views = torch.arange(2 * b, dtype=torch.int64, device=z0.device) // b
     return Anchors(embeddings, None if index is None else index.repeat(2), views)
 
 

@@ -36,7 +36,7 @@ class SittingQueries(SlotStore):
         self._add(slots, chains, bank, 1)
 
     def _add(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank, sign: int) -> None:
-        once = last_duplicates(slots) == torch.arange(slots.shape[0], device=slots.device)
+        once = last_duplicates(slots) == torch.arange(slots.shape[0], dtype=torch.int64, device=slots.device)
         keys = chains.key[slots]
         counted = once & (keys >= 0) & (bank.written_at[slots] >= 0)
         queries = torch.where(counted[:, None], bank.embeddings[slots].float(), 0)

@@ -126,8 +126,8 @@ class SogCLRLoss(SlotStore):
         checks.boolean("normalize", normalize)
         checks.one_of("backend", backend, NAMES)
         self.individual_temperature, self.normalize, self.backend = individual_temperature, normalize, backend
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.keep("log_u", -torch.inf, torch.float32)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.log_u.device))
         options = {
             "temperature_lr": temperature_lr,
             "temperature_momentum": temperature_momentum,

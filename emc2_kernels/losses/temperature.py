@@ -30,8 +30,8 @@ class TemperedLoss(nn.Module):
         if learn_temperature and self._fixed * self.max_scale < 1:
             expected = f"at least 1 / max_scale = {1 / self.max_scale} with learn_temperature=True"
             raise ValueError(f"temperature must be {expected}, got {self._fixed}")
-        log_scale = nn.Parameter(torch.tensor(-math.log(self._fixed))) if learn_temperature else None
-        self.register_parameter("log_scale", log_scale)
+        log_scale = torch.tensor(-math.log(self._fixed), dtype=torch.float32, device=None)
+        self.register_parameter("log_scale", nn.Parameter(log_scale) if learn_temperature else None)
 
     @property
     def temperature(self) -> float | Tensor:
