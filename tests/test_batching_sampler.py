@@ -442,6 +442,15 @@ class TestUpdate:
         state["order"].zero_()
         assert list(sampler) == list(loaded) == list(twin)
 
+    def test_a_state_has_an_order_twice_only_where_the_next_epoch_has_another(self):
+        sampler, loaded = make(), make()
+        update(sampler, random_order(0, 23))
+        take(sampler, 2)
+        loaded.load_state_dict(sampler.state_dict())
+        assert sampler.state_dict()["next_order"] is None and loaded.state_dict()["next_order"] is None
+        update(sampler, random_order(1, 23))
+        assert sampler.state_dict()["next_order"].tolist() == random_order(1, 23).tolist()
+
 
 class TestFewItems:
     @pytest.mark.parametrize("order", [None, np.array([1, 2, 0])], ids=["", "order"])

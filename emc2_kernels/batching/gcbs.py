@@ -158,7 +158,7 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
 
     def _begin(self) -> _Pass:
         place, before = self._loaded or _Pass(self._next_epoch, self._order), self._latest
-        if before is not None and before.epoch == place.epoch and before.taken < self._steps:
+        if before is not None and before.epoch == place.epoch:  # set_epoch has named it again
             what = f"epoch {place.epoch} begins again, after {before.taken} of its {self._steps} batches"
             how = "set_epoch with another number is another shuffle (with accelerate, of the prepared loader)"
             warnings.warn(f"GlobalContrastiveBatchSampler: {what}; {how}", stacklevel=3)
@@ -298,7 +298,7 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
         self._order = order if loaded["next_order"] is None else loaded["next_order"]
         if done == self._steps:
             epoch, done, order = epoch + 1, 0, self._order
-        self._loaded, self._latest, self._next_epoch = _Pass(epoch, order, done), None, epoch + (done > 0)
+        self._loaded, self._latest, self._next_epoch = _Pass(epoch, order, done), None, epoch
 
 
 def _checked_state(state: Any, same: dict[str, Any], most_batches: int) -> dict[str, Any]:
