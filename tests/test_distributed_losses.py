@@ -63,8 +63,8 @@ def test_every_combination_of_options_matches_one_process_or_is_refused(over_ran
 
 
 @SIZES
-@pytest.mark.parametrize("case", rank_wrapped.WRAPPED)
-def test_distributed_data_parallel_trains_as_one_process(over_ranks, size, case):
+@pytest.mark.parametrize("case", rank_wrapped.WRAPPED + rank_wrapped.SHARDED)
+def test_wrapped_models_train_as_one_process(over_ranks, size, case):
     for errors in over_ranks(size, case):
         assert errors["gradient"] <= 1e-6
         assert errors["state"] <= 1e-6
