@@ -5,6 +5,7 @@ import copy
 from functools import partial
 
 import torch
+from helpers import differences, snapshot
 from rank_losses import ITEMS, relative, state_error
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,6 +32,7 @@ ALONE = (
 )  # without parameters of their own, which would not be averaged
 WRAPPED = [f"encoder: {name}" for name in ALONE] + [f"encoder and loss: {name}" for name in LOSSES]
 SHARDED = [f"fully sharded: {name}" for name in ("ntxent all", "clip ring", "emc2 all")]
+KEEPING = [*ALONE, "isogclr all"]
 LOCAL = ["emc2", "isogclr", "cached"]  # those that keep something
 
 
@@ -106,6 +108,29 @@ def keep_to_oneself(rank, size, name):
     return sorted(changed)
 
 
+class Opaque(torch.Tensor):
+    """A tensor whose values are not looked at, as on a GPU."""
+
+
+def forget(rank, size, name):
+    """What a batch that is not finite on the last rank alone has changed on this one."""
+    loss, options, gather = LOSSES[name]
+    loss = make(loss, options, gather=gather, **({"sharded": True} if name.endswith("sharded") else {}))
+    (views, items, own), (others, other_items, other_own) = batches(rank, size)
+
+    def call(views, items):
+        z = torch.cat([views, views], 2).as_subclass(Opaque)
+        return loss(z[0], z[1], items)
+
+    call(views[:, own], items[own])
+    before, bad = snapshot(loss), others[:, other_own].clone()
+    if rank == size - 1:
+        bad[1, 0, 0] = torch.nan
+    call(bad, other_items[other_own])
+    return differences(before, snapshot(loss))
+
+
 def checks(rank, size):
     trained = {case: partial(train, rank, size, *case.split(": ")) for case in WRAPPED + SHARDED}
+    trained |= {f"not finite: {name}": partial(forget, rank, size, name) for name in KEEPING}
     return trained | {f"local: {name}": partial(keep_to_oneself, rank, size, name) for name in LOCAL}

@@ -74,3 +74,9 @@ def test_wrapped_models_train_as_one_process(over_ranks, size, case):
 @pytest.mark.parametrize("name", rank_wrapped.LOCAL)
 def test_inside_distributed_data_parallel_a_local_loss_keeps_its_own_state(over_ranks, size, name):
     assert over_ranks(size, f"local: {name}") == [[]] * size
+
+
+@SEVERAL
+@pytest.mark.parametrize("name", rank_wrapped.KEEPING)
+def test_a_batch_that_is_not_finite_on_one_rank_is_forgotten_by_all(over_ranks, size, name):
+    assert over_ranks(size, f"not finite: {name}") == [[]] * size
