@@ -201,7 +201,7 @@ def _visit(case: Case) -> None:
     batch = visit.prepare(z, z, _empty(torch.int64, b), stores, **options, seed=0, both_views=False, dtype=case.dtype)
     samples = _empty(torch.int32, 2 * b, 16)
     made = visit.negatives(batch, samples, stores.bank, temperature=0.2, return_similarity=False)
-    visit.remember(batch, batch.state_key, batch.state_score, stores)
+    visit.remember(batch, batch.state_key, batch.state_score, stores, _empty(torch.float32))
     visit.gradient(
         _empty(torch.float32), batch.anchors, batch.lengths, samples, made.means, made.shares, batch.coin_labels,
         **options, dtype=case.dtype,

@@ -39,23 +39,31 @@ class EmbeddingBank(SlotStore):
         self.keep("written_at", -1, torch.int64, device)
         self.register_buffer("last_step", torch.zeros((), dtype=torch.int64, device=device))
 
-    def update(self, index: Tensor, view: int | Tensor, embeddings: Tensor, step: int | Tensor) -> None:
+    def update(
+        self, index: Tensor, view: int | Tensor, embeddings: Tensor, step: int | Tensor, *, only: Tensor | None = None
+    ) -> None:
         """Writes b embeddings; of several rows with the same (index, view), the last one's.
+
+        One that is not finite is refused where values are looked at (on the CPU), and elsewhere not written, nor
+        anywhere one that overflows in the bank's dtype.
 
         Args:
             index: (b,) int64 items. view: one number or (b,) int64. embeddings: (b, dim), any floating dtype.
             step: 0 <= step < 2^32, an integer or a 0-d int64 tensor.
+            only: () bool; False: nothing is written. It is not waited for.
         """
         slots = self.slots(index, view, self.embeddings.device)
         checks.tensor("embeddings", embeddings)
         if embeddings.shape != (slots.shape[0], self.dim) or embeddings.device != slots.device:
             expected = f"shape ({slots.shape[0]}, {self.dim}) on {slots.device}"
             raise ValueError(f"embeddings must have {expected}, got {checks.describe(embeddings)}")
+        checks.finite("embeddings", embeddings.detach())
         checks.counter("step", step, 32, slots.device)
         steps = torch.as_tensor(step, dtype=torch.int64, device=slots.device).expand(slots.shape[0])
-        self.put(slots, embeddings=embeddings.to(self.embeddings.dtype), written_at=steps)
+        self.put(slots, only=only, embeddings=embeddings, written_at=steps)
         # A difference and no copy, which Inductor might make after a caller's `step += 1` (pytorch/pytorch#198131).
-        self.last_step += step - self.last_step
+        passed = step - self.last_step
+        self.last_step.add_(passed if only is None else passed * only)
 
     def _checked(self, labels: Tensor) -> Tensor:
         checks.vector("labels", labels, None, torch.int64, self.embeddings.device)

@@ -76,11 +76,17 @@ class ChainStore(SlotStore):
             similarity = (queries.float() * embeddings.float()).sum(-1)
             return state._replace(score=torch.where(held, similarity / temperature, state.score))
 
-    def write(self, index: Tensor, view: int | Tensor, state: MHState) -> None:
-        """Keeps the states of b chains; of several rows with the same (index, view), the last one's."""
+    def write(self, index: Tensor, view: int | Tensor, state: MHState, *, only: Tensor | None = None) -> None:
+        """Keeps the states of b chains; of several rows with the same (index, view), the last one's.
+
+        A state whose score is NaN or +inf is not kept: the chain stays where it was.
+
+        Args:
+            only: () bool; False: nothing is written. It is not waited for.
+        """
         slots = self.slots(index, view, self.key.device)
         checks.state(state, slots)
-        self.put(slots, key=state.key, score=state.score)
+        self.put(slots, only=only, key=state.key, score=state.score)
 
     def extra_repr(self) -> str:
         return f"num_items={self.num_items}, views={self.views}"

@@ -116,6 +116,13 @@ def gather_views(rows: Tensor, shards: Shards) -> Tensor:
     return whole.transpose(0, 1).flatten(0, 1)
 
 
+def true_on_all(flag: Tensor, shards: Shards) -> Tensor:
+    """() bool: whether the flag () is set on every rank; a collective."""
+    every = flag.int()
+    dist.all_reduce(every, dist.ReduceOp.MIN, shards.group)
+    return every.bool()
+
+
 def each_rank(tensors: list[Tensor], shards: Shards) -> Iterator[list[Tensor]]:
     """Every rank's tensors, in rank order, one rank's at a time; each has a whole multiple of its shard's rows."""
     own = shards.sizes[shards.rank]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -51,16 +53,29 @@ class SlotStore(nn.Module):
             return self.owners.fetch(slots, tables)
         return [table[slots.clamp_min(0)] for table in tables]
 
-    def put(self, slots: Tensor, **values: Tensor) -> None:
+    def put(self, slots: Tensor, *, only: Tensor | None = None, **values: Tensor) -> None:
         """Keeps values (k, ...) for slots (k,), which may be other ranks'; of a slot's rows the last one's, of the last
-        rank."""
-        given = [value.detach() for value in values.values()]
+        rank.
+
+        A row of which any value is not finite in the table's dtype is not written at all: what is kept would be wrong
+        for good, where a training step that overflowed is skipped and forgotten. A number may be -inf, as at first.
+
+        Args:
+            only: () or (k,) bool; False: nothing is written, or nothing of that row.
+        """
+        given = [value.detach().to(getattr(self, name).dtype) for name, value in values.items()]
+        parts = [part for part in (only, *map(_writable_rows, given)) if part is not None]
+        writable = reduce(torch.logical_and, parts).expand(slots.shape[0]) if parts else None
         if self.owners is not None:
-            slots, given = self.owners.send(slots, given)
-        last = last_duplicates(slots)
+            slots = slots if writable is None else torch.where(writable, slots, -1)
+            (slots, given), writable = self.owners.send(slots, given), None
+        last = last_duplicates(slots, writable)
         for name, value in zip(values, given, strict=True):
-            table = getattr(self, name)
-            table[slots] = value[last].to(table.dtype)
+            table, new = getattr(self, name), value[last]
+            if writable is not None:
+                writes = writable[last].view(-1, *[1] * (new.dim() - 1))
+                new = torch.where(writes, new, table[slots])
+            table[slots] = new
 
     @property
     def num_slots(self) -> int:
@@ -132,11 +147,22 @@ class SlotStore(nn.Module):
                 table.copy_(loaded)
 
 
-def last_duplicates(slots: Tensor) -> Tensor:
-    """(b,) row of the last entry with each row's slot.
+def _writable_rows(value: Tensor) -> Tensor | None:
+    """(k,) bool which rows of (k, ...) values may be kept; None: all."""
+    if not value.is_floating_point() or (checks.values_visible(value) and math.isfinite(value.sum())):
+        return None
+    return value < torch.inf if value.dim() == 1 else value.isfinite().flatten(1).all(1)
+
+
+def last_duplicates(slots: Tensor, counted: Tensor | None = None) -> Tensor:
+    """(b,) row of the last entry with each row's slot, of those that are counted (b,) where there are any.
 
     Rows of a slot that all write the last one's value may be written in any order, so a scatter is deterministic on
     every backend; and nothing here waits for a GPU.
     """
+    if counted is not None:
+        entries = slots * 2 + counted  # sorted, those of a slot that count come last
+        ordered, order = entries.sort(stable=True)
+        return order[torch.searchsorted(ordered, slots * 2 + 1, right=True) - 1]
     ordered, order = slots.sort(stable=True)
     return order[torch.searchsorted(ordered, slots, right=True) - 1]

@@ -19,7 +19,8 @@ from ..gumbel import MAX_SAMPLES, gumbel_sample
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
 from .negatives import by_label, mean_negative
-from .pairs import Anchors, batch_stats, check, of_all_ranks, over_ranks, stack
+from .pairs import Anchors, batch_stats, check, finite_batch, of_all_ranks, over_ranks, stack
+from .recomputation import refuse_recomputation
 
 DEFAULT_REFRESH = 0.01
 
@@ -139,7 +140,9 @@ class CachedSoftmaxLoss(nn.Module):
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged, also
                 where ``encode`` itself raises.
+            RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
+        refuse_recomputation(self)
         checks.boolean("return_stats", return_stats)
         if index is None:
             raise TypeError("index must be an int64 tensor of the batch's items, got None")
@@ -154,15 +157,16 @@ class CachedSoftmaxLoss(nn.Module):
         with torch.no_grad():
             oldest = self._oldest(labels)
             fresh = self._encode_share(oldest, anchors.embeddings) if self.refresh_count else None
-        with self._restored_on_error(torch.cat((oldest, labels))):
+        written, finite = torch.cat((oldest, labels)), finite_batch(whole)
+        with self._restored_on_error(written):
             with torch.no_grad():
                 if fresh is not None:
-                    self.bank.update(oldest // 2, oldest % 2, fresh, self.step)
-                self.bank.update(whole.items, whole.views, whole.embeddings, self.step)
+                    self.bank.update(oldest // 2, oldest % 2, fresh, self.step, only=finite)
+                self.bank.update(whole.items, whole.views, whole.embeddings, self.step, only=finite)
                 if self.carry == "corrected":
-                    self.batch_means.update(torch.cat((oldest, labels)), whole, self.bimodal)
+                    self.batch_means.update(written, whole, self.bimodal, self.bank, self.step)
             result = self._surrogate(anchors, whole, shards, return_stats)
-        self.step += 1
+        self.step.add_(1 if finite is None else finite)
         return result
 
     def _check_device(self, z0: Tensor) -> None:

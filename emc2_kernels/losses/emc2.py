@@ -10,14 +10,15 @@ from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
-from ..distributed import Shards, each_rank, gather_views
+from ..distributed import Shards, each_rank, gather_views, true_on_all
 from ..transition import MHState
 from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
 from .emc2_options import COLLAPSING, check_proposals, check_ranks, check_samples, resolved_carry
 from .encoding import Encode
 from .negatives import mean_negative
-from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
+from .pairs import Anchors, batch_stats, check, compute_dtype, finite_batch, of_all_ranks, over_ranks, stack
+from .recomputation import refuse_recomputation
 from .ring_visits import ring_visit
 from .sitting import SittingQueries
 from .visits import num_proposed, visit
@@ -171,7 +172,9 @@ class EMC2Loss(nn.Module):
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; chains and bank are unchanged.
+            RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
+        refuse_recomputation(self)
         checks.boolean("return_stats", return_stats)
         if index is None:
             raise TypeError("index must be an int64 tensor of the batch's items, got None")
@@ -256,27 +259,29 @@ class EMC2Loss(nn.Module):
         Args:
             whole: the anchors of all ranks; unused in a ring. state: (2b,) of this rank's.
         """
-        state = MHState(state.key, state.score.float())
+        state, finite = MHState(state.key, state.score.float()), finite_batch(whole)
+        if self.gather == "ring" and finite is not None:
+            finite = true_on_all(finite, shards)
         if self.sharded:  # what a rank has goes to the owners, and to nobody else
-            self._remember(anchors, state)
+            self._remember(anchors, state, finite)
         elif self.gather == "ring":  # of a slot's rows, the last rank's come last
             for embeddings, items, views, *found in each_rank([*anchors, *state], shards):
-                self._remember(Anchors(embeddings, items, views), MHState(*found))
+                self._remember(Anchors(embeddings, items, views), MHState(*found), finite)
         else:
             everyone = state if shards is None else MHState(*(gather_views(field, shards) for field in state))
-            self._remember(whole, everyone)
-        self.step += 1
+            self._remember(whole, everyone, finite)
+        self.step.add_(1 if finite is None else finite)
 
-    def _remember(self, anchors: Anchors, state: MHState) -> None:
+    def _remember(self, anchors: Anchors, state: MHState, only: Tensor | None) -> None:
         slots = anchors.items * 2 + anchors.views
         if self.carry == "two_sided":
-            self.sitting.leave(slots, self.chains, self.bank)
-        self.chains.write(anchors.items, anchors.views, state)
-        self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
+            self.sitting.leave(slots, self.chains, self.bank, only)
+        self.chains.write(anchors.items, anchors.views, state, only=only)
+        self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step, only=only)
         if self.carry == "corrected":
-            self.batch_means.update(slots, anchors, self.bimodal)
+            self.batch_means.update(slots, anchors, self.bimodal, self.bank, self.step)
         if self.carry == "two_sided":
-            self.sitting.sit_down(slots, self.chains, self.bank)
+            self.sitting.sit_down(slots, self.chains, self.bank, only)
 
     def _stats(
         self, anchors: Anchors, acceptance: Tensor, carry_share: Tensor, negative_similarity: Tensor

@@ -106,7 +106,7 @@ def surrogate(loss: EMC2Loss, z0: Tensor, z1: Tensor, index: Tensor, return_stat
     if not loss.normalize:  # unit vectors cannot overflow
         checks.finite("the similarities of z0 and z1", value)
     if loss.training:
-        kernels.remember(batch, *result.state, stores)
+        kernels.remember(batch, *result.state, stores, value)
     held = _Held(value, batch, result.samples, made, loss.temperature, floor)
     return Surrogate(_Backward.apply(z0, z1, held), batch, result, made.similarity)
 

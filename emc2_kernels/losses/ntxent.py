@@ -78,7 +78,6 @@ class NTXentLoss(TemperedLoss):
         checks.boolean("return_stats", return_stats)
         check(z0, z1, index, dim=None, num_items=None)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        self._bound_scale()
         temperature = self.temperature
         if not self.normalize:  # unit vectors cannot overflow; no product is larger than its rows' own
             largest = anchors.embeddings.detach().square().sum(1) / temperature

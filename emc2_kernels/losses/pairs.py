@@ -84,6 +84,15 @@ def stack(z0: Tensor, z1: Tensor, index: Tensor | None, *, normalize: bool) -> A
     return Anchors(embeddings, None if index is None else index.repeat(2), views)
 
 
+def finite_batch(anchors: Anchors) -> Tensor | None:
+    """() bool whether a batch's embeddings, of all ranks where they are gathered, are finite: what a loss keeps of one
+    that is not is nothing, as the optimizer's step is none where torch.amp.GradScaler finds that it has overflowed.
+    None: they are known to be.
+    """
+    embeddings = anchors.embeddings.detach()
+    return None if checks.values_visible(embeddings) else embeddings.isfinite().all()
+
+
 def wide(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 

@@ -13,8 +13,9 @@ from .. import checks
 from ..backends import NAMES
 from ..distributed import Shards, gather_views
 from ..lse import contrastive_lse, mean_similarity
-from ..slots import SlotStore, last_duplicates
-from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
+from ..slots import SlotStore
+from .pairs import Anchors, batch_stats, check, compute_dtype, finite_batch, of_all_ranks, over_ranks, stack
+from .recomputation import refuse_recomputation
 
 TEMPERATURE_LR = 0.01
 TEMPERATURE_MOMENTUM = 0.9
@@ -171,7 +172,9 @@ class SogCLRLoss(SlotStore):
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged.
+            RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
+        refuse_recomputation(self)
         checks.boolean("return_stats", return_stats)
         if index is None:
             raise TypeError("index must be an int64 tensor of the batch's items, got None")
@@ -200,7 +203,7 @@ class SogCLRLoss(SlotStore):
         stats = self._stats(anchors, found, temperature, scores) if return_stats else None
         if self.training:
             with torch.no_grad():
-                self._remember(slots, found, positive, scores, shards)
+                self._remember(slots, found, positive, scores, whole, shards)
         return loss if stats is None else (loss, stats)
 
     def _over_negatives(
@@ -263,7 +266,13 @@ class SogCLRLoss(SlotStore):
         return gamma + (1 - gamma) * (1 + (math.pi * progress).cos()) / 2
 
     def _remember(
-        self, slots: Tensor, found: Denominators, positive: Tensor, scores: Tensor | None, shards: Shards | None
+        self,
+        slots: Tensor,
+        found: Denominators,
+        positive: Tensor,
+        scores: Tensor | None,
+        whole: Anchors,
+        shards: Shards | None,
     ) -> None:
         """Writes the anchors' updated state; one modality keeps the mean of an item's two views."""
         rows = slots if self.bimodal else slots[: slots.shape[0] // 2]
@@ -279,15 +288,12 @@ class SogCLRLoss(SlotStore):
             velocity = self.temperature_momentum * kept + (1 - self.temperature_momentum) * of_rows(slope)
             moved = (self.item_temperature[rows] - self.temperature_lr * velocity).clamp(*self.temperature_bounds)
             values |= {"item_velocity": velocity, "item_temperature": moved}
-        updates = found.has_negatives[: rows.shape[0]]
+        updates, finite = found.has_negatives[: rows.shape[0]], finite_batch(whole)
         if shards is not None:
             rows, updates = gather_views(rows, shards), gather_views(updates, shards)
             values = {name: gather_views(value, shards) for name, value in values.items()}
-        last = last_duplicates(rows)
-        for name, value in values.items():
-            buffer = getattr(self, name)
-            buffer[rows] = torch.where(updates[last], value[last].to(buffer.dtype), buffer[rows])
-        self.step += 1
+        self.put(rows, only=updates if finite is None else updates & finite, **values)
+        self.step.add_(1 if finite is None else finite)
 
     def _stats(
         self, anchors: Anchors, found: Denominators, temperature: float | Tensor, scores: Tensor
