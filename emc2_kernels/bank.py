@@ -46,20 +46,22 @@ class EmbeddingBank(SlotStore):
             index: (b,) int64 items. view: one number or (b,) int64. embeddings: (b, dim), any floating dtype.
             step: 0 <= step < 2^32, an integer or a 0-d int64 tensor.
         """
-        slots = self.slots(index, view, self.embeddings.device)
-        checks.tensor("embeddings", embeddings)
-        if embeddings.shape != (slots.shape[0], self.dim) or embeddings.device != slots.device:
-            expected = f"shape ({slots.shape[0]}, {self.dim}) on {slots.device}"
-            raise ValueError(f"embeddings must have {expected}, got {checks.describe(embeddings)}")
-        checks.counter("step", step, 32, slots.device)
+        with self.reported():
+            slots = self.slots(index, view, self.embeddings.device)
+            checks.tensor("embeddings", embeddings)
+            if embeddings.shape != (slots.shape[0], self.dim) or embeddings.device != slots.device:
+                expected = f"shape ({slots.shape[0]}, {self.dim}) on {slots.device}"
+                raise ValueError(f"embeddings must have {expected}, got {checks.describe(embeddings)}")
+            checks.counter("step", step, 32, slots.device)
         steps = torch.as_tensor(step, device=slots.device).expand(slots.shape[0])
         self.put(slots, embeddings=embeddings.to(self.embeddings.dtype), written_at=steps)
         # A difference and no copy, which Inductor might make after a caller's `step += 1` (pytorch/pytorch#198131).
         self.last_step += step - self.last_step
 
     def _checked(self, labels: Tensor) -> Tensor:
-        checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
-        checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
+        with self.reported():
+            checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
+            checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
         return labels
 
     def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checks
+from .agreement import Call
 from .owners import Owners
 
 
@@ -48,7 +50,7 @@ class SlotStore(nn.Module):
         """What is kept for slots (k,), which may be other ranks'; for slot -1 it is a row that means nothing."""
         tables = [getattr(self, name) for name in names]
         if self.owners is not None:
-            return self.owners.fetch(slots, tables)
+            return self.owners.fetch(slots, tables, self._call("read", names))
         return [table[slots.clamp_min(0)] for table in tables]
 
     def put(self, slots: Tensor, **values: Tensor) -> None:
@@ -56,11 +58,22 @@ class SlotStore(nn.Module):
         rank."""
         given = [value.detach() for value in values.values()]
         if self.owners is not None:
-            slots, given = self.owners.send(slots, given)
+            slots, given = self.owners.send(slots, given, self._call("write", tuple(values)))
         last = last_duplicates(slots)
         for name, value in zip(values, given, strict=True):
             table = getattr(self, name)
             table[slots] = value[last].to(table.dtype)
+
+    def reported(self) -> AbstractContextManager[None]:
+        """For what a method does before ``rows`` or ``put``: where stores lie over ranks, an error in it ends the other
+        ranks' calls, too."""
+        return nullcontext() if self.owners is None else self.owners.reported(getattr(self, self._kept[0]).device)
+
+    def _call(self, verb: str, names: tuple[str, ...]) -> Call:
+        tables = {name: getattr(self, name) for name in names}
+        rows = {f"a row of {name}": (table.dtype, tuple(table.shape[1:])) for name, table in tables.items()}
+        form = {"num_items": self.num_items, "views": self.views} | rows
+        return Call.of(f"{type(self).__name__}'s {verb} of {', '.join(names)}", form)
 
     @property
     def num_slots(self) -> int:

@@ -16,12 +16,15 @@ N, D, SIZE = 50, 8, 4
 SECONDS = 60  # that a rank waits for another one, and the test for all of them
 
 
+UNLIKE = {"num_items": N + 1, "batch_size": SIZE + 1, "drop_last": True, "seed": 2**63}
+
+
 def embeddings(rank):
     return normal(rank, N, D)
 
 
-def make(**options):
-    return GlobalContrastiveBatchSampler(N, SIZE, quantile=0.9, **options)
+def make(num_items=N, batch_size=SIZE, **options):
+    return GlobalContrastiveBatchSampler(num_items, batch_size, quantile=0.9, **options)
 
 
 def update_error(sampler, x):
@@ -43,6 +46,9 @@ def observed(rank):
     seen["own x"] = (sampler.facts, sampler.state_dict()["order"].tolist(), list(sampler))
     sampler.update(embeddings(5) if rank == 0 else None)
     seen["no x"] = (sampler.facts, sampler.state_dict()["order"].tolist(), list(sampler))
+    last = rank == dist.get_world_size() - 1
+    unlike = {name: make(**({name: value} if last else {})) for name, value in UNLIKE.items()}
+    seen["unlike"] = {name: update_error(sampler, embeddings(0)) for name, sampler in unlike.items()}
     alone = make(rank=0, world_size=1)
     alone.update(embeddings(rank))
     seen["alone"] = alone.state_dict()["order"].tolist()
@@ -116,6 +122,14 @@ def test_all_ranks_raise_the_first_ranks_error_and_stay_as_they_were(seen):
     assert errors["rows"][0] is ValueError and f"num_items = {N} rows" in errors["rows"][1]
     assert errors["no tensor"][0] is TypeError and "x must be a tensor" in errors["no tensor"][1]
     assert [each["after errors"] for each in seen] == [(None, batches) for batches in in_one_process(seen, 1)]
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_ranks_with_unlike_samplers_all_raise_the_same_error(seen, name):
+    got = make(), make(**{name: UNLIKE[name]})
+    values = " and ".join(f"{getattr(s, name)} on rank {r}" for s, r in zip(got, (0, len(seen) - 1), strict=True))
+    message = f"{name} must be the same on all ranks, got {values}"
+    assert [each["unlike"][name] for each in seen] == [(ValueError, message)] * len(seen)
 
 
 @pytest.mark.one_seed

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from .. import checks
+from ..agreement import Call, header_device
+from ..distributed import meet
 from .graph import MAX_PER_ROW, SCOPES, GraphFacts, similarity_graph
 from .order import consecutive_order
 
@@ -146,14 +148,15 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
 
         In a process group all ranks call it, the first rank computes, from its embeddings, and the others get what it
         found: were each to compute its own, rounding could make the orders differ, and items be lost or come twice.
-        They wait for it no longer than the group's timeout.
+        They wait for it no longer than the group's timeout. Ranks whose samplers are not of one kind are told so.
 
         Args:
             x: (num_items, d) embeddings in the order of the data set, on any device. Not read on other ranks than the
                 first, where it may be None. y: of the other tower; None: x.
 
         Raises:
-            ValueError, TypeError: as ``similarity_graph``, on all ranks; the order is as it was.
+            ValueError, TypeError: as ``similarity_graph``, on all ranks, or num_items, batch_size, world_size,
+                drop_last or seed differs between ranks; the order is as it was.
             ImportError: SciPy is missing.
         """
         order, self.facts = self._from_first_rank(x, y) if self._grouped() else self._new_order(x, y)
@@ -173,6 +176,9 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
         return self.world_size > 1 and dist.is_available() and dist.is_initialized()
 
     def _from_first_rank(self, x: Tensor | None, y: Tensor | None) -> tuple[np.ndarray, GraphFacts]:
+        names = ("num_items", "batch_size", "world_size", "drop_last", "seed")
+        call = Call.of(f"{type(self).__name__}'s update", {name: getattr(self, name) for name in names})
+        meet(call, header_device(None, None), None)
         box: list[Any] = [None]
         if dist.get_rank() == 0:
             try:

@@ -19,7 +19,7 @@ from ..gumbel import MAX_SAMPLES, gumbel_sample
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
 from .negatives import by_label, mean_negative
-from .pairs import Anchors, batch_stats, check, of_all_ranks, over_ranks, stack
+from .pairs import Anchors, batch_stats, check, confirmed, of_all_ranks, over_ranks, reported, stack
 
 DEFAULT_REFRESH = 0.01
 
@@ -118,6 +118,7 @@ class CachedSoftmaxLoss(nn.Module):
         self.carry, self.bimodal, self.normalize, self.backend = carry, bimodal, normalize, backend
         object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
         self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
+        self.num_items, self.dim, self.bank_dtype, self.refresh = num_items, dim, bank_dtype, refresh
         self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype)
         if carry == "corrected":
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
@@ -140,20 +141,18 @@ class CachedSoftmaxLoss(nn.Module):
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged, also
                 where ``encode`` itself raises.
         """
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        check(z0, z1, index, dim=self.bank.dim, num_items=self.bank.num_items)
-        self._check_device(z0)
+        with reported(self, z0):
+            self._check(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = over_ranks(self, z0, index, step=self.step)
+        shards = over_ranks(self, z0, index)
         whole = of_all_ranks(anchors, shards)
         labels = whole.items * 2 + whole.views
         if not self.training:
-            return self._surrogate(anchors, whole, shards, return_stats)
+            with confirmed(self, z0, encodes=self.carry == "recompute"):
+                return self._surrogate(anchors, whole, shards, return_stats)
         with torch.no_grad():
             oldest = self._oldest(labels)
-            fresh = self._encode_share(oldest, anchors.embeddings) if self.refresh_count else None
+            fresh = self._encode_share(oldest, anchors.embeddings, z0) if self.refresh_count else None
         with self._restored_on_error(torch.cat((oldest, labels))):
             with torch.no_grad():
                 if fresh is not None:
@@ -161,11 +160,16 @@ class CachedSoftmaxLoss(nn.Module):
                 self.bank.update(whole.items, whole.views, whole.embeddings, self.step)
                 if self.carry == "corrected":
                     self.batch_means.update(torch.cat((oldest, labels)), whole, self.bimodal)
-            result = self._surrogate(anchors, whole, shards, return_stats)
+            with confirmed(self, z0, encodes=self.carry == "recompute"):
+                result = self._surrogate(anchors, whole, shards, return_stats)
         self.step += 1
         return result
 
-    def _check_device(self, z0: Tensor) -> None:
+    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> None:
+        checks.boolean("return_stats", return_stats)
+        if index is None:
+            raise TypeError("index must be an int64 tensor of the batch's items, got None")
+        check(z0, z1, index, dim=self.dim, num_items=self.num_items)
         for buffer in (self.step, self.bank.embeddings):
             if buffer.device != z0.device:
                 expected = f"on {buffer.device}, where the loss keeps its cache"
@@ -196,7 +200,7 @@ class CachedSoftmaxLoss(nn.Module):
             self.bank.last_step.copy_(last_step)
             raise
 
-    def _encode_share(self, labels: Tensor, like: Tensor) -> Tensor:
+    def _encode_share(self, labels: Tensor, like: Tensor, z0: Tensor) -> Tensor:
         """(k, dim) embeddings of labels (k,). Of several processes each encodes a share: it is less work, and an
         encoder that is not a function of its input alone, as with dropout, cannot make their caches differ."""
         if self.gather == "none":
@@ -205,7 +209,8 @@ class CachedSoftmaxLoss(nn.Module):
         shares = labels.tensor_split(ranks)
         shards = Shards(self.process_group, rank, [len(share) for share in shares])
         mine = shares[rank]
-        fresh = encoded(self.encode, mine, like, self.normalize) if len(mine) else like.detach()[:0]
+        with confirmed(self, z0, encodes=True):
+            fresh = encoded(self.encode, mine, like, self.normalize) if len(mine) else like.detach()[:0]
         return gather_rows(fresh, shards)
 
     def _surrogate(
