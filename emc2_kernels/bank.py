@@ -52,13 +52,14 @@ class EmbeddingBank(SlotStore):
             step: 0 <= step < 2^32, an integer or a 0-d int64 tensor.
             only: () bool; False: nothing is written. It is not waited for.
         """
-        slots = self.slots(index, view, self.embeddings.device)
-        checks.tensor("embeddings", embeddings)
-        if embeddings.shape != (slots.shape[0], self.dim) or embeddings.device != slots.device:
-            expected = f"shape ({slots.shape[0]}, {self.dim}) on {slots.device}"
-            raise ValueError(f"embeddings must have {expected}, got {checks.describe(embeddings)}")
-        checks.finite("embeddings", embeddings.detach())
-        checks.counter("step", step, 32, slots.device)
+        with self.reported():
+            slots = self.slots(index, view, self.embeddings.device)
+            checks.tensor("embeddings", embeddings)
+            if embeddings.shape != (slots.shape[0], self.dim) or embeddings.device != slots.device:
+                expected = f"shape ({slots.shape[0]}, {self.dim}) on {slots.device}"
+                raise ValueError(f"embeddings must have {expected}, got {checks.describe(embeddings)}")
+            checks.finite("embeddings", embeddings.detach())
+            checks.counter("step", step, 32, slots.device)
         steps = torch.as_tensor(step, dtype=torch.int64, device=slots.device).expand(slots.shape[0])
         self.put(slots, only=only, embeddings=embeddings, written_at=steps)
         # A difference and no copy, which Inductor might make after a caller's `step += 1` (pytorch/pytorch#198131).
@@ -66,8 +67,9 @@ class EmbeddingBank(SlotStore):
         self.last_step.add_(passed if only is None else passed * only)
 
     def _checked(self, labels: Tensor) -> Tensor:
-        checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
-        checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
+        with self.reported():
+            checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
+            checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
         return labels
 
     def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:

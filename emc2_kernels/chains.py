@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -58,23 +60,31 @@ class ChainStore(SlotStore):
         Raises:
             ValueError, TypeError: an index or view out of range, or only some of the three rescoring arguments.
         """
-        slots = self.slots(index, view, self.key.device)
+        with self.reported():
+            slots = self.slots(index, view, self.key.device)
+            rescored = self._check_rescoring(slots.shape[0], queries, bank, temperature)
         state = MHState(*self.rows(slots, "key", "score"))
+        if not rescored:
+            return state
+        with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+            held, embeddings = bank.find(state.key)
+            similarity = (queries.float() * embeddings.float()).sum(-1)
+            return state._replace(score=torch.where(held, similarity / temperature, state.score))
+
+    def _check_rescoring(self, rows: int, queries: Any, bank: Any, temperature: Any) -> bool:
+        """Whether it is asked for."""
         given = [argument is not None for argument in (queries, bank, temperature)]
         if not any(given):
-            return state
+            return False
         if not all(given):
             raise ValueError("queries, bank and temperature go together: rescoring needs all three, got only some")
         if not isinstance(bank, EmbeddingBank):
             raise TypeError(f"bank must be an EmbeddingBank, got {checks.describe(bank)}")
         checks.matrix("queries", queries)
-        if queries.shape != (slots.shape[0], bank.dim):
-            raise ValueError(f"queries must have shape ({slots.shape[0]}, {bank.dim}), got {checks.describe(queries)}")
-        checks.temperature(temperature, slots.shape[0], queries.device)
-        with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-            held, embeddings = bank.find(state.key)
-            similarity = (queries.float() * embeddings.float()).sum(-1)
-            return state._replace(score=torch.where(held, similarity / temperature, state.score))
+        if queries.shape != (rows, bank.dim):
+            raise ValueError(f"queries must have shape ({rows}, {bank.dim}), got {checks.describe(queries)}")
+        checks.temperature(temperature, rows, queries.device)
+        return True
 
     def write(self, index: Tensor, view: int | Tensor, state: MHState, *, only: Tensor | None = None) -> None:
         """Keeps the states of b chains; of several rows with the same (index, view), the last one's.
@@ -84,8 +94,9 @@ class ChainStore(SlotStore):
         Args:
             only: () bool; False: nothing is written. It is not waited for.
         """
-        slots = self.slots(index, view, self.key.device)
-        checks.state(state, slots)
+        with self.reported():
+            slots = self.slots(index, view, self.key.device)
+            checks.state(state, slots)
         self.put(slots, only=only, key=state.key, score=state.score)
 
     def extra_repr(self) -> str:

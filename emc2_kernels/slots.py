@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checks
+from .agreement import Call
 from .owners import Owners
 
 
@@ -50,7 +52,7 @@ class SlotStore(nn.Module):
         """What is kept for slots (k,), which may be other ranks'; for slot -1 it is a row that means nothing."""
         tables = [getattr(self, name) for name in names]
         if self.owners is not None:
-            return self.owners.fetch(slots, tables)
+            return self.owners.fetch(slots, tables, self._call("read", names))
         return [table[slots.clamp_min(0)] for table in tables]
 
     def put(self, slots: Tensor, *, only: Tensor | None = None, **values: Tensor) -> None:
@@ -68,7 +70,7 @@ class SlotStore(nn.Module):
         writable = reduce(torch.logical_and, parts).expand(slots.shape[0]) if parts else None
         if self.owners is not None:
             slots = slots if writable is None else torch.where(writable, slots, -1)
-            (slots, given), writable = self.owners.send(slots, given), None
+            (slots, given), writable = self.owners.send(slots, given, self._call("write", tuple(values))), None
         last = last_duplicates(slots, writable)
         for name, value in zip(values, given, strict=True):
             table, new = getattr(self, name), value[last]
@@ -76,6 +78,17 @@ class SlotStore(nn.Module):
                 writes = writable[last].view(-1, *[1] * (new.dim() - 1))
                 new = torch.where(writes, new, table[slots])
             table[slots] = new
+
+    def reported(self) -> AbstractContextManager[None]:
+        """For what a method does before ``rows`` or ``put``: where stores lie over ranks, an error in it ends the other
+        ranks' calls, too."""
+        return nullcontext() if self.owners is None else self.owners.reported(getattr(self, self._kept[0]).device)
+
+    def _call(self, verb: str, names: tuple[str, ...]) -> Call:
+        tables = {name: getattr(self, name) for name in names}
+        rows = {f"a row of {name}": (table.dtype, tuple(table.shape[1:])) for name, table in tables.items()}
+        form = {"num_items": self.num_items, "views": self.views} | rows
+        return Call.of(f"{type(self).__name__}'s {verb} of {', '.join(names)}", form)
 
     @property
     def num_slots(self) -> int:

@@ -16,12 +16,15 @@ N, D, SIZE = 50, 8, 4
 SECONDS = 60  # that a rank waits for another one, and the test for all of them
 
 
+UNLIKE = {"num_items": N + 1, "batch_size": SIZE + 1, "drop_last": True, "seed": 2**63}
+
+
 def embeddings(rank):
     return normal(rank, N, D)
 
 
-def make(**options):
-    return GlobalContrastiveBatchSampler(N, SIZE, quantile=0.9, **options)
+def make(num_items=N, batch_size=SIZE, **options):
+    return GlobalContrastiveBatchSampler(num_items, batch_size, quantile=0.9, **options)
 
 
 def error_of(call, *arguments):
@@ -58,6 +61,9 @@ def observed(rank, early):
     seen["own x"] = (sampler.facts, sampler.state_dict()["order"].tolist(), list(sampler))
     sampler.update(embeddings(5) if rank == 0 else None)
     seen["no x"] = (sampler.facts, sampler.state_dict()["order"].tolist(), list(sampler))
+    last = rank == dist.get_world_size() - 1
+    unlike = {name: make(**({name: value} if last else {})) for name, value in UNLIKE.items()}
+    seen["unlike"] = {name: update_error(sampler, embeddings(0)) for name, sampler in unlike.items()}
     alone = make(rank=0, world_size=1)
     alone.update(embeddings(rank))
     seen["alone"] = alone.state_dict()["order"].tolist()
@@ -137,6 +143,14 @@ def test_all_ranks_raise_the_first_ranks_error_and_stay_as_they_were(seen):
     assert [each["after errors"] for each in seen] == [(None, batches) for batches in in_one_process(seen, 1)]
 
 
+@pytest.mark.parametrize("name", UNLIKE)
+def test_ranks_with_unlike_samplers_all_raise_the_same_error(seen, name):
+    got = make(), make(**{name: UNLIKE[name]})
+    values = " and ".join(f"{getattr(s, name)} on rank {r}" for s, r in zip(got, (0, len(seen) - 1), strict=True))
+    message = f"{name} must be the same on all ranks, got {values}"
+    assert [each["unlike"][name] for each in seen] == [(ValueError, message)] * len(seen)
+
+
 @pytest.mark.one_seed
 @pytest.mark.parametrize(("name", "x_of", "epoch"), [("own x", 0, 2), ("no x", 5, 3)])
 def test_all_ranks_get_the_order_of_the_first_ranks_embeddings(seen, name, x_of, epoch):
@@ -158,7 +172,7 @@ def test_ranks_that_have_begun_other_passes_are_an_error_on_all_of_them(seen):
     for each in seen:
         (error, after_set_epoch), facts = each["after a look"]
         assert error[0] is ValueError and after_set_epoch is None and facts is None
-        assert error[1].startswith("the epoch that comes must be the same on all ranks")
+        assert error[1].startswith("the epoch that comes (")
         assert error[1].endswith(f"got {[1] + [0] * (len(seen) - 1)}")
 
 

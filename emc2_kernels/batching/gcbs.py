@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from .. import checks
+from ..agreement import Call, header_device
+from ..distributed import meet
 from .graph import MAX_PER_ROW, SCOPES, GraphFacts, similarity_graph
 from .order import consecutive_order
 
@@ -200,16 +202,16 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
 
         In a process group all ranks call it, the first rank computes, from its embeddings, and the others get what it
         found: were each to compute its own, rounding could make the orders differ, and items be lost or come twice.
-        They wait for it no longer than the group's timeout. Ranks that have begun other passes are an error here, as
-        their epochs lose items.
+        They wait for it no longer than the group's timeout. Ranks whose samplers are not of one kind, or that have
+        begun other passes and would lose items, are told so.
 
         Args:
             x: (num_items, d) embeddings in the order of the data set, on any device. Not read on other ranks than the
                 first, where it may be None. y: of the other tower; None: x.
 
         Raises:
-            ValueError, TypeError: as ``similarity_graph``, and where the ranks' epochs differ; on all ranks, and the
-                order is as it was.
+            ValueError, TypeError: as ``similarity_graph``, on all ranks, or num_items, batch_size, world_size,
+                drop_last, seed or the epoch that comes differs between ranks; the order is as it was.
             ImportError: SciPy is missing.
         """
         self._check_group()
@@ -228,11 +230,11 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
         return self.world_size > 1 and _in_a_group()
 
     def _from_first_rank(self, x: Tensor | None, y: Tensor | None) -> tuple[np.ndarray, GraphFacts]:
-        epochs = [0] * dist.get_world_size()
-        dist.all_gather_object(epochs, self._next_epoch)  # the same however far each has taken batches ahead
-        if len(set(epochs)) > 1:
-            expected = "the same on all ranks, by the same passes or by set_epoch before update"
-            raise ValueError(f"the epoch that comes must be {expected}, got {epochs}")
+        names = ("num_items", "batch_size", "world_size", "drop_last", "seed")
+        form = {name: getattr(self, name) for name in names}
+        # The same however far each rank has taken batches ahead.
+        form["the epoch that comes (by the same passes, or by set_epoch before update)"] = self._next_epoch
+        meet(Call.of(f"{type(self).__name__}'s update", form), header_device(None, None), None)
         box: list[Any] = [None]
         if dist.get_rank() == 0:
             try:

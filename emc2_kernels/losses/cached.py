@@ -19,7 +19,17 @@ from ..gumbel import MAX_SAMPLES, gumbel_sample
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
 from .negatives import by_label, mean_negative
-from .pairs import Anchors, batch_stats, check, finite_batch, of_all_ranks, over_ranks, stack
+from .pairs import (
+    Anchors,
+    batch_stats,
+    check,
+    confirmed,
+    finite_batch,
+    of_all_ranks,
+    over_ranks,
+    reported,
+    stack,
+)
 from .recomputation import refuse_recomputation
 
 DEFAULT_REFRESH = 0.01
@@ -119,6 +129,7 @@ class CachedSoftmaxLoss(nn.Module):
         self.carry, self.bimodal, self.normalize, self.backend = carry, bimodal, normalize, backend
         object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
         self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
+        self.num_items, self.dim, self.bank_dtype, self.refresh = num_items, dim, bank_dtype, refresh
         self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype)
         if carry == "corrected":
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
@@ -142,21 +153,18 @@ class CachedSoftmaxLoss(nn.Module):
                 where ``encode`` itself raises.
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
-        refuse_recomputation(self)
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        check(z0, z1, index, dim=self.bank.dim, num_items=self.bank.num_items)
-        self._check_device(z0)
+        with reported(self, z0):
+            self._check(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = over_ranks(self, z0, index, step=self.step)
+        shards = over_ranks(self, z0, index)
         whole = of_all_ranks(anchors, shards)
         labels = whole.items * 2 + whole.views
         if not self.training:
-            return self._surrogate(anchors, whole, shards, return_stats)
+            with confirmed(self, z0, encodes=self.carry == "recompute"):
+                return self._surrogate(anchors, whole, shards, return_stats)
         with torch.no_grad():
             oldest = self._oldest(labels)
-            fresh = self._encode_share(oldest, anchors.embeddings) if self.refresh_count else None
+            fresh = self._encode_share(oldest, anchors.embeddings, z0) if self.refresh_count else None
         written, finite = torch.cat((oldest, labels)), finite_batch(whole)
         with self._restored_on_error(written):
             with torch.no_grad():
@@ -165,11 +173,17 @@ class CachedSoftmaxLoss(nn.Module):
                 self.bank.update(whole.items, whole.views, whole.embeddings, self.step, only=finite)
                 if self.carry == "corrected":
                     self.batch_means.update(written, whole, self.bimodal, self.bank, self.step)
-            result = self._surrogate(anchors, whole, shards, return_stats)
+            with confirmed(self, z0, encodes=self.carry == "recompute"):
+                result = self._surrogate(anchors, whole, shards, return_stats)
         self.step.add_(1 if finite is None else finite)
         return result
 
-    def _check_device(self, z0: Tensor) -> None:
+    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> None:
+        refuse_recomputation(self)
+        checks.boolean("return_stats", return_stats)
+        if index is None:
+            raise TypeError("index must be an int64 tensor of the batch's items, got None")
+        check(z0, z1, index, dim=self.dim, num_items=self.num_items)
         for buffer in (self.step, self.bank.embeddings):
             if buffer.device != z0.device:
                 expected = f"on {buffer.device}, where the loss keeps its cache"
@@ -200,7 +214,7 @@ class CachedSoftmaxLoss(nn.Module):
             self.bank.last_step.copy_(last_step)
             raise
 
-    def _encode_share(self, labels: Tensor, like: Tensor) -> Tensor:
+    def _encode_share(self, labels: Tensor, like: Tensor, z0: Tensor) -> Tensor:
         """(k, dim) embeddings of labels (k,). Of several processes each encodes a share: it is less work, and an
         encoder that is not a function of its input alone, as with dropout, cannot make their caches differ."""
         if self.gather == "none":
@@ -209,7 +223,8 @@ class CachedSoftmaxLoss(nn.Module):
         shares = labels.tensor_split(ranks)
         shards = Shards(self.process_group, rank, [len(share) for share in shares])
         mine = shares[rank]
-        fresh = encoded(self.encode, mine, like, self.normalize) if len(mine) else like.detach()[:0]
+        with confirmed(self, z0, encodes=True):
+            fresh = encoded(self.encode, mine, like, self.normalize) if len(mine) else like.detach()[:0]
         return gather_rows(fresh, shards)
 
     def _surrogate(

@@ -16,12 +16,23 @@ from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
 from .emc2_options import COLLAPSING, check_proposals, check_ranks, check_samples, resolved_carry
 from .encoding import Encode
-from .negatives import mean_negative
-from .pairs import Anchors, batch_stats, check, compute_dtype, finite_batch, of_all_ranks, over_ranks, stack
+from .negatives import mean_negative, mean_outside
+from .pairs import (
+    Anchors,
+    batch_stats,
+    check,
+    compute_dtype,
+    confirmed,
+    finite_batch,
+    of_all_ranks,
+    over_ranks,
+    reported,
+    stack,
+)
 from .recomputation import refuse_recomputation
-from .ring_visits import ring_visit
+from .ring_visits import RingVisit, ring_visit
 from .sitting import SittingQueries
-from .visits import num_proposed, visit
+from .visits import Visit, num_proposed, visit
 
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
 
@@ -141,6 +152,7 @@ class EMC2Loss(nn.Module):
         self.backend = backend
         shards = {"process_group": process_group, "sharded": sharded}
         self.sharded = sharded
+        self.num_items, self.dim, self.bank_dtype = num_items, dim, bank_dtype
         self.chains = ChainStore(num_items, views=2, **shards)
         self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype, **shards)
         if proposals == "bank":
@@ -174,46 +186,43 @@ class EMC2Loss(nn.Module):
             ValueError, TypeError: name the argument, what was expected and what came; chains and bank are unchanged.
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
-        refuse_recomputation(self)
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        check(z0, z1, index, dim=self.bank.dim, num_items=self.chains.num_items)
-        self._check_device(z0)
+        with reported(self, z0):
+            self._check(z0, z1, index, return_stats)
         if fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = over_ranks(self, z0, index, step=self.step)
+        shards = over_ranks(self, z0, index)
         whole = anchors if self.gather == "ring" else of_all_ranks(anchors, shards)
         if self.gather == "ring":
             visited = ring_visit(self, anchors, shards, compute_dtype(z0))
-            negatives, acceptance = visited.negatives, torch.full_like(visited.carry_share, torch.nan)
         else:
             visited = visit(self, anchors, compute_dtype(z0), return_stats, whole)
-            keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
-            again = self.encode if self.carry == "recompute" else None
-            negatives = mean_negative(keys, visited.samples, self.bank, again, self.normalize)
-            acceptance = visited.acceptance
-        positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
-        negative_similarity = (anchors.embeddings * negatives).sum(1)
-        terms = negative_similarity - positive_similarity
-        if self.carry == "two_sided":
-            terms = terms + self._key_side(anchors)
-        elif self.carry == "corrected":
-            terms = terms + correction(
-                anchors, whole, visited.samples, self.batch_means, self.temperature, self.bimodal
-            )
-        loss = terms.mean() / self.temperature * (1 if shards is None else shards.ddp_factor)
-        if not self.normalize:  # unit vectors cannot overflow
-            checks.finite("the similarities of z0 and z1", loss.detach())
+        with confirmed(self, z0, encodes=self.carry == "recompute"):
+            negatives = self._negatives(visited)
+            positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
+            negative_similarity = (anchors.embeddings * negatives).sum(1)
+            terms = negative_similarity - positive_similarity
+            if self.carry == "two_sided":
+                terms = terms + self._key_side(anchors)
+            elif self.carry == "corrected":
+                options = self.batch_means, self.temperature, self.bimodal
+                terms = terms + correction(anchors, whole, visited.samples, *options)
+            loss = terms.mean() / self.temperature * (1 if shards is None else shards.ddp_factor)
+            if not self.normalize:  # unit vectors cannot overflow
+                checks.finite("the similarities of z0 and z1", loss.detach())
         stats = None
         if return_stats:
-            stats = self._stats(anchors, acceptance, visited.carry_share, negative_similarity.detach())
+            stats = self._stats(anchors, visited.acceptance, visited.carry_share, negative_similarity.detach())
         if self.training:
             self._remember_all(anchors, whole, visited.state, shards)
         return loss if stats is None else (loss, stats)
 
-    def _check_device(self, z0: Tensor) -> None:
+    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> None:
+        refuse_recomputation(self)
+        checks.boolean("return_stats", return_stats)
+        if index is None:
+            raise TypeError("index must be an int64 tensor of the batch's items, got None")
+        check(z0, z1, index, dim=self.dim, num_items=self.num_items)
         for buffer in (self.step, self.chains.key, self.bank.embeddings):
             if buffer.device != z0.device:
                 expected = f"on {buffer.device}, where the loss keeps its chains"
@@ -241,6 +250,14 @@ class EMC2Loss(nn.Module):
             expected = f"at most {most} with this batch ({num_proposals} proposals, burn-in {burn_in})"
             raise ValueError(f"num_samples must be {expected}, got {self.num_samples}")
         return burn_in, self.num_samples
+
+    def _negatives(self, visited: Visit | RingVisit) -> Tensor:
+        """(2b, d) each anchor's mean negative, differentiable."""
+        options = self.bank, self.encode if self.carry == "recompute" else None, self.normalize
+        if isinstance(visited, RingVisit):
+            return mean_outside(visited.inside, visited.samples, *options)
+        keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
+        return mean_negative(keys, visited.samples, *options)
 
     def _key_side(self, anchors: Anchors) -> Tensor:
         """(2b,): each row as the key of all the chains that sat on it before this step.

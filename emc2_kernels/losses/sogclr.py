@@ -14,7 +14,18 @@ from ..backends import NAMES
 from ..distributed import Shards, gather_views
 from ..lse import contrastive_lse, mean_similarity
 from ..slots import SlotStore
-from .pairs import Anchors, batch_stats, check, compute_dtype, finite_batch, of_all_ranks, over_ranks, stack
+from .pairs import (
+    Anchors,
+    batch_stats,
+    check,
+    compute_dtype,
+    confirmed,
+    finite_batch,
+    of_all_ranks,
+    over_ranks,
+    reported,
+    stack,
+)
 from .recomputation import refuse_recomputation
 
 TEMPERATURE_LR = 0.01
@@ -174,16 +185,10 @@ class SogCLRLoss(SlotStore):
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged.
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
-        refuse_recomputation(self)
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        check(z0, z1, index, dim=None, num_items=self.num_items)
-        if self.log_u.device != z0.device:
-            expected = f"on {self.log_u.device}, where the loss keeps its state"
-            raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
+        with reported(self, z0):
+            self._check(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = over_ranks(self, z0, index, step=self.step)
+        shards = over_ranks(self, z0, index)
         whole, dtype = of_all_ranks(anchors, shards), compute_dtype(z0)
         slots = self.slots(anchors.items, anchors.views if self.bimodal else 0, z0.device)
         temperature = self.item_temperature[slots] if self.individual_temperature else self.temperature
@@ -194,8 +199,9 @@ class SogCLRLoss(SlotStore):
         negative = found.log_u + found.weight * torch.where(found.has_negatives, lse - lse.detach(), 0)
         loss = ((negative - positive) * (temperature / self.temperature)).mean()
         loss = loss if shards is None else loss * shards.ddp_factor
-        if not self.normalize:  # unit vectors cannot overflow
-            checks.finite("the similarities of z0 and z1", loss.detach())
+        with confirmed(self, z0):
+            if not self.normalize:  # unit vectors cannot overflow
+                checks.finite("the similarities of z0 and z1", loss.detach())
         learns = self.training and self.individual_temperature
         scores = None
         if learns or return_stats:  # the mean s of each anchor's negatives under their softmax
@@ -205,6 +211,16 @@ class SogCLRLoss(SlotStore):
             with torch.no_grad():
                 self._remember(slots, found, positive, scores, whole, shards)
         return loss if stats is None else (loss, stats)
+
+    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> None:
+        refuse_recomputation(self)
+        checks.boolean("return_stats", return_stats)
+        if index is None:
+            raise TypeError("index must be an int64 tensor of the batch's items, got None")
+        check(z0, z1, index, dim=None, num_items=self.num_items)
+        if self.log_u.device != z0.device:
+            expected = f"on {self.log_u.device}, where the loss keeps its state"
+            raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
 
     def _over_negatives(
         self,
