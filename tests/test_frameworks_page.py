@@ -1,6 +1,7 @@
 """The code of docs/frameworks.md runs, section by section, each after what all share, and does what it says."""
 
 import functools
+import math
 import re
 import warnings
 from pathlib import Path
@@ -71,13 +72,29 @@ def test_the_page_has_sections_for_all_frameworks():
     assert all(any(word in heading for heading in SECTIONS) for word in (*named, "accelerate", "transformers"))
 
 
-@pytest.mark.parametrize("heading", ["torch.compile", "Autocast and GradScaler", "Activation checkpointing", "FSDP2"])
+@pytest.mark.parametrize("heading", ["torch.compile", "Autocast and GradScaler", "Activation checkpointing"])
 def test_a_loss_that_keeps_state(run, heading):
     names = run(heading)
     loss_fn = names["model"].loss_fn
     assert steps(names["optimizer"]) == {loss_fn.step.item()} == {ITEMS // BATCH}
-    key = loss_fn.chains.state_dict()["key"]
-    assert ((key.full_tensor() if heading == "FSDP2" else key) >= 0).all()
+    assert (loss_fn.chains.state_dict()["key"] >= 0).all()
+
+
+def test_a_loss_in_a_checkpointed_part_is_refused(run):
+    """As the text has it, and the chains are as they were."""
+    names = run("Activation checkpointing")
+    model, batch = names["model"], next(iter(names["shuffled"]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="checkpoint"):
+        names["checkpoint"](model, *batch.values(), use_reentrant=False)
+    assert_identical(model.state_dict(), before)
+
+
+def test_a_learnt_temperature_is_sharded_with_the_encoder(run):
+    names = run("FSDP2")
+    log_scale = names["model"].loss_fn.log_scale.full_tensor()
+    assert steps(names["optimizer"]) == {ITEMS // BATCH} and log_scale.shape == (1,)
+    assert abs(log_scale.item() + math.log(0.07)) > 1e-4
 
 
 def test_chosen_batches_under_distributed_data_parallel(run):
