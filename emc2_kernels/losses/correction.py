@@ -19,10 +19,12 @@ At fixed parameters m - m_c is noise around 0, so the query side stays unbiased;
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from ..kept import FINITE, outside
 from ..lse import contrastive_lse
 from ..slots import SlotStore
 from .negatives import Samples
@@ -37,6 +39,9 @@ class BatchMeans(SlotStore):
     def __init__(self, num_items: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__(num_items, views=2)
         self.keep("means", 0, dtype, width=dim)
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        yield from outside(f"{prefix}means", tables["means"], *FINITE)
 
     def update(self, labels: Tensor, anchors: Anchors, bimodal: bool) -> None:
         """Of labels (k,) whose embeddings are kept now."""
