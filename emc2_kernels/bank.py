@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
+from .kept import MAX_STEP, outside
 from .slots import SlotStore
 
 
@@ -86,6 +89,19 @@ class EmbeddingBank(SlotStore):
         """(k,) int64 steps between each embedding and the latest update; -1 for label -1 and what was never written."""
         (written_at,) = self.rows(self._checked(labels), "written_at")
         return torch.where((labels >= 0) & (written_at >= 0), self.last_step - written_at, -1)
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        embeddings, written_at = tables["embeddings"], tables["written_at"]
+        yield from outside(f"{prefix}written_at", written_at, -1, MAX_STEP)
+        if embeddings.is_meta:
+            return
+        lowest, highest = torch.aminmax(embeddings, dim=1)  # NaN where one of a row is; no table of flags
+        held = written_at >= 0
+        rows = {"finite where written_at is not -1": held & ~(lowest.isfinite() & highest.isfinite())}
+        rows["infinite where written_at is -1"] = ~held & (lowest != torch.inf)
+        for expected, wrong in rows.items():
+            if wrong.any():
+                yield f"{prefix}embeddings must be {expected}, got {int(wrong.sum())} rows that are not"
 
     def extra_repr(self) -> str:
         return f"num_items={self.num_items}, dim={self.dim}, views={self.views}, dtype={self.embeddings.dtype}"

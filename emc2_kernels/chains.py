@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from . import checks
 from .bank import EmbeddingBank
+from .kept import FINITE, outside
 from .slots import SlotStore
 from .transition import MHState
 
@@ -98,6 +101,10 @@ class ChainStore(SlotStore):
             slots = self.slots(index, view, self.key.device)
             checks.state(state, slots)
         self.put(slots, only=only, key=state.key, score=state.score)
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        yield from outside(f"{prefix}key", tables["key"], -1, torch.iinfo(torch.int64).max)
+        yield from outside(f"{prefix}score", tables["score"], -math.inf, FINITE[1])
 
     def extra_repr(self) -> str:
         return f"num_items={self.num_items}, views={self.views}"

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checks
 from .agreement import Call
+from .kept import Kept, wrong_kind
 from .owners import Owners
 
 
-class SlotStore(nn.Module):
+class SlotStore(Kept):
     """A module of tensors with ``num_items * views`` slots; slot = label = item * views + view.
 
     They are in ``state_dict`` and follow ``.to(device)`` as buffers do, and are none: before each forward pass
     DistributedDataParallel would send the first rank's to all others, gigabytes of them, and over other ranks' chains.
 
-    Casting the module (``.half()``, ``.to(torch.bfloat16)``) leaves all dtypes alone: a score rounded to half
-    precision, or an item id through a float, would be another chain.
+    Casting the module (``.half()``, ``.to(torch.bfloat16)``) leaves all dtypes alone.
 
     Args:
         sharded: each rank of ``process_group`` keeps a block of items. Reads and writes are then collectives.
     """
+
+    saved_facts = ("num_items", "views")
 
     def __init__(
         self, num_items: int, views: int, *, process_group: dist.ProcessGroup | None = None, sharded: bool = False
@@ -40,12 +42,12 @@ class SlotStore(nn.Module):
             raise ValueError(f"num_items * views must be at most 2^40, the number of chain ids, got {self.num_slots}")
         checks.boolean("sharded", sharded)
         self.owners = Owners.of(num_items, views, process_group) if sharded else None
-        self._kept: list[str] = []
+        self._tables: dict[str, float] = {}  # what each begins with, by name
 
     def keep(self, name: str, value: float, dtype: torch.dtype, device: Any = None, width: int | None = None) -> None:
         """Makes ``self.name``: (num_slots,) or (num_slots, width), of the slots of this rank where they are sharded."""
         rows = self.num_slots if self.owners is None else self.owners.own * self.views
-        self._kept.append(name)
+        self._tables[name] = value
         setattr(self, name, torch.full((rows,) if width is None else (rows, width), value, dtype=dtype, device=device))
 
     def rows(self, slots: Tensor, *names: str) -> list[Tensor]:
@@ -82,7 +84,11 @@ class SlotStore(nn.Module):
     def reported(self) -> AbstractContextManager[None]:
         """For what a method does before ``rows`` or ``put``: where stores lie over ranks, an error in it ends the other
         ranks' calls, too."""
-        return nullcontext() if self.owners is None else self.owners.reported(getattr(self, self._kept[0]).device)
+        return (
+            nullcontext()
+            if self.owners is None
+            else self.owners.reported(getattr(self, next(iter(self._tables))).device)
+        )
 
     def _call(self, verb: str, names: tuple[str, ...]) -> Call:
         tables = {name: getattr(self, name) for name in names}
@@ -107,19 +113,58 @@ class SlotStore(nn.Module):
         return index.to(device) * self.views + view
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotStore:
-        def move_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        for name in self._kept:
-            setattr(self, name, move_only(getattr(self, name)))
-        return super()._apply(move_only, recurse)
+        for name, initial in self._tables.items():
+            setattr(self, name, self._moved(fn, getattr(self, name), initial))
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._kept:
+        for name in self._tables:
             table = getattr(self, name)
             destination[prefix + name] = table if self.owners is None else self.owners.as_dtensor(table)
+
+    def _kept_here(self) -> list[str]:
+        return [*super()._kept_here(), *self._tables]
+
+    def _misfits(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> list[str]:
+        """Puts what fits into the state, as ``_Fitted``, in place of what it was made of."""
+        if any(isinstance(state_dict.get(prefix + name), _Fitted) for name in self._tables):
+            return []  # the loss that this is a part of has been here
+        wrong = super()._misfits(state_dict, prefix, metadata)
+        for name in self._tables:
+            if prefix + name in state_dict:
+                fitted = self._fitted(prefix + name, state_dict[prefix + name], getattr(self, name))
+                if isinstance(fitted, _Fitted):
+                    state_dict[prefix + name] = fitted
+                else:
+                    wrong.append(fitted)
+        tables = fitted_tables(state_dict, prefix, self._tables)
+        return wrong if wrong or len(tables) < len(self._tables) else list(self._wrong_values(prefix, **tables))
+
+    def _fitted(self, name: str, loaded: Any, table: Tensor) -> _Fitted | str:
+        """What a state has for a table, as this rank keeps it; or what is wrong with it."""
+        if not isinstance(loaded, Tensor):
+            return f"{name} must be a tensor, got {checks.describe(loaded)}"
+        by_item = hasattr(loaded, "full_tensor")  # a sharded store's
+        whole = (self.num_items, self.views) if by_item else (self.num_slots,)
+        # What has the wrong number of items must not fit by chance where a rank has a part of them.
+        if tuple(loaded.shape) != (*whole, *table.shape[1:]):
+            sizes = f"the checkpoint has {tuple(loaded.shape)}, this module {(*whole, *table.shape[1:])}"
+            return f"size mismatch for {name}: {sizes}"
+        for line in wrong_kind(name, loaded, table.dtype):
+            return line
+        if self.owners is not None:
+            loaded = self.owners.own_part(loaded)
+        elif by_item:
+            loaded = loaded.full_tensor().flatten(0, 1)
+        if loaded.shape != table.shape:
+            ranks = "over another number of ranks: torch.distributed.checkpoint loads that"
+            return f"{name} must lie over the ranks of this module, got a DTensor {ranks}"
+        return _Fitted(loaded.detach().to(table.dtype))
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        """What no training can have left in the tables that a state has for this rank, a line each."""
+        yield from ()
 
     def _load_from_state_dict(
         self,
@@ -133,31 +178,27 @@ class SlotStore(nn.Module):
     ) -> None:
         of_module = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(*of_module)
-        unexpected_keys[:] = [key for key in unexpected_keys if key.removeprefix(prefix) not in self._kept]
-        for name in self._kept:
-            if prefix + name not in state_dict:
-                missing_keys.append(prefix + name)
-                continue
-            table, loaded = getattr(self, name), state_dict[prefix + name]
-            by_item = hasattr(loaded, "full_tensor")  # a sharded store's
-            whole = (self.num_items, self.views) if by_item else (self.num_slots,)
-            # What has the wrong number of items must not fit by chance where a rank has a part of them.
-            if tuple(loaded.shape) != (*whole, *table.shape[1:]):
-                sizes = f"the checkpoint has {tuple(loaded.shape)}, this module {(*whole, *table.shape[1:])}"
-                error_msgs.append(f"size mismatch for {prefix}{name}: {sizes}")
-                continue
-            if self.owners is not None:
-                loaded = self.owners.own_part(loaded)
-            elif by_item:
-                loaded = loaded.full_tensor().flatten(0, 1)
-            if loaded.shape != table.shape:
-                ranks = "over another number of ranks: torch.distributed.checkpoint loads that"
-                error_msgs.append(f"{prefix}{name} must lie over the ranks of this module, got a DTensor {ranks}")
-                continue
+        mine = {prefix + name for name in self._tables}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in mine]
+        tables = fitted_tables(state_dict, prefix, self._tables)
+        missing_keys += [prefix + name for name in self._tables if name not in tables]
+        for name, loaded in tables.items():
             if local_metadata.get("assign_to_params_buffers", False):
                 setattr(self, name, loaded)
             else:
-                table.copy_(loaded)
+                getattr(self, name).copy_(loaded)
+
+
+class _Fitted(NamedTuple):
+    """A table in a state that is about to be loaded, looked at already."""
+
+    table: Tensor
+
+
+def fitted_tables(state_dict: dict[str, Any], prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those that a state has and that fit, by name."""
+    found = {name: state_dict.get(prefix + name) for name in names}
+    return {name: fitted.table for name, fitted in found.items() if isinstance(fitted, _Fitted)}
 
 
 def _writable_rows(value: Tensor) -> Tensor | None:

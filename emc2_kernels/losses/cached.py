@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..distributed import Shards, gather_rows
 from ..gumbel import MAX_SAMPLES, gumbel_sample
+from ..kept import Kept
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
 from .negatives import by_label, mean_negative
@@ -35,7 +36,7 @@ from .recomputation import refuse_recomputation
 DEFAULT_REFRESH = 0.01
 
 
-class CachedSoftmaxLoss(nn.Module):
+class CachedSoftmaxLoss(Kept):
     """The gradient of the global contrastive loss, with negatives drawn from a cache of the whole data set.
 
     The cache is an ``EmbeddingBank``: each view's latest embedding. A training-mode forward pass brings it up to date
@@ -83,6 +84,7 @@ class CachedSoftmaxLoss(nn.Module):
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
 
+    saved_facts = ("bimodal",)
     step: Tensor  # () int64  training-mode calls so far
 
     def __init__(

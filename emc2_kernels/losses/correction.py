@@ -19,11 +19,13 @@ At fixed parameters m - m_c is noise around 0, so the query side stays unbiased;
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..bank import EmbeddingBank
+from ..kept import FINITE, outside
 from ..lse import contrastive_lse
 from ..slots import SlotStore
 from .negatives import Samples
@@ -38,6 +40,9 @@ class BatchMeans(SlotStore):
     def __init__(self, num_items: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__(num_items, views=2)
         self.keep("means", 0, dtype, width=dim)
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        yield from outside(f"{prefix}means", tables["means"], *FINITE)
 
     def update(self, labels: Tensor, anchors: Anchors, bimodal: bool, bank: EmbeddingBank, step: Tensor) -> None:
         """Of those of the labels (k,) whose embeddings the bank has been given at this step."""

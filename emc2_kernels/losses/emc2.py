@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
 from ..distributed import Shards, each_rank, gather_views, true_on_all
+from ..kept import Kept, outside
+from ..slots import fitted_tables
 from ..transition import MHState
 from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
@@ -37,7 +42,7 @@ from .visits import Visit, num_proposed, visit
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
 
 
-class EMC2Loss(nn.Module):
+class EMC2Loss(Kept):
     """The gradient of the global contrastive loss, whose negatives come from a softmax over the whole data set.
 
     Each of the ``num_items * 2`` views has a Metropolis-Hastings chain over the other items' views, carried from visit
@@ -100,6 +105,7 @@ class EMC2Loss(nn.Module):
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
 
+    saved_facts = ("bimodal",)
     step: Tensor  # () int64  training-mode calls so far
 
     def __init__(
@@ -155,20 +161,44 @@ class EMC2Loss(nn.Module):
         self.num_items, self.dim, self.bank_dtype = num_items, dim, bank_dtype
         self.chains = ChainStore(num_items, views=2, **shards)
         self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype, **shards)
-        if proposals == "bank":
-            self._number_slots()
         if carry == "corrected":
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         if carry == "two_sided":
             self.sitting = SittingQueries(num_items, dim)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.chains.key.device))
+        if proposals == "bank":
+            self._number_slots()
 
     def _number_slots(self) -> None:
         """Items and labels of the bank's slots, by modality where there are two; they follow the module's device."""
-        labels = torch.arange(self.chains.num_slots, dtype=torch.int64, device=self.chains.key.device)
+        labels = torch.arange(self.chains.num_slots, dtype=torch.int64, device=self.step.device)
         labels = labels.view(-1, 2).T.flip(0).contiguous() if self.bimodal else labels[None]
         self.register_buffer("slot_labels", labels, persistent=False)
         self.register_buffer("slot_items", labels // 2, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMC2Loss:
+        unmade = self.proposals == "bank" and self.slot_labels.is_meta
+        super()._apply(fn, recurse)
+        if unmade:
+            self._number_slots()
+        return self
+
+    def _misfits(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> list[str]:
+        wrong = super()._misfits(state_dict, prefix, metadata)
+        for key in fitted_tables(state_dict, f"{prefix}chains.", ["key"]).values():
+            name = f"{prefix}chains.key"
+            wrong += outside(name, key, -1, self.num_items * 2 - 1)
+            if self.bimodal and not key.is_meta:
+                views = torch.arange(len(key), device=key.device) % 2  # a rank's part begins with view 0, too
+                own = int(((key >= 0) & (key % 2 == views)).sum())
+                if own:
+                    wrong.append(f"{name} must be of the other modality with bimodal=True, got {own} that are not")
+        return wrong
+
+    def _load_from_state_dict(self, *of_module: Any) -> None:
+        super()._load_from_state_dict(*of_module)
+        if self.proposals == "bank" and self.slot_labels.is_meta:  # a state is assigned, and these are in none
+            self._number_slots()
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
+from ..kept import FINITE, outside
 from ..slots import SlotStore, last_duplicates
 
 
@@ -22,6 +25,9 @@ class SittingQueries(SlotStore):
     def __init__(self, num_items: int, dim: int, *, views: int = 2) -> None:
         super().__init__(num_items, views)
         self.keep("sums", 0, torch.float32, width=dim)
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        yield from outside(f"{prefix}sums", tables["sums"], *FINITE)
 
     def on(self, labels: Tensor) -> Tensor:
         """(k, dim) sums of labels (k,) int64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import NAMES
 from ..distributed import Shards, gather_views
+from ..kept import FINITE, outside
 from ..lse import contrastive_lse, mean_similarity
 from ..slots import SlotStore
 from .pairs import (
@@ -101,6 +103,7 @@ class SogCLRLoss(SlotStore):
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
 
+    saved_facts = (*SlotStore.saved_facts, "bimodal")
     step: Tensor  # () int64  training-mode calls so far
     log_u: Tensor  # (slots,) float32  -inf: not visited
     item_temperature: Tensor  # (slots,) float32, with individual_temperature
@@ -321,6 +324,15 @@ class SogCLRLoss(SlotStore):
             "weight_sum": found.weight.sum() / anchors_with,
         }
         return stats | {"temperature": temperature.mean()} if self.individual_temperature else stats
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        bounds = {
+            "log_u": (-math.inf, FINITE[1]),
+            "item_temperature": (math.nextafter(0, 1), FINITE[1]),
+            "item_velocity": FINITE,
+        }
+        for name, table in tables.items():
+            yield from outside(prefix + name, table, *bounds[name])
 
     def extra_repr(self) -> str:
         gamma = f"gamma={self.gamma}, gamma_schedule={self.gamma_schedule!r}, gamma_steps={self.gamma_steps}"
