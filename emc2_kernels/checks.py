@@ -1,7 +1,8 @@
 """Errors that name the argument, what was expected, and what came.
 
-Shapes, dtypes and devices are always checked. Values are checked for Python numbers and for CPU tensors outside
-compilation: on a GPU a look at a value would wait for the device, so there the device looks.
+Shapes, dtypes and devices are always checked, and Python numbers. Values in tensors are looked at on the CPU where they
+can be seen, and not while a graph is traced: there the operators look when they run. On a GPU a look would wait for the
+device, so the device looks.
 """
 
 from __future__ import annotations
@@ -9,17 +10,15 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .transition import MHState, Transition
-
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CHAIN_ID = 2**40
 MAX_POSITION = 2**31  # samples are int32
+MAX_INTEGER = 2**63  # operators take int64
 
 
 def describe(value: Any) -> str:
@@ -30,8 +29,12 @@ def describe(value: Any) -> str:
 
 
 def tensor(name: str, value: Any) -> None:
+    """A dense one: of others neither sizes nor memory can be asked for."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a tensor that is {kind}")
 
 
 def values_visible(value: Tensor) -> bool:
@@ -54,6 +57,8 @@ def at_least(name: str, value: Any, lowest: int) -> int:
     number = integer(name, value)
     if number < lowest:
         raise ValueError(f"{name} must be at least {lowest}, got {number}")
+    if number >= MAX_INTEGER:
+        raise ValueError(f"{name} must be below 2^63, got {number}")
     return number
 
 
@@ -143,7 +148,8 @@ def within(name: str, value: Tensor, lowest: int, end: int, *, on_gpu: bool = Fa
         return
     low, high = (int(bound) for bound in torch.aminmax(value))
     if low < lowest or high >= end:
-        raise ValueError(f"{name} must hold values in [{lowest}, {end}), got values from {low} to {high}")
+        place = ((value < lowest) | (value >= end)).nonzero()[0].tolist()
+        raise ValueError(f"{name} must hold values in [{lowest}, {end}), got {int(value[*place])} at {place}")
 
 
 def finite(name: str, value: Tensor) -> None:
@@ -157,6 +163,7 @@ def finite(name: str, value: Tensor) -> None:
 def temperature(value: Any, rows: int, device: torch.device) -> None:
     """A number, a 0-d tensor or a (rows,) tensor, > 0 and finite."""
     if isinstance(value, Tensor):
+        tensor("temperature", value)
         if not value.dtype.is_floating_point:
             raise TypeError(f"temperature must be a floating-point tensor, got {describe(value)}")
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
@@ -183,6 +190,15 @@ def number_or_rows(value: float | Tensor, like: Tensor) -> tuple[float, Tensor |
     return 1.0, value.to(dtype).expand(like.shape[0])
 
 
+def row_temperatures(value: float | Tensor, like: Tensor) -> None:
+    """What ``number_or_rows`` has made, as it comes to an operator; not its values."""
+    if isinstance(value, Tensor):
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        vector("temperature", value, like.shape[0], dtype, like.device)
+    else:
+        temperature(value, like.shape[0], like.device)
+
+
 def ids(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> None:
     """Exclusion ids of rows and keys, int64; those of the keys may come alone."""
     if query_ids is not None:
@@ -194,13 +210,11 @@ def ids(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> None:
 
 
 def chain_ids(queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids: Any) -> Tensor | None:
-    """Checks exclusion ids too; returns the chain ids with their default. None stands for the row numbers."""
+    """Checks exclusion ids too, but no values; returns the chain ids with their default. None stands for the row
+    numbers."""
     ids(queries, keys, query_ids, key_ids)
     if given is not None:
         vector("chain_ids", given, queries.shape[0], torch.int64, queries.device)
-        within("chain_ids", given, 0, MAX_CHAIN_ID)
-    elif query_ids is not None:
-        within("query_ids, which name the chains where chain_ids are not given,", query_ids, 0, MAX_CHAIN_ID)
     return query_ids if given is None else given
 
 
@@ -212,9 +226,10 @@ def one_temperature(value: Any) -> float:
     return float(value)
 
 
-def counter(name: str, value: Any, bits: int, device: torch.device) -> int | Tensor:
+def counter(name: str, value: Any, bits: int, device: torch.device | None) -> int | Tensor:
     """`seed` or `step`: an integer or a 0-d int64 tensor on the operands' device, in [0, 2^bits)."""
     if isinstance(value, Tensor):
+        tensor(name, value)
         if value.dtype != torch.int64 or value.dim() != 0:
             raise TypeError(f"{name} must be an integer or a 0-d int64 tensor, got {describe(value)}")
         if value.device != device:
@@ -229,7 +244,8 @@ def counter(name: str, value: Any, bits: int, device: torch.device) -> int | Ten
     return number
 
 
-def transition(name: str, value: Transition) -> None:
+def transition(name: str, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A Transition, or three tensors in its order, which are returned."""
     try:
         threshold, score, position = value
     except (TypeError, ValueError):
@@ -240,12 +256,20 @@ def transition(name: str, value: Transition) -> None:
             raise ValueError(
                 f"{name}.{field} must have the shape (n, R), R >= 1, of the other fields, got {describe(entry)}"
             )
+        if entry.device != threshold.device:
+            raise ValueError(f"{name}.{field} must be on {threshold.device}, as threshold is, got {describe(entry)}")
+    if threshold.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}.threshold must be float32 or float64, got {describe(threshold)}")
+    if score.dtype != threshold.dtype:
+        raise TypeError(f"{name}.score must have the dtype of threshold, {threshold.dtype}, got {describe(score)}")
     if position.dtype != torch.int64:
         raise TypeError(f"{name}.position must be int64, got {describe(position)}")
+    return threshold, score, position
 
 
-def state(value: MHState, like: Tensor) -> None:
-    """n = len(like) chains on its device; scores are float32, or float64 where `like` is."""
+def state(value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """An MHState, or two tensors in its order, which are returned: n = len(like) chains on its device; scores are
+    float32, or float64 where `like` is."""
     try:
         key, score = value
     except (TypeError, ValueError):
@@ -254,3 +278,4 @@ def state(value: MHState, like: Tensor) -> None:
     tensor("state.score", score)
     wide = like.dtype == torch.float64 and score.dtype == torch.float64
     vector("state.score", score, like.shape[0], torch.float64 if wide else torch.float32, like.device)
+    return key, score

@@ -66,7 +66,7 @@ def gumbel_sample(
     checks.temperature(temperature, n, device)
     seed, step = checks.counter("seed", seed, 64, device), checks.counter("step", step, 32, device)
     chain_ids = checks.chain_ids(queries, keys, chain_ids, query_ids, key_ids)
-    _check_num_samples(num_samples)
+    num_samples = _check_num_samples(num_samples)
     number, temperatures = checks.number_or_rows(temperature, queries)
     return _gumbel_sample(
         ops.detached(queries),
@@ -117,7 +117,7 @@ def softmax_sample(
     checks.temperature(temperature, n, device)
     seed, step = checks.counter("seed", seed, 64, device), checks.counter("step", step, 32, device)
     checks.ids(queries, keys, query_ids, key_ids)
-    _check_num_samples(num_samples)
+    num_samples = _check_num_samples(num_samples)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {checks.describe(generator)}")
     if m > MAX_CATEGORIES:
@@ -143,9 +143,11 @@ def _generator_seed(seed: int | Tensor, step: int | Tensor) -> int:
     return high << 32 | low
 
 
-def _check_num_samples(num_samples: int) -> None:
-    if checks.at_least("num_samples", num_samples, 1) >= MAX_SAMPLES:
-        raise ValueError(f"num_samples must be below 2^16, got {num_samples}")
+def _check_num_samples(num_samples: int) -> int:
+    number = checks.at_least("num_samples", num_samples, 1)
+    if number >= MAX_SAMPLES:
+        raise ValueError(f"num_samples must be below 2^16, got {number}")
+    return number
 
 
 def _sample(*arguments):
@@ -161,7 +163,15 @@ def _sample(*arguments):
     )
 
 
-_gumbel_sample = ops.registered("gumbel_sample", _sample)
+def _check(queries, keys, temperature, temperatures, *arguments):
+    chain_ids, query_ids, key_ids, num_samples, _ = arguments[4:]
+    checks.operands(queries, keys)
+    checks.row_temperatures(temperature if temperatures is None else temperatures, queries)
+    checks.chain_ids(queries, keys, chain_ids, query_ids, key_ids)
+    _check_num_samples(num_samples)
+
+
+_gumbel_sample = ops.registered("gumbel_sample", _sample, _check)
 
 
 @torch.library.register_fake("emc2_kernels::gumbel_sample", lib=LIBRARY)

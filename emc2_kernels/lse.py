@@ -57,13 +57,14 @@ def contrastive_lse(
     number, temperatures = checks.number_or_rows(temperature, queries)
     if keys is queries and query_ids is key_ids:  # one gradient instead of two, and scores that are symmetric
         keys = None
-    if nothing_to_dispatch(queries):
+    arguments = queries, keys, number, temperatures, query_ids, key_ids, backend
+    if nothing_to_dispatch(arguments):
         call = _Eager.apply
     elif under_func():
         call = _Transformed.apply
     else:
         call = torch.ops.emc2_kernels.contrastive_lse.default
-    return call(queries, keys, number, temperatures, query_ids, key_ids, backend)
+    return call(*arguments)
 
 
 def mean_similarity(
@@ -107,9 +108,16 @@ def _backward(*arguments):
     return resolve(backend, scores[0], op="lse").contrastive_lse_backward(grad, lse, _scores(*scores))
 
 
+def _check(queries, keys, temperature, temperatures, query_ids, key_ids, *_):
+    keys, key_ids = (queries, query_ids) if keys is None else (keys, key_ids)
+    checks.operands(queries, keys)
+    checks.row_temperatures(temperature if temperatures is None else temperatures, queries)
+    checks.ids(queries, keys, query_ids, key_ids)
+
+
 # For calls that torch need not differentiate: the operators' arguments, checked already.
-lse_values = registered("contrastive_lse", _forward, differentiable=True)
-lse_gradients = registered("contrastive_lse_backward", _backward)
+lse_values = registered("contrastive_lse", _forward, _check, differentiable=True)
+lse_gradients = registered("contrastive_lse_backward", _backward, _check)
 
 
 def _score_dtype(queries: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .native import library
 from .tiles import score_tiles
-from .walk import Walk
+from .walk import Walk, check_items, check_step
 
 SMALL_SWEEP_MULTIPLIES = 1 << 20  # n * m * d up to which one native call, products included, beats torch's product
 
@@ -20,8 +20,13 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def unsigned(value: int | Tensor, bits: int) -> int:
-    return int(value) & ((1 << bits) - 1)
+def seed_bits(seed: int | Tensor) -> int:
+    return int(seed) & ((1 << 64) - 1)
+
+
+def step_number(step: int | Tensor) -> int:
+    check_step(step)
+    return int(step)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -48,8 +53,8 @@ def _recorder(walk: Walk, step: tuple[int, ...] = (0,) * 9, transition: tuple[in
         walk.num_proposals,
         walk.burn_in,
         walk.num_samples,
-        unsigned(walk.seed, 64),
-        unsigned(walk.step, 32),
+        seed_bits(walk.seed),
+        step_number(walk.step),
         0.0 if per_row else walk.temperature,
         walk.temperature.data_ptr() if per_row else 0,
         address(walk.chain_ids),
@@ -63,6 +68,14 @@ def _recorder(walk: Walk, step: tuple[int, ...] = (0,) * 9, transition: tuple[in
 
 
 def _run(walk: Walk, recorder: Any) -> None:
+    try:
+        _walk(walk, recorder)
+    except ValueError:  # the core has refused a value, before it did anything
+        walk.check_values()  # says which, and where it is
+        raise
+
+
+def _walk(walk: Walk, recorder: Any) -> None:
     queries, keys = walk.queries, walk.keys
     n, dim = queries.shape
     if walk.is_sweep and n * keys.shape[0] * dim > SMALL_SWEEP_MULTIPLIES:
@@ -109,5 +122,9 @@ def view_coin(items: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
     """(b,) int64 of 0 and 1; see ``emc2_kernels.rng.view_coin``."""
     items = items.contiguous()
     views = torch.empty_like(items)
-    library().view_coins(items.data_ptr(), items.numel(), unsigned(seed, 64), unsigned(step, 32), views.data_ptr())
+    try:
+        library().view_coins(items.data_ptr(), items.numel(), seed_bits(seed), step_number(step), views.data_ptr())
+    except ValueError:
+        check_items(items)
+        raise
     return views

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import rng
 from ..transition import MHState, Transition, apply, compose
-from .walk import Walk
+from .walk import Walk, check_items, check_step
 
 BLOCK_ELEMENTS = 1 << 22  # of the (rows, proposals) or (rows, proposals, dim) arrays of one block
 
@@ -119,6 +119,7 @@ def _concatenated(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 def transition(walk: Walk) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold, score and position of the prefixes at the sample points, (n, R) each."""
+    walk.check_values()
     with torch.autocast(walk.queries.device.type, enabled=False):
         blocks = [tuple(_at_sample_points(rows, _prefixes(rows)[0])) for rows in _row_blocks(walk)]
     if not blocks:
@@ -131,6 +132,7 @@ def step(
     walk: Walk, key: Tensor, score: Tensor, key_labels: Tensor | None, return_accepts: bool, return_lse: bool
 ) -> list[Tensor]:
     """[samples, key, score, threshold], then accepted and lse if asked for; see ``emc2_kernels.mh_step``."""
+    walk.check_values()
     device, dtype = walk.queries.device, _dtype(walk)
     blocks, done = [], 0
     with torch.autocast(device.type, enabled=False):
@@ -153,4 +155,6 @@ def step(
 
 def view_coin(items: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
     """(b,) int64 of 0 and 1; see ``emc2_kernels.rng.view_coin``."""
+    check_items(items)
+    check_step(step)
     return rng.view_coin(items, seed=seed, step=step)
