@@ -146,3 +146,10 @@ def why_not_whole(file: BinaryIO, kind: str) -> str | None:
         left -= len(chunk)
     file.seek(0)
     return None if sha256.digest() == digest else "a damaged one: its checksum is another"
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are missing, for this user alone. What is there stays as it is."""
+    if not path.is_dir():
+        private_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
