@@ -18,9 +18,11 @@ from ..distributed import Shards, gather_rows
 from ..gumbel import MAX_SAMPLES, gumbel_sample
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
+from .index_watch import IndexWatch
 from .negatives import by_label, mean_negative
 from .pairs import Anchors, batch_stats, check, finite_batch, of_all_ranks, over_ranks, stack
 from .recomputation import refuse_recomputation
+from .temperature import warn_of_uniform_weights
 
 DEFAULT_REFRESH = 0.01
 
@@ -41,7 +43,8 @@ class CachedSoftmaxLoss(nn.Module):
 
     Args:
         num_items: items of the data set; ``index`` names them; below 2^30. dim: of the embeddings.
-        temperature: > 0.
+        temperature: in [2^-63, 2^63]. Not learnt: the value is a surrogate, whose derivative in the temperature is not
+            the loss's.
         refresh: share of the cache's 2 * num_items entries that are encoded again at each step, rounded up; needs
             ``encode``. Without it the batches alone refresh the cache, and refresh must be 0 or left alone.
         num_samples: R, negatives of an anchor.
@@ -58,12 +61,14 @@ class CachedSoftmaxLoss(nn.Module):
         seed: of the draws.
         bimodal: the two views are two modalities: view 0 draws among entries of view 1, and view 1 among those of
             view 0.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
         bank_dtype: of the cache. The anchors are rounded to it for the draw.
         backend: of ``gumbel_sample``.
 
     Warns:
         UserWarning: carry="cached": training from scratch collapses, all embeddings to one point.
+        UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
+            named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
     State: ``bank``, ``step``, and ``batch_means`` with carry="corrected", are in ``state_dict``. They change in
     training mode only.
@@ -106,6 +111,7 @@ class CachedSoftmaxLoss(nn.Module):
         checks.one_of("backend", backend, NAMES)
         checks.boolean("bimodal", bimodal)
         checks.boolean("normalize", normalize)
+        warn_of_uniform_weights(self.temperature, normalize)
         checks.embedding_dtype("bank_dtype", bank_dtype)
         check_encode(encode)
         if carry == "cached":
@@ -124,6 +130,7 @@ class CachedSoftmaxLoss(nn.Module):
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         self.refresh_count = 0 if encode is None else math.ceil(refresh * self.bank.num_slots)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._watch = IndexWatch(num_items)
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
@@ -148,6 +155,8 @@ class CachedSoftmaxLoss(nn.Module):
             raise TypeError("index must be an int64 tensor of the batch's items, got None")
         check(z0, z1, index, dim=self.bank.dim, num_items=self.bank.num_items)
         self._check_device(z0)
+        if self.training:
+            self._watch.look(index)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         shards = over_ranks(self, z0, index, step=self.step)
         whole = of_all_ranks(anchors, shards)

@@ -16,11 +16,13 @@ from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
 from .emc2_options import COLLAPSING, check_proposals, check_ranks, check_samples, resolved_carry
 from .encoding import Encode
+from .index_watch import IndexWatch
 from .negatives import mean_negative
 from .pairs import Anchors, batch_stats, check, compute_dtype, finite_batch, of_all_ranks, over_ranks, stack
 from .recomputation import refuse_recomputation
 from .ring_visits import ring_visit
 from .sitting import SittingQueries
+from .temperature import warn_of_uniform_weights
 from .visits import num_proposed, visit
 
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
@@ -36,7 +38,8 @@ class EMC2Loss(nn.Module):
 
     Args:
         num_items: items of the data set; ``index`` names them. dim: of the embeddings.
-        temperature: > 0; the paper's beta is 1 / temperature.
+        temperature: in [2^-63, 2^63]; the paper's beta is 1 / temperature. Not learnt: the value is a surrogate, whose
+            derivative in the temperature is not the loss's, and the kept scores are divided by it.
         proposals: "batch": the keys of the mini-batch, which must then be drawn uniformly from the data set (a shuffled
             loader does). "bank": ``num_proposals`` uniform draws from the latest embeddings of the whole data set, so
             that mixing does not depend on the batch size, nor on how batches are made.
@@ -64,7 +67,7 @@ class EMC2Loss(nn.Module):
         seed: of the chains' random numbers.
         bimodal: z0 and z1 come from two towers, images and text, say: rows of each are contrasted with those of the
             other only, and each item has a chain each way.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
         bank_dtype: dtype of the kept embeddings.
         backend: of ``mh_step``.
         gather: "none": proposals and negatives are the process's own. "all": the keys of all processes, from a
@@ -83,6 +86,8 @@ class EMC2Loss(nn.Module):
     Warns:
         UserWarning: carry="two_sided", and carry="cached" with proposals="bank": training from scratch collapses there,
             all embeddings to one point (docs/choosing.md, docs/results.md).
+        UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
+            named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
     Example:
         >>> loss = EMC2Loss(len(dataset), 128, temperature=0.2)
@@ -119,6 +124,7 @@ class EMC2Loss(nn.Module):
         carry = resolved_carry(carry, proposals)
         checks.one_of("backend", backend, NAMES)
         checks.boolean("normalize", normalize)
+        warn_of_uniform_weights(self.temperature, normalize)
         checks.boolean("bimodal", bimodal)
         checks.embedding_dtype("bank_dtype", bank_dtype)
         check_samples(estimator, num_samples, carry, encode)
@@ -150,6 +156,7 @@ class EMC2Loss(nn.Module):
         if carry == "two_sided":
             self.sitting = SittingQueries(num_items, dim)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._watch = IndexWatch(num_items)
 
     def _number_slots(self) -> None:
         """Items and labels of the bank's slots, by modality where there are two; they follow the module's device."""
@@ -180,6 +187,8 @@ class EMC2Loss(nn.Module):
             raise TypeError("index must be an int64 tensor of the batch's items, got None")
         check(z0, z1, index, dim=self.bank.dim, num_items=self.chains.num_items)
         self._check_device(z0)
+        if self.training:
+            self._watch.look(index)
         if fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
