@@ -139,6 +139,10 @@ class TestClassLabels:
         loss = SogCLRLoss(items)
         assert self.steps(loss, self.draws(1, min(4 * items // b + 150, 300), b, items))[0] == 0
 
+    def test_a_data_set_smaller_than_num_items_is_not(self):
+        """Fewer than uniform draws from all, and not so few as classes would be."""
+        assert self.steps(SogCLRLoss(3000), self.draws(2, 61, 100, 1800))[0] == 0
+
     def test_epochs_are_not(self):
         order = [torch.randperm(96, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
         assert self.steps(SogCLRLoss(96), torch.cat(order).split(16))[0] == 0

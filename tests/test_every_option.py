@@ -1,4 +1,5 @@
-"""Every loss and option without gradient: what Lightning's validate() and test() run, and training mode in between."""
+"""Every loss and option: without gradient, as Lightning's validate() and test() call it, with training mode in between;
+and several calls before one backward pass."""
 
 import pytest
 import torch
@@ -42,6 +43,23 @@ def test_without_gradient_values_statistics_and_state_are_the_same(name, mode):
     value.backward()
     assert_identical(value, other.train()(*batch(9)))
     assert not any(kept.is_inference() for kept in loss.state_dict().values())
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "fused" not in name])
+def test_several_calls_before_one_backward_pass_add_their_gradients(name):
+    """No call writes to what an earlier one has saved."""
+
+    def gradients(add):
+        loss, data = EVERY[name](), [batch(step) for step in range(3)]
+        values = [loss(*some) for some in data]
+        if add:
+            sum(values).backward()
+        else:
+            for value in values:
+                value.backward()
+        return [leaf.grad for z0, z1, _ in data for leaf in (z0, z1)] + [leaf.grad for leaf in loss.parameters()]
+
+    torch.testing.assert_close(gradients(True), gradients(False))
 
 
 def test_every_loss_is_tried_here():
