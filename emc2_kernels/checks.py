@@ -231,14 +231,11 @@ def chain_ids(queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids
 
 
 def one_temperature(value: Any) -> float:
-    """Of a loss: a number, or a 0-d tensor that is read once, so that nothing would learn it."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        instead = "NTXentLoss and ClipLoss learn one of their own with learn_temperature=True"
-        raise ValueError(f"temperature must not require a gradient ({instead}), got {describe(value)} that does")
+    """A number, or a 0-d tensor that is read once."""
     if isinstance(value, Tensor) and value.dim() > 0:
         raise ValueError(f"temperature must be one number, got {describe(value)}")
     temperature(value, 0, value.device if isinstance(value, Tensor) else torch.device("cpu"))
-    return float(value)
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
 def counter(name: str, value: Any, bits: int, device: torch.device) -> int | Tensor:

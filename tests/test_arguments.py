@@ -11,6 +11,7 @@ from test_finite_state import Opaque
 from test_losses_common import DIM, batch, make
 
 from emc2_kernels import checks, contrastive_lse, gumbel_sample, init_state, mh_step
+from emc2_kernels.batching import global_train_gap
 from emc2_kernels.losses import TABLE, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
 from emc2_kernels.losses import index_watch as watch
 
@@ -87,6 +88,17 @@ def test_a_temperature_that_wants_a_gradient_is_refused(name, leaf):
     with named_error(ValueError, "temperature must not require a gradient.*learn_temperature=True"):
         make(name, temperature=parameter if leaf else parameter * 1)
     assert make(name, temperature=parameter.detach()).temperature == pytest.approx(0.2)
+
+
+def test_a_learnt_temperature_can_be_measured_with():
+    """What only reads a temperature takes one that is learnt."""
+    x, y, temperature = (
+        normal(0, 8, DIM),
+        normal(1, 8, DIM),
+        ClipLoss(temperature=0.2, learn_temperature=True).temperature,
+    )
+    batches = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert global_train_gap(x, y, batches, temperature) == global_train_gap(x, y, batches, float(temperature))  # exact
 
 
 @NAMES

@@ -22,7 +22,7 @@ from .index_watch import IndexWatch
 from .negatives import by_label, mean_negative
 from .pairs import Anchors, batch_stats, check, finite_batch, of_all_ranks, over_ranks, stack
 from .recomputation import refuse_recomputation
-from .temperature import warn_of_uniform_weights
+from .temperature import fixed_temperature, warn_of_uniform_weights
 
 DEFAULT_REFRESH = 0.01
 
@@ -99,7 +99,7 @@ class CachedSoftmaxLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.temperature = checks.one_temperature(temperature)
+        self.temperature = fixed_temperature(temperature)
         checks.number_in("refresh", refresh, 0, 1)
         self.num_samples = checks.at_least("num_samples", num_samples, 1)
         if num_samples >= MAX_SAMPLES:

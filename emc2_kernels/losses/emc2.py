@@ -22,7 +22,7 @@ from .pairs import Anchors, batch_stats, check, compute_dtype, finite_batch, of_
 from .recomputation import refuse_recomputation
 from .ring_visits import ring_visit
 from .sitting import SittingQueries
-from .temperature import warn_of_uniform_weights
+from .temperature import fixed_temperature, warn_of_uniform_weights
 from .visits import num_proposed, visit
 
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
@@ -120,7 +120,7 @@ class EMC2Loss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.temperature = checks.one_temperature(temperature)
+        self.temperature = fixed_temperature(temperature)
         carry = resolved_carry(carry, proposals)
         checks.one_of("backend", backend, NAMES)
         checks.boolean("normalize", normalize)
@@ -135,16 +135,13 @@ class EMC2Loss(nn.Module):
         self.gather, self.process_group = gather, process_group
         self.proposals = proposals
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
-        self.estimator = estimator
-        self.bimodal = bimodal
-        self.views = views
+        self.estimator, self.bimodal, self.views = estimator, bimodal, views
         self.burn_in = checks.number_in("burn_in", burn_in, 0, 1, open_high=True)
         self.num_samples = num_samples
         self.carry = carry
         object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
         self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
-        self.normalize = normalize
-        self.backend = backend
+        self.normalize, self.backend = normalize, backend
         shards = {"process_group": process_group, "sharded": sharded}
         self.sharded = sharded
         self.chains = ChainStore(num_items, views=2, **shards)

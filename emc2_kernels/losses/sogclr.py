@@ -17,7 +17,7 @@ from ..slots import SlotStore
 from .index_watch import IndexWatch
 from .pairs import Anchors, batch_stats, check, compute_dtype, finite_batch, of_all_ranks, over_ranks, stack
 from .recomputation import refuse_recomputation
-from .temperature import warn_of_uniform_weights
+from .temperature import fixed_temperature, warn_of_uniform_weights
 
 TEMPERATURE_LR = 0.01
 TEMPERATURE_MOMENTUM = 0.9
@@ -124,7 +124,7 @@ class SogCLRLoss(SlotStore):
         checks.boolean("bimodal", bimodal)
         super().__init__(num_items, views=2 if bimodal else 1)
         self.bimodal = bimodal
-        self.temperature = checks.one_temperature(temperature)
+        self.temperature = fixed_temperature(temperature)
         self.gamma = checks.number_in("gamma", gamma, 0, 1, open_low=True)
         checks.one_of("gamma_schedule", gamma_schedule, ("constant", "cosine"))
         self.gamma_schedule, self.gamma_steps = gamma_schedule, _gamma_steps(gamma_schedule, gamma_steps)

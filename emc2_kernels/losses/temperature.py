@@ -35,6 +35,14 @@ class _AtMost(torch.autograd.Function):
         return torch.where(x > ctx.most, grad.clamp(min=0), grad), None
 
 
+def fixed_temperature(value: Any) -> float:
+    """Of a loss: a number, or a 0-d tensor, which is read once. Nothing would learn one that requires a gradient."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        instead = "NTXentLoss and ClipLoss learn one of their own with learn_temperature=True"
+        raise ValueError(f"temperature must not require a gradient ({instead}), got {checks.describe(value)} that does")
+    return checks.one_temperature(value)
+
+
 def warn_of_uniform_weights(temperature: float, normalize: bool) -> None:
     """For a loss's constructor; the warning points at its caller. Similarities of unit vectors lie in [-1, 1]: here no
     negative weighs more than exp(2 / UNUSUAL) = 1.2 times another."""
@@ -63,7 +71,7 @@ class TemperedLoss(nn.Module):
 
     def __init__(self, temperature: float, learn_temperature: bool, max_scale: float) -> None:
         super().__init__()
-        self._fixed = checks.one_temperature(temperature)
+        self._fixed = fixed_temperature(temperature)
         checks.boolean("learn_temperature", learn_temperature)
         self.max_scale = checks.number_in("max_scale", max_scale, checks.MIN_TEMPERATURE, checks.MAX_TEMPERATURE)
         if learn_temperature and self._fixed * self.max_scale < 1:
