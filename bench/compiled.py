@@ -198,7 +198,8 @@ def _visit(case: Case) -> None:
         _empty(torch.int64, slots), number, number,
     )  # fmt: skip
     z, options = _empty(case.dtype, b, d), {"temperature": 0.2, "floor": 1e-6}
-    batch = visit.prepare(z, z, _empty(torch.int64, b), stores, **options, seed=0, both_views=False, dtype=case.dtype)
+    more = {"shrinks": (2.0**54, 2.0**-73), "seed": 0, "both_views": False, "dtype": case.dtype}
+    batch = visit.prepare(z, z, _empty(torch.int64, b), stores, **options, **more)
     samples = _empty(torch.int32, 2 * b, 16)
     made = visit.negatives(batch, samples, stores.bank, temperature=0.2, return_similarity=False)
     visit.remember(batch, batch.state_key, batch.state_score, stores, _empty(torch.float32))

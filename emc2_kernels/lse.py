@@ -36,7 +36,7 @@ def contrastive_lse(
     Args:
         queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
-        temperature: number, 0-d tensor or (n,) tensor, > 0.
+        temperature: number, 0-d tensor or (n,) tensor, in [2^-63, 2^63].
         query_ids, key_ids: (n,) and (m,) int64. A key with the row's id is left out of its sum.
         backend: "auto" or a name from ``backends()``.
 

@@ -19,6 +19,7 @@ from ..gumbel import MAX_SAMPLES, gumbel_sample
 from ..kept import Kept
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
+from .index_watch import IndexWatch
 from .negatives import by_label, mean_negative
 from .pairs import (
     Anchors,
@@ -32,6 +33,7 @@ from .pairs import (
     stack,
 )
 from .recomputation import refuse_recomputation
+from .temperature import fixed_temperature, warn_of_uniform_weights
 
 DEFAULT_REFRESH = 0.01
 
@@ -52,7 +54,8 @@ class CachedSoftmaxLoss(Kept):
 
     Args:
         num_items: items of the data set; ``index`` names them; below 2^30. dim: of the embeddings.
-        temperature: > 0.
+        temperature: in [2^-63, 2^63]. Not learnt: the value is a surrogate, whose derivative in the temperature is not
+            the loss's.
         refresh: share of the cache's 2 * num_items entries that are encoded again at each step, rounded up; needs
             ``encode``. Without it the batches alone refresh the cache, and refresh must be 0 or left alone.
         num_samples: R, negatives of an anchor.
@@ -69,12 +72,14 @@ class CachedSoftmaxLoss(Kept):
         seed: of the draws.
         bimodal: the two views are two modalities: view 0 draws among entries of view 1, and view 1 among those of
             view 0.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
         bank_dtype: of the cache. The anchors are rounded to it for the draw.
         backend: of ``gumbel_sample``.
 
     Warns:
         UserWarning: carry="cached": training from scratch collapses, all embeddings to one point.
+        UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
+            named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
     State: ``bank``, ``step``, and ``batch_means`` with carry="corrected", are in ``state_dict``. They change in
     training mode only.
@@ -106,7 +111,7 @@ class CachedSoftmaxLoss(Kept):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.temperature = checks.one_temperature(temperature)
+        self.temperature = fixed_temperature(temperature)
         checks.number_in("refresh", refresh, 0, 1)
         self.num_samples = checks.at_least("num_samples", num_samples, 1)
         if num_samples >= MAX_SAMPLES:
@@ -118,6 +123,7 @@ class CachedSoftmaxLoss(Kept):
         checks.one_of("backend", backend, NAMES)
         checks.boolean("bimodal", bimodal)
         checks.boolean("normalize", normalize)
+        warn_of_uniform_weights(self.temperature, normalize)
         checks.embedding_dtype("bank_dtype", bank_dtype)
         check_encode(encode)
         if carry == "cached":
@@ -137,6 +143,7 @@ class CachedSoftmaxLoss(Kept):
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         self.refresh_count = 0 if encode is None else math.ceil(refresh * self.bank.num_slots)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.bank.embeddings.device))
+        self._watch = IndexWatch(num_items)
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
@@ -157,6 +164,8 @@ class CachedSoftmaxLoss(Kept):
         """
         with reported(self, z0):
             self._check(z0, z1, index, return_stats)
+        if self.training:
+            self._watch.look(index)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         shards = over_ranks(self, z0, index)
         whole = of_all_ranks(anchors, shards)

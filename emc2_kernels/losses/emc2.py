@@ -21,6 +21,7 @@ from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
 from .emc2_options import COLLAPSING, check_proposals, check_ranks, check_samples, resolved_carry
 from .encoding import Encode
+from .index_watch import IndexWatch
 from .negatives import mean_negative, mean_outside
 from .pairs import (
     Anchors,
@@ -37,6 +38,7 @@ from .pairs import (
 from .recomputation import refuse_recomputation
 from .ring_visits import RingVisit, ring_visit
 from .sitting import SittingQueries
+from .temperature import fixed_temperature, warn_of_uniform_weights
 from .visits import Visit, num_proposed, visit
 
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
@@ -52,7 +54,8 @@ class EMC2Loss(Kept):
 
     Args:
         num_items: items of the data set; ``index`` names them. dim: of the embeddings.
-        temperature: > 0; the paper's beta is 1 / temperature.
+        temperature: in [2^-63, 2^63]; the paper's beta is 1 / temperature. Not learnt: the value is a surrogate, whose
+            derivative in the temperature is not the loss's, and the kept scores are divided by it.
         proposals: "batch": the keys of the mini-batch, which must then be drawn uniformly from the data set (a shuffled
             loader does). "bank": ``num_proposals`` uniform draws from the latest embeddings of the whole data set, so
             that mixing does not depend on the batch size, nor on how batches are made.
@@ -80,7 +83,7 @@ class EMC2Loss(Kept):
         seed: of the chains' random numbers.
         bimodal: z0 and z1 come from two towers, images and text, say: rows of each are contrasted with those of the
             other only, and each item has a chain each way.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
         bank_dtype: dtype of the kept embeddings.
         backend: of ``mh_step``.
         gather: "none": proposals and negatives are the process's own. "all": the keys of all processes, from a
@@ -99,6 +102,8 @@ class EMC2Loss(Kept):
     Warns:
         UserWarning: carry="two_sided", and carry="cached" with proposals="bank": training from scratch collapses there,
             all embeddings to one point (docs/choosing.md, docs/results.md).
+        UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
+            named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
     Example:
         >>> loss = EMC2Loss(len(dataset), 128, temperature=0.2)
@@ -132,10 +137,11 @@ class EMC2Loss(Kept):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.temperature = checks.one_temperature(temperature)
+        self.temperature = fixed_temperature(temperature)
         carry = resolved_carry(carry, proposals)
         checks.one_of("backend", backend, NAMES)
         checks.boolean("normalize", normalize)
+        warn_of_uniform_weights(self.temperature, normalize)
         checks.boolean("bimodal", bimodal)
         checks.embedding_dtype("bank_dtype", bank_dtype)
         check_samples(estimator, num_samples, carry, encode)
@@ -146,16 +152,13 @@ class EMC2Loss(Kept):
         self.gather, self.process_group = gather, process_group
         self.proposals = proposals
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
-        self.estimator = estimator
-        self.bimodal = bimodal
-        self.views = views
+        self.estimator, self.bimodal, self.views = estimator, bimodal, views
         self.burn_in = checks.number_in("burn_in", burn_in, 0, 1, open_high=True)
         self.num_samples = num_samples
         self.carry = carry
         object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
         self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
-        self.normalize = normalize
-        self.backend = backend
+        self.normalize, self.backend = normalize, backend
         shards = {"process_group": process_group, "sharded": sharded}
         self.sharded = sharded
         self.num_items, self.dim, self.bank_dtype = num_items, dim, bank_dtype
@@ -166,6 +169,7 @@ class EMC2Loss(Kept):
         if carry == "two_sided":
             self.sitting = SittingQueries(num_items, dim)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.chains.key.device))
+        self._watch = IndexWatch(num_items)
         if proposals == "bank":
             self._number_slots()
 
@@ -218,6 +222,8 @@ class EMC2Loss(Kept):
         """
         with reported(self, z0):
             self._check(z0, z1, index, return_stats)
+        if self.training:
+            self._watch.look(index)
         if fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)

@@ -10,7 +10,7 @@ from ..backends import NAMES
 from ..distributed import GATHERS
 from .in_batch import in_batch
 from .pairs import batch_stats, check, compute_dtype, over_ranks, reported, stack
-from .temperature import TemperedLoss
+from .temperature import TemperedLoss, warn_of_uniform_weights
 
 
 class NTXentLoss(TemperedLoss):
@@ -21,10 +21,12 @@ class NTXentLoss(TemperedLoss):
     (added up over the tensors that are allocated): 438 MB at b = 65,536, d = 128, whose scores would be 69 GB.
 
     Args:
-        temperature: > 0.
+        temperature: in [2^-63, 2^63].
         learn_temperature, max_scale: see ``TemperedLoss``: ``log_scale``, the log of 1 / temperature, is then a
             parameter.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32, however long they are. Those shorter than 1e-6, zeros
+            among them, have no direction to speak of: they are multiplied by 10^6 instead, and so are their gradients,
+            which are then far larger than other rows'. Clip gradients where an encoder can give zeros.
         gather: "none": negatives are the process's own. "all": those of all processes, by a differentiable all-gather.
             "ring": the same with one process's keys at a time, memory O(b d). Both are collectives. They scale the
             value so that gradients averaged over processes, as DistributedDataParallel does, are those of one process
@@ -35,6 +37,9 @@ class NTXentLoss(TemperedLoss):
             others raise a RuntimeError that quotes it. A process that gathers nothing cannot be told of.
         process_group: that gather means; None: the default group.
         backend: of ``contrastive_lse``.
+
+    Warns:
+        UserWarning: a temperature above 10, with normalize=True: it is probably the inverse that is meant.
 
     Example:
         >>> loss = NTXentLoss(temperature=0.2)
@@ -58,6 +63,7 @@ class NTXentLoss(TemperedLoss):
         checks.boolean("normalize", normalize)
         checks.one_of("gather", gather, GATHERS)
         checks.one_of("backend", backend, NAMES)
+        warn_of_uniform_weights(self._fixed, normalize)
         self.normalize = normalize
         self.gather, self.process_group = gather, process_group
         self.backend = backend

@@ -17,6 +17,9 @@ from .in_batch import in_batch
 
 NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
 OF_A_RANK = ("process_group", "encode", "backend")  # options that cannot be compared, or change no result
+# An element above the first has a square, or a row of them a sum of squares, that could overflow: its row is made
+# smaller by the second, exactly. It is then longer than NORM_FLOOR still, and no sum of d <= 2^17 squares overflows.
+SHRINKS = {torch.float32: (2.0**54, 2.0**-73), torch.float64: (2.0**503, 2.0**-522)}
 
 
 class Anchors(NamedTuple):
@@ -146,8 +149,20 @@ def wide(z: Tensor) -> Tensor:
 
 
 def unit(z: Tensor, normalize: bool = True) -> Tensor:
-    """z in float32 (float64 stays), its rows divided by their lengths if asked to."""
-    return torch.nn.functional.normalize(wide(z), dim=1, eps=NORM_FLOOR) if normalize else wide(z)
+    """z in float32 (float64 stays), its rows divided by their lengths if asked to, shorter ones by NORM_FLOOR."""
+    z = wide(z)
+    return torch.nn.functional.normalize(_squarable(z), dim=1, eps=NORM_FLOOR) if normalize else z
+
+
+def _squarable(z: Tensor) -> Tensor:
+    """z (n, d) in the directions of its rows, of which none is so long that its squares overflow."""
+    large, shrink = SHRINKS[z.dtype]
+    if checks.values_visible(z):
+        low, high = torch.aminmax(z.detach())
+        if max(-float(low), float(high)) <= large:
+            return z
+    largest = torch.linalg.vector_norm(z.detach(), torch.inf, dim=1, keepdim=True)
+    return z * torch.ones_like(largest).masked_fill(largest > large, shrink)
 
 
 def compute_dtype(z: Tensor) -> torch.dtype:

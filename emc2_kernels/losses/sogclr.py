@@ -16,6 +16,7 @@ from ..distributed import Shards, gather_views
 from ..kept import FINITE, outside
 from ..lse import contrastive_lse, mean_similarity
 from ..slots import SlotStore
+from .index_watch import IndexWatch
 from .pairs import (
     Anchors,
     batch_stats,
@@ -29,6 +30,7 @@ from .pairs import (
     stack,
 )
 from .recomputation import refuse_recomputation
+from .temperature import fixed_temperature, warn_of_uniform_weights
 
 TEMPERATURE_LR = 0.01
 TEMPERATURE_MOMENTUM = 0.9
@@ -77,7 +79,8 @@ class SogCLRLoss(SlotStore):
 
     Args:
         num_items: items of the data set; ``index`` names them.
-        temperature: > 0; with individual temperatures, that of an item that was not visited yet.
+        temperature: in [2^-63, 2^63]; with individual temperatures, that of an item that was not visited yet. Itself it
+            is not learnt: the kept means are of exponents at it. individual_temperature=True learns one for each item.
         gamma: in (0, 1], the weight of the present batch in u.
         gamma_schedule: "constant", or "cosine": from 1 to ``gamma`` over the first ``gamma_steps`` training-mode calls
             (the paper: over half of the training).
@@ -92,8 +95,12 @@ class SogCLRLoss(SlotStore):
         gather: "none": means and negatives are the process's own. "all": over the keys of all processes; every process
             writes what all have found, so that the state is the same everywhere. See ``NTXentLoss``.
         process_group: that gather means; None: the default group.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
         backend: of ``contrastive_lse``.
+
+    Warns:
+        UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
+            named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
     State: buffers, in ``state_dict``, with a slot for each item, or with ``bimodal`` for each item * 2 + tower. They
     change in training mode only. Of several rows of a batch with the same item the last one's is kept.
@@ -131,7 +138,7 @@ class SogCLRLoss(SlotStore):
         checks.boolean("bimodal", bimodal)
         super().__init__(num_items, views=2 if bimodal else 1)
         self.bimodal = bimodal
-        self.temperature = checks.one_temperature(temperature)
+        self.temperature = fixed_temperature(temperature)
         self.gamma = checks.number_in("gamma", gamma, 0, 1, open_low=True)
         checks.one_of("gamma_schedule", gamma_schedule, ("constant", "cosine"))
         self.gamma_schedule, self.gamma_steps = gamma_schedule, _gamma_steps(gamma_schedule, gamma_steps)
@@ -139,8 +146,10 @@ class SogCLRLoss(SlotStore):
         checks.one_of("gather", gather, ("none", "all"))
         self.gather, self.process_group = gather, process_group
         checks.boolean("normalize", normalize)
+        warn_of_uniform_weights(self.temperature, normalize)
         checks.one_of("backend", backend, NAMES)
         self.individual_temperature, self.normalize, self.backend = individual_temperature, normalize, backend
+        self._watch = IndexWatch(num_items)
         self.keep("log_u", -torch.inf, torch.float32)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.log_u.device))
         options = {
@@ -153,7 +162,7 @@ class SogCLRLoss(SlotStore):
             self._learn_temperatures(**options)
         for name, value in options.items():
             if not individual_temperature and value is not None:
-                raise ValueError(f"{name} must be None without individual_temperature=True, got {value!r}")
+                raise ValueError(f"{name} must be None without individual_temperature=True, got {checks.shown(value)}")
 
     def _learn_temperatures(
         self,
@@ -190,6 +199,8 @@ class SogCLRLoss(SlotStore):
         """
         with reported(self, z0):
             self._check(z0, z1, index, return_stats)
+        if self.training:
+            self._watch.look(index)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         shards = over_ranks(self, z0, index)
         whole, dtype = of_all_ranks(anchors, shards), compute_dtype(z0)
@@ -349,14 +360,15 @@ def _gamma_steps(schedule: str, steps: int | None) -> int | None:
     if schedule == "cosine":
         return checks.at_least("gamma_steps", steps, 1)
     if steps is not None:
-        raise ValueError(f'gamma_steps must be None with gamma_schedule="constant", got {steps!r}')
+        raise ValueError(f'gamma_steps must be None with gamma_schedule="constant", got {checks.shown(steps)}')
     return None
 
 
 def _bounds(bounds: tuple[float, float] | None, temperature: float) -> tuple[float, float]:
     if bounds is None:
-        return temperature / TEMPERATURE_RANGE, temperature * TEMPERATURE_RANGE
+        low = max(temperature / TEMPERATURE_RANGE, checks.MIN_TEMPERATURE)
+        return low, min(temperature * TEMPERATURE_RANGE, checks.MAX_TEMPERATURE)
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"temperature_bounds must be two numbers, got {checks.describe(bounds)}")
-    low = checks.number_in("temperature_bounds[0]", bounds[0], 0, temperature, open_low=True)
-    return low, checks.number_in("temperature_bounds[1]", bounds[1], temperature, math.inf, open_high=True)
+    low = checks.number_in("temperature_bounds[0]", bounds[0], checks.MIN_TEMPERATURE, temperature)
+    return low, checks.number_in("temperature_bounds[1]", bounds[1], temperature, checks.MAX_TEMPERATURE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from .. import checks
+
+UNUSUAL = 10.0  # a temperature above it is warned of
 
 
 class _AtMost(torch.autograd.Function):
@@ -32,11 +35,30 @@ class _AtMost(torch.autograd.Function):
         return torch.where(x > ctx.most, grad.clamp(min=0), grad), None
 
 
+def fixed_temperature(value: Any) -> float:
+    """Of a loss: a number, or a 0-d tensor, which is read once. Nothing would learn one that requires a gradient."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        instead = "NTXentLoss and ClipLoss learn one of their own with learn_temperature=True"
+        raise ValueError(f"temperature must not require a gradient ({instead}), got {checks.describe(value)} that does")
+    return checks.one_temperature(value)
+
+
+def warn_of_uniform_weights(temperature: float, normalize: bool) -> None:
+    """For a loss's constructor; the warning points at its caller. Similarities of unit vectors lie in [-1, 1]: here no
+    negative weighs more than exp(2 / UNUSUAL) = 1.2 times another."""
+    if normalize and temperature > UNUSUAL:
+        warnings.warn(
+            f"temperature={temperature} gives all negatives nearly one weight; if it is a scale of similarities, as in "
+            f"open_clip, then the temperature is its inverse, {1 / temperature:.3g}",
+            stacklevel=3,
+        )
+
+
 class TemperedLoss(nn.Module):
     """A loss that divides similarities by ``temperature``.
 
     Args:
-        temperature: > 0, where learning starts if it is learnt.
+        temperature: in [2^-63, 2^63], where learning starts if it is learnt.
         learn_temperature: keep log(1 / temperature) as the parameter ``log_scale``, as CLIP's logit_scale is kept. It
             has shape (1,), since FSDP2's ``fully_shard`` takes no 0-d parameters; checkpoints with a 0-d one load.
         max_scale: a learnt 1 / temperature never exceeds it. The value is bounded, not the parameter: no forward pass
@@ -49,9 +71,9 @@ class TemperedLoss(nn.Module):
 
     def __init__(self, temperature: float, learn_temperature: bool, max_scale: float) -> None:
         super().__init__()
-        self._fixed = checks.one_temperature(temperature)
+        self._fixed = fixed_temperature(temperature)
         checks.boolean("learn_temperature", learn_temperature)
-        self.max_scale = checks.number_in("max_scale", max_scale, 0, math.inf, open_low=True, open_high=True)
+        self.max_scale = checks.number_in("max_scale", max_scale, checks.MIN_TEMPERATURE, checks.MAX_TEMPERATURE)
         if learn_temperature and self._fixed * self.max_scale < 1:
             expected = f"at least 1 / max_scale = {1 / self.max_scale} with learn_temperature=True"
             raise ValueError(f"temperature must be {expected}, got {self._fixed}")
