@@ -53,7 +53,7 @@ class IndexWatch:
             return
         if self.seen is None:
             with torch.inference_mode(False):  # else no later step could write to it
-                self.seen = torch.zeros(self.num_items, dtype=torch.bool)
+                self.seen = torch.zeros(self.num_items, dtype=torch.bool, device="cpu")
         self.seen[index] = True
         if self.rows >= 2 * self.num_items:
             seen, most = int(self.seen.sum()), share * (1 - math.exp(-self.rows / share))
