@@ -193,7 +193,8 @@ class EMC2Loss(Kept):
             name = f"{prefix}chains.key"
             wrong += outside(name, key, -1, self.num_items * 2 - 1)
             if self.bimodal and not key.is_meta:
-                views = torch.arange(len(key), dtype=torch.int64, device=key.device) % 2  # a rank's part begins with view 0, too
+                slots = torch.arange(len(key), dtype=torch.int64, device=key.device)
+                views = slots % 2  # a rank's part begins with view 0, too
                 own = int(((key >= 0) & (key % 2 == views)).sum())
                 if own:
                     wrong.append(f"{name} must be of the other modality with bimodal=True, got {own} that are not")
