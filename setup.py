@@ -50,6 +50,7 @@ setup(
             "hypothesis>=6",
             "tensorboard>=2.15",
             "pytorch-metric-learning>=2.9",
+            "lightning>=2.5",
         ],
     },
 )

@@ -100,7 +100,7 @@ def load(path: str | os.PathLike[str], map_location: torch.device | str = "cpu")
         CheckpointError: there is no such file, or it is not whole (truncated, damaged, or not written by ``save``), or
             this PyTorch does not read it.
     """
-    torch.empty(0, device=map_location)
+    torch.empty(0, dtype=torch.uint8, device=map_location)
     try:
         with open(path, "rb") as file:
             damage = why_not_whole(file, "checkpoint")

@@ -1,7 +1,8 @@
 """Errors that name the argument, what was expected, and what came.
 
-Shapes, dtypes and devices are always checked. Values are checked for Python numbers and for CPU tensors outside
-compilation: on a GPU a look at a value would wait for the device, so there the device looks.
+Shapes, dtypes and devices are always checked, and Python numbers. Values in tensors are looked at on the CPU where they
+can be seen, and not while a graph is traced: there the operators look when they run. On a GPU a look would wait for the
+device, so the device looks.
 """
 
 from __future__ import annotations
@@ -9,29 +10,56 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import TYPE_CHECKING, Any
+import reprlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .transition import MHState, Transition
-
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CHAIN_ID = 2**40
 MAX_POSITION = 2**31  # samples are int32
+MAX_INTEGER = 2**63  # operators take int64
+# Gradients divide by a temperature, statistics by its square, kernels in float32: between these all of it is a normal
+# number. Beyond, a denormal is rounded to zero, and what comes out is NaN or nothing.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-63, 2.0**63
+
+
+class _Short(reprlib.Repr):
+    """A line or less of a value of any size: tensors by their shape, of containers the first entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxtuple, self.maxlist, self.maxdict, self.maxstring, self.maxother = 2, 3, 3, 3, 60, 60
+
+    def repr1(self, value: Any, level: int) -> str:
+        if isinstance(value, Tensor):
+            return describe(value)
+        if isinstance(value, Mapping):  # an encoder's output, say
+            return self.repr_dict(value, level)
+        if isinstance(value, tuple):
+            return self.repr_tuple(value, level)
+        return " ".join(super().repr1(value, level).split())
+
+
+shown = _Short().repr
 
 
 def describe(value: Any) -> str:
     """A value as an error message shows it."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def tensor(name: str, value: Any) -> None:
+    """A dense one: of others neither sizes nor memory can be asked for."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a tensor that is {kind}")
 
 
 def values_visible(value: Tensor) -> bool:
@@ -54,6 +82,8 @@ def at_least(name: str, value: Any, lowest: int) -> int:
     number = integer(name, value)
     if number < lowest:
         raise ValueError(f"{name} must be at least {lowest}, got {number}")
+    if number >= MAX_INTEGER:
+        raise ValueError(f"{name} must be below 2^63, got {number}")
     return number
 
 
@@ -67,7 +97,7 @@ def number_in(
     inside = low <= number <= high and not (open_low and number == low) and not (open_high and number == high)
     if not inside:
         brackets = "(["[not open_low] + f"{low}, {high}" + ")]"[not open_high]
-        raise ValueError(f"{name} must be in {brackets}, got {value!r}")
+        raise ValueError(f"{name} must be in {brackets}, got {shown(value)}")
     return number
 
 
@@ -78,7 +108,7 @@ def boolean(name: str, value: Any) -> None:
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not (isinstance(value, str) and value in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def operand_dtype(name: str, value: Tensor) -> None:
@@ -143,7 +173,8 @@ def within(name: str, value: Tensor, lowest: int, end: int, *, on_gpu: bool = Fa
         return
     low, high = (int(bound) for bound in torch.aminmax(value))
     if low < lowest or high >= end:
-        raise ValueError(f"{name} must hold values in [{lowest}, {end}), got values from {low} to {high}")
+        place = ((value < lowest) | (value >= end)).nonzero()[0].tolist()
+        raise ValueError(f"{name} must hold values in [{lowest}, {end}), got {int(value[*place])} at {place}")
 
 
 def finite(name: str, value: Tensor) -> None:
@@ -155,8 +186,10 @@ def finite(name: str, value: Tensor) -> None:
 
 
 def temperature(value: Any, rows: int, device: torch.device) -> None:
-    """A number, a 0-d tensor or a (rows,) tensor, > 0 and finite."""
+    """A number, a 0-d tensor or a (rows,) tensor, from MIN_TEMPERATURE to MAX_TEMPERATURE."""
+    expected = "in [2^-63, 2^63], so that it, its square and their inverses are float32 numbers"
     if isinstance(value, Tensor):
+        tensor("temperature", value)
         if not value.dtype.is_floating_point:
             raise TypeError(f"temperature must be a floating-point tensor, got {describe(value)}")
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
@@ -165,13 +198,13 @@ def temperature(value: Any, rows: int, device: torch.device) -> None:
             raise ValueError(f"temperature must be on {device}, got {describe(value)}")
         if value.numel() and values_visible(value):
             low, high = (float(bound) for bound in torch.aminmax(value.detach()))
-            if not (low > 0 and math.isfinite(high)):
-                raise ValueError(f"temperature must be > 0 and finite, got values from {low} to {high}")
+            if not MIN_TEMPERATURE <= low <= high <= MAX_TEMPERATURE:
+                raise ValueError(f"temperature must be {expected}, got values from {low} to {high}")
         return
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"temperature must be a number or a tensor, got {describe(value)}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {value}")
+    if not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature must be {expected}, got {shown(value)}")
 
 
 def number_or_rows(value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
@@ -181,6 +214,15 @@ def number_or_rows(value: float | Tensor, like: Tensor) -> tuple[float, Tensor |
         return float(value), None
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return 1.0, value.to(dtype).expand(like.shape[0])
+
+
+def row_temperatures(value: float | Tensor, like: Tensor) -> None:
+    """What ``number_or_rows`` has made, as it comes to an operator; not its values."""
+    if isinstance(value, Tensor):
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        vector("temperature", value, like.shape[0], dtype, like.device)
+    else:
+        temperature(value, like.shape[0], like.device)
 
 
 def ids(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> None:
@@ -194,27 +236,26 @@ def ids(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> None:
 
 
 def chain_ids(queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids: Any) -> Tensor | None:
-    """Checks exclusion ids too; returns the chain ids with their default. None stands for the row numbers."""
+    """Checks exclusion ids too, but no values; returns the chain ids with their default. None stands for the row
+    numbers."""
     ids(queries, keys, query_ids, key_ids)
     if given is not None:
         vector("chain_ids", given, queries.shape[0], torch.int64, queries.device)
-        within("chain_ids", given, 0, MAX_CHAIN_ID)
-    elif query_ids is not None:
-        within("query_ids, which name the chains where chain_ids are not given,", query_ids, 0, MAX_CHAIN_ID)
     return query_ids if given is None else given
 
 
 def one_temperature(value: Any) -> float:
-    """Of a loss: a number, or a 0-d tensor that is read once."""
+    """A number, or a 0-d tensor that is read once."""
     if isinstance(value, Tensor) and value.dim() > 0:
         raise ValueError(f"temperature must be one number, got {describe(value)}")
     temperature(value, 0, value.device if isinstance(value, Tensor) else torch.device("cpu"))
-    return float(value)
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
-def counter(name: str, value: Any, bits: int, device: torch.device) -> int | Tensor:
+def counter(name: str, value: Any, bits: int, device: torch.device | None) -> int | Tensor:
     """`seed` or `step`: an integer or a 0-d int64 tensor on the operands' device, in [0, 2^bits)."""
     if isinstance(value, Tensor):
+        tensor(name, value)
         if value.dtype != torch.int64 or value.dim() != 0:
             raise TypeError(f"{name} must be an integer or a 0-d int64 tensor, got {describe(value)}")
         if value.device != device:
@@ -229,7 +270,8 @@ def counter(name: str, value: Any, bits: int, device: torch.device) -> int | Ten
     return number
 
 
-def transition(name: str, value: Transition) -> None:
+def transition(name: str, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A Transition, or three tensors in its order, which are returned."""
     try:
         threshold, score, position = value
     except (TypeError, ValueError):
@@ -240,12 +282,20 @@ def transition(name: str, value: Transition) -> None:
             raise ValueError(
                 f"{name}.{field} must have the shape (n, R), R >= 1, of the other fields, got {describe(entry)}"
             )
+        if entry.device != threshold.device:
+            raise ValueError(f"{name}.{field} must be on {threshold.device}, as threshold is, got {describe(entry)}")
+    if threshold.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}.threshold must be float32 or float64, got {describe(threshold)}")
+    if score.dtype != threshold.dtype:
+        raise TypeError(f"{name}.score must have the dtype of threshold, {threshold.dtype}, got {describe(score)}")
     if position.dtype != torch.int64:
         raise TypeError(f"{name}.position must be int64, got {describe(position)}")
+    return threshold, score, position
 
 
-def state(value: MHState, like: Tensor) -> None:
-    """n = len(like) chains on its device; scores are float32, or float64 where `like` is."""
+def state(value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """An MHState, or two tensors in its order, which are returned: n = len(like) chains on its device; scores are
+    float32, or float64 where `like` is."""
     try:
         key, score = value
     except (TypeError, ValueError):
@@ -254,3 +304,4 @@ def state(value: MHState, like: Tensor) -> None:
     tensor("state.score", score)
     wide = like.dtype == torch.float64 and score.dtype == torch.float64
     vector("state.score", score, like.shape[0], torch.float64 if wide else torch.float32, like.device)
+    return key, score

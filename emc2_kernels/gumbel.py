@@ -43,7 +43,7 @@ def gumbel_sample(
     Args:
         queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
-        temperature: number, 0-d tensor or (n,) tensor, > 0; scores are similarities divided by it.
+        temperature: number, 0-d tensor or (n,) tensor, in [2^-63, 2^63]; scores are similarities divided by it.
         seed: 0 <= seed < 2^64; step: 0 <= step < 2^32, another one for each call. Integers or 0-d int64 tensors.
         num_samples: R in 1 .. 2^16 - 1.
         chain_ids: (n,) int64 in [0, 2^40), name the random streams; default: ``query_ids``, else the row number. Rows
@@ -66,7 +66,7 @@ def gumbel_sample(
     checks.temperature(temperature, n, device)
     seed, step = checks.counter("seed", seed, 64, device), checks.counter("step", step, 32, device)
     chain_ids = checks.chain_ids(queries, keys, chain_ids, query_ids, key_ids)
-    _check_num_samples(num_samples)
+    num_samples = _check_num_samples(num_samples)
     number, temperatures = checks.number_or_rows(temperature, queries)
     return _gumbel_sample(
         ops.detached(queries),
@@ -117,13 +117,13 @@ def softmax_sample(
     checks.temperature(temperature, n, device)
     seed, step = checks.counter("seed", seed, 64, device), checks.counter("step", step, 32, device)
     checks.ids(queries, keys, query_ids, key_ids)
-    _check_num_samples(num_samples)
+    num_samples = _check_num_samples(num_samples)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {checks.describe(generator)}")
     if m > MAX_CATEGORIES:
         raise ValueError(f"keys must have at most 2^24 rows, the limit of torch.multinomial, got {m}")
     if n == 0 or m == 0:
-        return torch.full((n, num_samples), -1, device=device)
+        return torch.full((n, num_samples), -1, dtype=torch.int64, device=device)
     if generator is None:
         generator = torch.Generator(device).manual_seed(_generator_seed(seed, step))
     number, temperatures = checks.number_or_rows(temperature, queries)
@@ -137,15 +137,17 @@ def softmax_sample(
 
 
 def _generator_seed(seed: int | Tensor, step: int | Tensor) -> int:
-    zero = torch.zeros(1, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     seed, step = (int(value) for value in (seed, step))
     low, high = rng.words(zero, zero, stream=rng.POSITION, seed=seed, step=step)[0, :2].tolist()
     return high << 32 | low
 
 
-def _check_num_samples(num_samples: int) -> None:
-    if checks.at_least("num_samples", num_samples, 1) >= MAX_SAMPLES:
-        raise ValueError(f"num_samples must be below 2^16, got {num_samples}")
+def _check_num_samples(num_samples: int) -> int:
+    number = checks.at_least("num_samples", num_samples, 1)
+    if number >= MAX_SAMPLES:
+        raise ValueError(f"num_samples must be below 2^16, got {number}")
+    return number
 
 
 def _sample(*arguments):
@@ -161,7 +163,15 @@ def _sample(*arguments):
     )
 
 
-_gumbel_sample = ops.registered("gumbel_sample", _sample)
+def _check(queries, keys, temperature, temperatures, *arguments):
+    chain_ids, query_ids, key_ids, num_samples, _ = arguments[4:]
+    checks.operands(queries, keys)
+    checks.row_temperatures(temperature if temperatures is None else temperatures, queries)
+    checks.chain_ids(queries, keys, chain_ids, query_ids, key_ids)
+    _check_num_samples(num_samples)
+
+
+_gumbel_sample = ops.registered("gumbel_sample", _sample, _check)
 
 
 @torch.library.register_fake("emc2_kernels::gumbel_sample", lib=LIBRARY)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import checks, ops
 from .backends import NAMES
+from .backends.walk import check_positions, check_schedule
 from .ops import detached
 from .transition import MHResult, MHState, Transition
 
@@ -46,7 +47,7 @@ def mh_step(
         queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
         state: where the chains are: keys (n,) int64 and scores (n,) float32; ``init_state(n)`` at first.
-        temperature: number, 0-d tensor or (n,) tensor, > 0; scores are similarities divided by it.
+        temperature: number, 0-d tensor or (n,) tensor, in [2^-63, 2^63]; scores are similarities divided by it.
         seed: 0 <= seed < 2^64; step: 0 <= step < 2^32, another one for each call. Integers or 0-d int64 tensors.
         chain_ids: (n,) int64 in [0, 2^40), name the random streams; default: ``query_ids``, else the row number. Rows
             that share one share their stream: each is right by itself, but they are not independent.
@@ -75,7 +76,7 @@ def mh_step(
         queries, keys, temperature, seed, step, chain_ids, query_ids, key_ids, proposal, num_proposals, log_proposal,
         burn_in, num_samples, 0, None, backend,
     )  # fmt: skip
-    checks.state(state, queries)
+    key, score = checks.state(state, queries)
     if key_labels is not None:
         checks.vector("key_labels", key_labels, keys.shape[0], torch.int64, queries.device)
     checks.boolean("return_accepts", return_accepts)
@@ -84,8 +85,8 @@ def mh_step(
         raise ValueError('return_lse needs proposal="sweep", which sees every key, got another proposal')
     samples, key, score, threshold, *asked_for = ops.mh_step(
         *walk,
-        state[0],
-        detached(state[1]),
+        key,
+        detached(score),
         key_ids if key_labels is None else key_labels,
         return_accepts,
         return_lse,
@@ -153,7 +154,6 @@ def _walk_arguments(
     chain_ids = checks.chain_ids(queries, keys, chain_ids, query_ids, key_ids)
     if log_proposal is not None:
         checks.vector("log_proposal", log_proposal, keys.shape[0], torch.float32, device)
-        checks.finite("log_proposal", log_proposal)
         log_proposal = detached(log_proposal)
     positions, num_draws, count = _proposals(queries, keys, proposal, num_proposals)
     schedule = _schedule(count, burn_in, num_samples, first_proposal, total_proposals)
@@ -179,24 +179,16 @@ def _proposals(
     queries: Tensor, keys: Tensor, proposal: str | Tensor, num_proposals: int | None
 ) -> tuple[Tensor | None, int | None, int]:
     """Given positions, number of uniform draws, and number of proposals."""
-    n, m = queries.shape[0], keys.shape[0]
+    m = keys.shape[0]
     if isinstance(proposal, str) and proposal == "uniform":
         if num_proposals is None:
             raise ValueError('num_proposals must be given with proposal="uniform", got None')
         draws = checks.at_least("num_proposals", num_proposals, 0) if m > 0 else 0
         return None, draws, draws
     if num_proposals is not None:
-        raise ValueError(f'num_proposals goes with proposal="uniform" only, got {num_proposals!r}')
+        raise ValueError(f'num_proposals goes with proposal="uniform" only, got {checks.shown(num_proposals)}')
     if isinstance(proposal, Tensor):
-        if (
-            proposal.dtype != torch.int64
-            or proposal.dim() != 2
-            or proposal.shape[0] != n
-            or proposal.device != queries.device
-        ):
-            expected = f"an int64 tensor of shape ({n}, K) on {queries.device}"
-            raise ValueError(f'proposal must be "sweep", "uniform" or {expected}, got {checks.describe(proposal)}')
-        checks.within("proposal", proposal, 0, m)
+        check_positions(proposal, queries)
         return proposal, None, proposal.shape[1]
     checks.one_of("proposal", proposal, ("sweep", "uniform"))
     return None, None, m
@@ -204,16 +196,8 @@ def _proposals(
 
 def _schedule(count: int, burn_in: int, num_samples: int, first: int, total: int | None) -> tuple[int, int, int, int]:
     """Burn-in, number of samples, first proposal, and M of the whole walk."""
-    first = checks.at_least("first_proposal", first, 0)
-    total = first + count if total is None else checks.at_least("total_proposals", total, 0)
-    if first + count > total:
-        end = f"first_proposal + {count} proposals = {first + count}"
-        raise ValueError(f"total_proposals must be at least {end}, got {total}")
-    burn_in, num_samples = checks.at_least("burn_in", burn_in, 0), checks.at_least("num_samples", num_samples, 1)
-    if total > 0:  # a walk of nothing leaves every sample at the incoming state, whatever was asked
-        if burn_in >= total:
-            raise ValueError(f"burn_in must be below the number of proposals, {total}, got {burn_in}")
-        if num_samples > total - burn_in:
-            expected = f"at most {total - burn_in} ({total} proposals - burn_in)"
-            raise ValueError(f"num_samples must be {expected}, got {num_samples}")
+    first = checks.integer("first_proposal", first)
+    total = first + count if total is None else checks.integer("total_proposals", total)
+    burn_in, num_samples = checks.integer("burn_in", burn_in), checks.integer("num_samples", num_samples)
+    check_schedule(count, burn_in, num_samples, first, total)
     return burn_in, num_samples, first, total

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import checks
 from .backends import resolve
 from .backends.walk import Walk
 
@@ -31,6 +32,7 @@ LIBRARY.define(
     " -> Tensor[]"  # samples, key, score, threshold; then accepted, lse, if asked for
 )
 LIBRARY.define(f"mh_transition({_WALK}, str backend) -> (Tensor threshold, Tensor score, Tensor position)")
+LIBRARY.define("labels_of(Tensor position, Tensor key_labels) -> Tensor")
 LIBRARY.define(
     "view_coin(Tensor items, SymInt seed, Tensor? seed_tensor, SymInt step, Tensor? step_tensor, str backend) -> Tensor"
 )
@@ -67,9 +69,21 @@ def _mh_step(*arguments):
     return resolve(arguments[-1], walk.queries, walk).step(walk, *arguments[18:-1])
 
 
+def _check_mh_step(*arguments):
+    walk, (key, score, key_labels) = _walk(arguments), arguments[18:21]
+    walk.check_shapes()
+    checks.state((key, score), walk.queries)
+    if key_labels is not None:
+        checks.vector("key_labels", key_labels, walk.keys.shape[0], torch.int64, walk.queries.device)
+
+
 def _mh_transition(*arguments):
     walk = _walk(arguments)
     return resolve(arguments[-1], walk.queries, walk).transition(walk)
+
+
+def _check_mh_transition(*arguments):
+    _walk(arguments).check_shapes()
 
 
 def _view_coin(items, seed, seed_tensor, step, step_tensor, backend):
@@ -79,26 +93,57 @@ def _view_coin(items, seed, seed_tensor, step, step_tensor, backend):
     )
 
 
-def nothing_to_dispatch(operand: Tensor) -> bool:
-    """Whether torch would only pass the call on: no graph being traced, no mode, transform, subclass or profiler."""
-    return not (
+def _check_view_coin(items, *_):
+    checks.vector("items", items, None, torch.int64, items.device)
+
+
+def _labels_of(position, key_labels):
+    """(n,) int64 labels at positions (n,), 0 .. m - 1; where a position is -1 the label means nothing."""
+    checks.within("transition.position, a position in key_labels,", position, -1, key_labels.shape[0], on_gpu=True)
+    return key_labels[position.clamp_min(0)] if key_labels.numel() else position.clone()
+
+
+def _check_labels_of(position, key_labels):
+    checks.vector("transition.position", position, None, torch.int64, key_labels.device)
+    checks.vector("key_labels", key_labels, None, torch.int64, key_labels.device)
+
+
+_PLAIN = frozenset((Tensor, int, float, bool, str, type(None)))
+
+
+def nothing_to_dispatch(arguments: tuple) -> bool:
+    """Whether torch would only pass the call on: no graph being traced, no mode, transform, subclass or profiler, and
+    every tensor has memory with its values in it, which those of "meta" and views with the negative bit have not."""
+    return _PLAIN.issuperset(map(type, arguments)) and not (
         torch.compiler.is_compiling()
-        or type(operand) is not Tensor
+        or arguments[0].is_meta
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
+        or any([x.is_neg() for x in arguments if type(x) is Tensor])
     )
 
 
-def registered(name: str, implementation: Callable, *, differentiable: bool = False) -> Callable:
-    """The operator as a function that goes round the dispatcher where it can. It is called with tensors that torch need
-    not differentiate.
+def registered(
+    name: str, implementation: Callable, check: Callable[..., None], *, differentiable: bool = False
+) -> Callable:
+    """The operator as a function that goes round the dispatcher where it can. It is called with arguments that have
+    been checked, and with tensors that torch need not differentiate.
 
     Args:
+        check: of the same arguments, shapes and dtypes, where it is not known who calls: what has another would read
+            foreign memory.
         differentiable: its gradient is registered elsewhere. Else results never have one, whatever the arguments have.
     """
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+
+    def dispatched(*arguments):
+        # A subclass that keeps its values as torch does: what looks at them asks for torch's own.
+        plain = [x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x for x in arguments]
+        check(*plain)
+        return implementation(*plain)
+
+    LIBRARY.impl(name, dispatched, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.emc2_kernels, name).default
 
     def without_gradient(*arguments):
@@ -109,14 +154,15 @@ def registered(name: str, implementation: Callable, *, differentiable: bool = Fa
         LIBRARY.impl(name, without_gradient, "Autograd")
 
     def call(*arguments):
-        return (implementation if nothing_to_dispatch(arguments[0]) else operator)(*arguments)
+        return (implementation if nothing_to_dispatch(arguments) else operator)(*arguments)
 
     return call
 
 
-mh_step = registered("mh_step", _mh_step)
-mh_transition = registered("mh_transition", _mh_transition)
-view_coin = registered("view_coin", _view_coin)
+mh_step = registered("mh_step", _mh_step, _check_mh_step)
+mh_transition = registered("mh_transition", _mh_transition, _check_mh_transition)
+view_coin = registered("view_coin", _view_coin, _check_view_coin)
+labels_of = registered("labels_of", _labels_of, _check_labels_of)
 
 
 def _score_dtype(queries: Tensor) -> torch.dtype:
@@ -152,3 +198,8 @@ def _mh_transition_fake(*arguments):
 @torch.library.register_fake("emc2_kernels::view_coin", lib=LIBRARY)
 def _view_coin_fake(items, seed, seed_tensor, step, step_tensor, backend):
     return torch.empty_like(items)
+
+
+@torch.library.register_fake("emc2_kernels::labels_of", lib=LIBRARY)
+def _labels_of_fake(position, key_labels):
+    return torch.empty_like(position)

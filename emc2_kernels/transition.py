@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops
 
 
 class MHState(NamedTuple):
@@ -50,7 +50,7 @@ def init_state(n: int, device: torch.device | str | None = None) -> MHState:
     """
     checks.at_least("n", n, 0)
     key = torch.full((n,), -1, dtype=torch.int64, device=device)
-    return MHState(key, torch.full((n,), -torch.inf, device=device))
+    return MHState(key, torch.full((n,), -torch.inf, dtype=torch.float32, device=key.device))
 
 
 def compose(first: Transition, then: Transition) -> Transition:
@@ -63,12 +63,15 @@ def compose(first: Transition, then: Transition) -> Transition:
     If ``then.threshold`` is the larger, every x below it ends in ``then.score``, because ``first.score <=
     first.threshold``; otherwise a moved x ends in whichever of the two scores ``first.score < then.threshold`` selects.
     """
-    checks.transition("first", first)
-    checks.transition("then", then)
+    first = Transition(*checks.transition("first", first))
+    then = Transition(*checks.transition("then", then))
     (n, columns), (rows, others) = first.threshold.shape, then.threshold.shape
     if rows != n or (columns != others and 1 not in (columns, others)):
         expected = f"shape ({n}, {columns}), or one column where it broadcasts"
         raise ValueError(f"then must have {expected}, got {(rows, others)}")
+    if (first.score.device, first.score.dtype) != (then.score.device, then.score.dtype):
+        expected = f"{first.score.dtype} on {first.score.device}, as first is"
+        raise ValueError(f"then must be {expected}, got {checks.describe(then.score)}")
     moves = first.score < then.threshold
     return Transition(
         torch.maximum(first.threshold, then.threshold),
@@ -90,8 +93,8 @@ def apply(transition: Transition, state: MHState, key_labels: Tensor | None = No
         MHResult with samples (n, R) int32, the state after the whole walk, and its threshold; no counts and no
         log-sum-exp.
     """
-    checks.transition("transition", transition)
-    checks.state(state, transition.threshold)
+    transition = Transition(*checks.transition("transition", transition))
+    state = MHState(*checks.state(state, transition.threshold))
     started = state.score > -torch.inf
     score = torch.where(started, state.score, -torch.inf)
     moved = score[:, None] < transition.threshold
@@ -100,9 +103,7 @@ def apply(transition: Transition, state: MHState, key_labels: Tensor | None = No
     label = position
     if key_labels is not None:
         checks.vector("key_labels", key_labels, None, torch.int64, position.device)
-        checks.within("transition.position, a position in key_labels,", position, -1, key_labels.shape[0], on_gpu=True)
-        if key_labels.numel() > 0:  # without keys nothing moves
-            label = key_labels[position.clamp_min(0)]
+        label = ops.labels_of(position, key_labels)
     after = MHState(
         torch.where(moves, label, torch.where(started, state.key, -1)),
         torch.where(moves, transition.score[:, -1], score),

@@ -281,6 +281,21 @@ def test_corrected_takes_what_it_kept_with_the_drift_of_the_batch_means():
     assert (value - expected).abs() < 0.1 * (plain - expected).abs()
 
 
+@pytest.mark.parametrize("bimodal", [False, True])
+def test_what_is_encoded_again_is_kept_with_the_mean_of_the_present_batch(bimodal):
+    """Beside an older one its embedding would be moved by a drift that it has had already."""
+    options = {"temperature": 0.2, "refresh": 0.3, "encode": encoder(), "bank_dtype": torch.float32}
+    loss = CachedSoftmaxLoss(ITEMS, DIM, carry="corrected", bimodal=bimodal, **options)
+    for step, index in enumerate(batches(4)):
+        z0, z1 = normal(10 + step, B, DIM), normal(20 + step, B, DIM)
+        loss(z0, z1, index)
+        by_view = torch.stack([torch.nn.functional.normalize(z, dim=1).mean(0) for z in (z0, z1)])
+        now = loss.bank.written_at == step
+        assert now.sum() == 2 * B + loss.refresh_count
+        expected = by_view if bimodal else by_view.mean(0).expand(2, -1)
+        torch.testing.assert_close(loss.batch_means.means[now], expected[torch.arange(2 * ITEMS)[now] % 2])
+
+
 def warm(**options):
     """A loss whose cache and step have moved on."""
     loss = CachedSoftmaxLoss(ITEMS, DIM, **options)

@@ -201,6 +201,26 @@ class TestRecycling:
             found += visited.samples.label_weights[row] @ loss.bank.lookup(visited.samples.labels[row])
             torch.testing.assert_close(found, mean / total if total else mean, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("proposals", ["batch", "bank"])
+    def test_a_state_score_of_nan_counts_as_not_started(self, proposals):
+        """Of a chain whose key the bank does not hold, so that it is not scored again; marked from the first proposal
+        on, where the state before is the chain's own."""
+        every = {"burn_in": 0.0, "num_samples": 5 if proposals == "batch" else 64, "proposals": proposals}
+        visits = []
+        for score in (torch.nan, -torch.inf):
+            loss = train(make(estimator="recycled", **every), 4)
+            z0, z1, index = batch(9)
+            anchors = stack(z0, z1, index, normalize=True)
+            labels = anchors.items * 2 + anchors.views
+            gone = next(label for label in range(2 * ITEMS) if label not in labels.tolist())
+            loss.bank.written_at[gone] = -1
+            loss.chains.key[labels], loss.chains.score[labels] = gone, score
+            visits.append(visit(loss, anchors, torch.float32, False))
+        nan, unstarted = visits
+        assert_identical(tuple(nan.samples), tuple(unstarted.samples))
+        assert_identical(tuple(nan.state), tuple(unstarted.state))
+        assert nan.samples.row_weights.isfinite().all() and nan.samples.label_weights.isfinite().all()
+
     def test_chains_walk_as_without_it(self):
         for options in ({}, {"proposals": "bank"}):
             plain, recycled = (train(make(estimator=e, **options), 10) for e in ("states", "recycled"))

@@ -4,11 +4,13 @@
 #include <cstdint>
 
 #include "../philox.h"
+#include "values.h"
 
 namespace emc2 {
 
 // The view coin of an item: the top bit of word 0 of block 0, chain = item.
 inline void view_coins(const int64_t* items, int64_t count, uint64_t seed, uint32_t step, int64_t* views) {
+  require_within(items, count, kChains, "items: a value outside [0, 2^40)");
   for (int64_t i = 0; i < count; ++i) {
     views[i] = philox_rounds(philox_counter(items[i], kViewCoinStream, step, 0), philox_key(seed)).c0 >> 31;
   }

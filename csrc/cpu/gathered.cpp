@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "dot.h"
+#include "values.h"
 
 namespace emc2 {
 namespace {
@@ -149,6 +150,13 @@ void walk_rows(const Recorder& recorder, const Operands& operands, const Positio
 }  // namespace
 
 void walk_gathered(const Recorder& recorder, const Operands& operands, const Positions& positions) {
+  const Walk& walk = recorder.walk;
+  require_sound(walk);
+  require(walk.keys > 0 || walk.schedule.count == 0, "proposal: there are no keys to propose");
+  for (int64_t row = 0; row < walk.rows && positions.data; ++row) {
+    require_within(positions.data + row * positions.stride, walk.schedule.count, walk.keys,
+                   "proposal: a position that no key has");
+  }
   with_element(operands.dtype, [&](auto element) { walk_rows<decltype(element)>(recorder, operands, positions); });
 }
 

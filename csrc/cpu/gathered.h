@@ -13,6 +13,7 @@ struct Positions {
   int64_t stride;
 };
 
+// Throws std::invalid_argument for values that are not legal, positions outside the keys among them.
 void walk_gathered(const Recorder& recorder, const Operands& operands, const Positions& positions);
 
 }  // namespace emc2

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "values.h"
+
 namespace emc2 {
 namespace {
 
@@ -57,6 +59,12 @@ struct GumbelSampler::Rows {
   Words chain_low, chain_high;
   Words query_id_low, query_id_high;
 };
+
+GumbelSampler::GumbelSampler(const GumbelDraw& draw) : draw_(draw) {
+  require(draw_.samples >= 1 && draw_.samples <= kMaxSamples, "num_samples: not in 1 .. 2^16 - 1");
+  require_within(draw_.chain_ids, draw_.rows, kChains, "chain_ids: a value outside [0, 2^40)");
+  require_temperatures(draw_.temperatures, draw_.rows);
+}
 
 GumbelSampler::Rows GumbelSampler::rows_of(const Tile& tile, int64_t group) const {
   const int64_t begin = tile.row_begin + group * kLanes;

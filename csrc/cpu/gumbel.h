@@ -8,6 +8,8 @@
 
 namespace emc2 {
 
+constexpr int64_t kMaxSamples = (int64_t{1} << 16) - 1;  // the counter has 16 bits for their numbers
+
 // Strides count elements, pointers belong to the caller.
 struct GumbelDraw {
   int64_t rows;
@@ -33,7 +35,7 @@ struct Race {
 
 class GumbelSampler {
  public:
-  explicit GumbelSampler(const GumbelDraw& draw) : draw_(draw) {}
+  explicit GumbelSampler(const GumbelDraw& draw);  // throws std::invalid_argument for values that are not legal
 
   // Tiles of a row block come in key order: its first key starts the rows, its last one writes their positions.
   void scan(const Tile& tile);

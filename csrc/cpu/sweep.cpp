@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "products.h"
+#include "values.h"
 
 namespace emc2 {
 namespace {
@@ -27,7 +28,9 @@ EMC2_HD Words low_words(const int64_t* values, int64_t begin, int64_t rows, int 
 }  // namespace
 
 Sweep::Sweep(const Recorder& recorder)
-    : recorder_(recorder), walk_(recorder_.walk), groups_((walk_.rows + kLanes - 1) / kLanes) {}
+    : recorder_(recorder), walk_(recorder_.walk), groups_((walk_.rows + kLanes - 1) / kLanes) {
+  require_sound(walk_);
+}
 
 void Sweep::start(int64_t group) {
   RowGroup& rows = groups_[group];

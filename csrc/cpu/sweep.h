@@ -35,7 +35,7 @@ struct RowGroup {
 
 class Sweep {
  public:
-  explicit Sweep(const Recorder& recorder);
+  explicit Sweep(const Recorder& recorder);  // throws std::invalid_argument for values that are not legal
 
   Sweep(const Sweep&) = delete;  // walk_ refers into recorder_
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .native import library
 from .tiles import score_tiles
-from .walk import Walk
+from .walk import Walk, check_items, check_step
 
 SMALL_SWEEP_MULTIPLIES = 1 << 20  # n * m * d up to which one native call, products included, beats torch's product
 
@@ -20,8 +20,13 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def unsigned(value: int | Tensor, bits: int) -> int:
-    return int(value) & ((1 << bits) - 1)
+def seed_bits(seed: int | Tensor) -> int:
+    return int(seed) & ((1 << 64) - 1)
+
+
+def step_number(step: int | Tensor) -> int:
+    check_step(step)
+    return int(step)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -48,8 +53,8 @@ def _recorder(walk: Walk, step: tuple[int, ...] = (0,) * 9, transition: tuple[in
         walk.num_proposals,
         walk.burn_in,
         walk.num_samples,
-        unsigned(walk.seed, 64),
-        unsigned(walk.step, 32),
+        seed_bits(walk.seed),
+        step_number(walk.step),
         0.0 if per_row else walk.temperature,
         walk.temperature.data_ptr() if per_row else 0,
         address(walk.chain_ids),
@@ -63,6 +68,14 @@ def _recorder(walk: Walk, step: tuple[int, ...] = (0,) * 9, transition: tuple[in
 
 
 def _run(walk: Walk, recorder: Any) -> None:
+    try:
+        _walk(walk, recorder)
+    except ValueError:  # the core has refused a value, before it did anything
+        walk.check_values()  # says which, and where it is
+        raise
+
+
+def _walk(walk: Walk, recorder: Any) -> None:
     queries, keys = walk.queries, walk.keys
     n, dim = queries.shape
     if walk.is_sweep and n * keys.shape[0] * dim > SMALL_SWEEP_MULTIPLIES:
@@ -83,7 +96,7 @@ def _run(walk: Walk, recorder: Any) -> None:
 def transition(walk: Walk) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold, score and position of the prefixes at the sample points, (n, R) each."""
     walk = _dense(walk)
-    threshold = torch.empty(walk.queries.shape[0], walk.num_samples, dtype=torch.float32)
+    threshold = walk.queries.new_empty(walk.queries.shape[0], walk.num_samples, dtype=torch.float32)
     score, position = torch.empty_like(threshold), torch.empty_like(threshold, dtype=torch.int64)
     _run(walk, _recorder(walk, transition=(threshold.data_ptr(), score.data_ptr(), position.data_ptr())))
     return threshold, score, position
@@ -95,10 +108,11 @@ def step(
     """[samples, key, score, threshold], then accepted and lse if asked for; see ``emc2_kernels.mh_step``."""
     walk, key, score, key_labels = _dense(walk), contiguous(key), contiguous(score), contiguous(key_labels)
     n = walk.queries.shape[0]
-    samples, new_key = torch.empty(n, walk.num_samples, dtype=torch.int32), torch.empty(n, dtype=torch.int64)
-    new_score, threshold = torch.empty(n, dtype=torch.float32), torch.empty(n, dtype=torch.float32)
-    accepted = torch.empty(n, dtype=torch.int32) if return_accepts else None
-    lse = torch.empty(n, dtype=torch.float32) if return_lse else None
+    new = walk.queries.new_empty
+    samples, new_key = new(n, walk.num_samples, dtype=torch.int32), new(n, dtype=torch.int64)
+    new_score, threshold = new(n, dtype=torch.float32), new(n, dtype=torch.float32)
+    accepted = new(n, dtype=torch.int32) if return_accepts else None
+    lse = new(n, dtype=torch.float32) if return_lse else None
     out = (samples, new_key, new_score, threshold, accepted, lse)
     _run(walk, _recorder(walk, step=tuple(map(address, (key, score, key_labels, *out)))))
     return [tensor for tensor in out if tensor is not None]
@@ -108,5 +122,9 @@ def view_coin(items: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
     """(b,) int64 of 0 and 1; see ``emc2_kernels.rng.view_coin``."""
     items = items.contiguous()
     views = torch.empty_like(items)
-    library().view_coins(items.data_ptr(), items.numel(), unsigned(seed, 64), unsigned(step, 32), views.data_ptr())
+    try:
+        library().view_coins(items.data_ptr(), items.numel(), seed_bits(seed), step_number(step), views.data_ptr())
+    except ValueError:
+        check_items(items)
+        raise
     return views

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu import address, contiguous, unsigned
+from .cpu import address, contiguous, seed_bits, step_number
 from .native import library
+from .reference_gumbel import check_values
 from .scores import Scores
 from .tiles import ROW_ALIGNMENT, score_tiles
 
@@ -19,23 +20,28 @@ def gumbel_sample(
 ) -> Tensor:
     """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``."""
     n, m = scores.queries.shape[0], scores.keys.shape[0]
-    positions = torch.empty(n, num_samples, dtype=torch.int64)
-    if n == 0 or m == 0:
-        return positions.fill_(-1)
+    positions = torch.empty(n, num_samples, dtype=torch.int64, device="cpu")
     vectors = (scores.temperature if isinstance(scores.temperature, Tensor) else None, chain_ids, scores.query_ids)
     temperatures, chain_ids, query_ids = map(contiguous, vectors)
     key_ids = contiguous(scores.key_ids)
-    sampler = library().GumbelSampler(
+    arguments = (
         n,
         m,
         num_samples,
-        unsigned(seed, 64),
-        unsigned(step, 32),
+        seed_bits(seed),
+        step_number(step),
         1.0 if temperatures is not None else scores.temperature,
         *map(address, (temperatures, chain_ids, query_ids, key_ids)),
         torch.get_num_threads(),
         positions.data_ptr(),
     )
+    try:
+        sampler = library().GumbelSampler(*arguments)
+    except ValueError:  # the core has refused a value
+        check_values(scores, chain_ids, step)  # says which, and where it is
+        raise
+    if n == 0 or m == 0:
+        return positions.fill_(-1)
     fitting = max(ROW_ALIGNMENT, RACES // num_samples // ROW_ALIGNMENT * ROW_ALIGNMENT)
     with torch.autocast("cpu", enabled=False):
         for tile in score_tiles(scores.queries, scores.keys, fitting):

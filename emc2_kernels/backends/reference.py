@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import rng
 from ..transition import MHState, Transition, apply, compose
-from .walk import Walk
+from .walk import Walk, check_items, check_step
 
 BLOCK_ELEMENTS = 1 << 22  # of the (rows, proposals) or (rows, proposals, dim) arrays of one block
 
@@ -25,7 +25,7 @@ def _dtype(walk: Walk) -> torch.dtype:
 def _row_blocks(walk: Walk) -> Iterator[Walk]:
     n = walk.queries.shape[0]
     if walk.chain_ids is None:
-        walk = walk._replace(chain_ids=torch.arange(n, device=walk.queries.device))
+        walk = walk._replace(chain_ids=torch.arange(n, dtype=torch.int64, device=walk.queries.device))
     per_row = ("queries", "temperature", "chain_ids", "query_ids", "positions")
     fields = {name: value for name in per_row if isinstance(value := getattr(walk, name), Tensor)}
     width = walk.keys.shape[0] if walk.is_sweep else walk.num_proposals * walk.queries.shape[1]
@@ -39,7 +39,7 @@ def _proposed_positions(walk: Walk) -> Tensor:
     if walk.positions is not None:
         return walk.positions
     if walk.num_draws is None:
-        return torch.arange(walk.keys.shape[0], device=walk.keys.device)[None]
+        return torch.arange(walk.keys.shape[0], dtype=torch.int64, device=walk.keys.device)[None]
     numbers = range(walk.first_proposal, walk.first_proposal + walk.num_draws)
     return rng.proposal_positions(walk.chain_ids, numbers, walk.keys.shape[0], seed=walk.seed, step=walk.step)
 
@@ -102,7 +102,7 @@ def _prefixes(walk: Walk) -> tuple[Transition, Transition, Tensor]:
 def _at_sample_points(walk: Walk, prefixes: Transition) -> Transition:
     """Sample points before the shard are the identity, those after it the whole shard."""
     done = [min(max(point + 1 - walk.first_proposal, 0), walk.num_proposals) for point in walk.sample_points()]
-    columns = torch.tensor(done, device=walk.queries.device)
+    columns = torch.tensor(done, dtype=torch.int64, device=walk.queries.device)
     return Transition(*(field[:, columns] for field in prefixes))
 
 
@@ -119,6 +119,7 @@ def _concatenated(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 def transition(walk: Walk) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold, score and position of the prefixes at the sample points, (n, R) each."""
+    walk.check_values()
     with torch.autocast(walk.queries.device.type, enabled=False):
         blocks = [tuple(_at_sample_points(rows, _prefixes(rows)[0])) for rows in _row_blocks(walk)]
     if not blocks:
@@ -131,6 +132,7 @@ def step(
     walk: Walk, key: Tensor, score: Tensor, key_labels: Tensor | None, return_accepts: bool, return_lse: bool
 ) -> list[Tensor]:
     """[samples, key, score, threshold], then accepted and lse if asked for; see ``emc2_kernels.mh_step``."""
+    walk.check_values()
     device, dtype = walk.queries.device, _dtype(walk)
     blocks, done = [], 0
     with torch.autocast(device.type, enabled=False):
@@ -153,4 +155,6 @@ def step(
 
 def view_coin(items: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
     """(b,) int64 of 0 and 1; see ``emc2_kernels.rng.view_coin``."""
+    check_items(items)
+    check_step(step)
     return rng.view_coin(items, seed=seed, step=step)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import rng
+from .. import checks, rng
 from .reference_lse import masked_scores, row_blocks
 from .scores import Scores
+from .walk import check_chains, check_step
 
 
 def gumbel_sample(
@@ -20,11 +21,12 @@ def gumbel_sample(
     Args:
         chain_ids: (n,) int64; None: the row numbers.
     """
+    check_values(scores, chain_ids, step)
     n, m = scores.queries.shape[0], scores.keys.shape[0]
-    positions = torch.full((n, num_samples), -1, device=scores.queries.device)
+    positions = torch.full((n, num_samples), -1, dtype=torch.int64, device=scores.queries.device)
     if m == 0:
         return positions
-    chains = torch.arange(n, device=positions.device) if chain_ids is None else chain_ids
+    chains = torch.arange(n, dtype=torch.int64, device=positions.device) if chain_ids is None else chain_ids
     draw = {"seed": seed, "step": step, "dtype": torch.float64}
     with torch.autocast(positions.device.type, enabled=False):
         for rows, block in row_blocks(scores):
@@ -34,3 +36,14 @@ def gumbel_sample(
                 first = noisy.argmax(1)  # of equal ones the lowest
                 positions[rows, r] = torch.where(noisy.amax(1) > -torch.inf, first, -1)
     return positions
+
+
+def check_values(scores: Scores, chain_ids: Tensor | None, step: int | Tensor) -> None:
+    """Names what is out of range, and where it is; on a GPU the device looks.
+
+    Raises:
+        ValueError: as ``gumbel_sample``.
+    """
+    check_chains(chain_ids, scores.query_ids)
+    check_step(step)
+    checks.temperature(scores.temperature, scores.queries.shape[0], scores.queries.device)

@@ -129,14 +129,13 @@ def gathered_kernel(
     for begin in range(split * split_length, end, BLOCK_K):
         number = (begin + tl.arange(0, BLOCK_K)).to(tl.int32)
         mask = number < end
-        position = proposed_position(number, row, mask, schedule, where, KIND)
+        position, proposable = proposed_position(number, row, mask, schedule, where, KIND)
         score = _products(
             queries_ptr, keys_ptr, row, position, mask, (stride_query, stride_key), d, BLOCK_D, WHOLE_D, EVEN_D
         )
         score = score / temperature_of(temperatures_ptr, temperature, row, row >= 0)
         if log_proposal_ptr is not None:
             score -= tl.load(log_proposal_ptr + position, mask, other=0.0)
-        proposable = mask
         if query_ids_ptr is not None:
             proposable &= tl.load(key_ids_ptr + position, mask, other=0) != tl.load(query_ids_ptr + row)
         steps = _steps(number, proposable, row, chain, score, schedule, draws)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference_gumbel import check_values
 from ..scores import Scores
 from ..walk import Walk
 from . import settings
@@ -142,6 +143,8 @@ def gumbel_sample(
 ) -> Tensor:
     """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``."""
     (n, d), m = scores.queries.shape, scores.keys.shape[0]
+    if scores.queries.is_cpu:  # the interpreter's
+        check_values(scores, chain_ids, step)
     positions = scores.queries.new_empty(n, num_samples, dtype=torch.int64)
     if n == 0 or m == 0:
         return positions.fill_(-1)

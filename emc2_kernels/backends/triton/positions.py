@@ -51,15 +51,20 @@ def drawn_position(proposal, chain, m, draws):
 
 @triton.jit
 def proposed_position(number, row, mask, schedule, where, KIND: tl.constexpr):
-    """Positions in the keys, int64, of one row's proposals, numbered within the shard; 0 where masked."""
+    """Positions in the keys, int64, of one row's proposals, numbered within the shard, and which of them there are.
+
+    A position that no key has is refused at the next synchronisation; until then, and where assertions are left out, it
+    is no proposal and reads nothing."""
     chain_ids_ptr, positions_ptr, stride_position, m, draws = where
     if KIND == GIVEN:
         position = tl.load(positions_ptr + row * stride_position + number, mask, other=0)
-        tl.device_assert((position >= 0) & (position < m), "proposal must hold positions in keys, in [0, m)")
+        inside = (position >= 0) & (position < m)
+        tl.device_assert(inside, "proposal must hold positions in keys, in [0, m)")
+        mask &= inside
     else:
         chain = chain_of(chain_ids_ptr, row, row >= 0)
         position = drawn_position(schedule[0] + number.to(tl.int64), chain, m, draws)
-    return tl.where(mask, position, 0)
+    return tl.where(mask, position, 0), mask
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..walk import Walk
+from ..walk import Walk, check_items, check_step
 from . import positions, scores, settings, sweep
 from .coin import coin_kernel
 from .finish import close_kernel
@@ -112,6 +112,8 @@ def _plan_gathered(walk: Walk) -> Plan:
 def run(walk: Walk, outputs: Arguments) -> None:
     """Launches a walk; ``outputs`` are the tensors of a step or of a transition, by the kernels' names for them."""
     n = walk.queries.shape[0]
+    if walk.queries.is_cpu:  # the interpreter's
+        walk.check_values()
     if n == 0:
         return
     plan = _plan_sweep(walk, outputs["lse_ptr"] is not None) if walk.is_sweep else _plan_gathered(walk)
@@ -192,6 +194,9 @@ def step(
 
 def view_coin(items: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
     """(b,) int64 of 0 and 1; see ``emc2_kernels.rng.view_coin``."""
+    if items.is_cpu:  # the interpreter's
+        check_items(items)
+        check_step(step)
     items = items.contiguous()
     coins = torch.empty_like(items)
     arguments = random_arguments(seed, step)

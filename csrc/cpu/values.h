@@ -1,0 +1,56 @@
+// Values that come by address are looked at once, before anything is read by them and before anything is written: a
+// position past the keys would read foreign memory, a schedule without samples would divide by zero. What is refused
+// here is said again, with its place, by emc2_kernels/backends/walk.py.
+#pragma once
+
+#include <cmath>
+#include <stdexcept>
+
+#include "../mh_params.h"
+
+namespace emc2 {
+
+constexpr int64_t kChains = int64_t{1} << 40;  // the counter has 40 bits for them
+constexpr int64_t kMaxProposals = int64_t{1} << 33;  // 32 bits for blocks of two positions
+
+inline void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+// No branch inside, so that the compiler makes vectors of it.
+template <class Element, class Test>
+bool all_of(const Element* values, int64_t count, Test test) {
+  int fails = 0;
+  for (int64_t i = 0; i < count; ++i) fails |= !test(values[i]);
+  return !fails;
+}
+
+// Null: nothing to look at.
+inline void require_within(const int64_t* values, int64_t count, int64_t end, const char* what) {
+  const auto inside = [end](int64_t value) { return static_cast<uint64_t>(value) < static_cast<uint64_t>(end); };
+  require(!values || all_of(values, count, inside), what);
+}
+
+inline void require_temperatures(const float* values, int64_t count) {
+  const auto legal = [](float value) { return value > 0.0f && value < INFINITY; };
+  require(!values || all_of(values, count, legal), "temperature: a value that is not > 0 and finite");
+}
+
+inline void require_sound(const Schedule& schedule) {
+  const bool whole = schedule.first >= 0 && schedule.count >= 0 && schedule.total <= kMaxProposals &&
+                     schedule.first <= schedule.total && schedule.count <= schedule.total - schedule.first;
+  const int64_t kept = schedule.total - schedule.burn_in;
+  const bool sampled = schedule.samples >= 1 && schedule.burn_in >= 0 &&
+                       (schedule.total == 0 || (kept > 0 && schedule.samples <= kept));
+  require(whole && sampled, "a walk whose burn-in, samples and proposals do not fit each other");
+}
+
+inline void require_sound(const Walk& walk) {
+  require_sound(walk.schedule);
+  require_within(walk.chain_ids, walk.rows, kChains, "chain_ids: a value outside [0, 2^40)");
+  require_temperatures(walk.temperatures, walk.rows);
+  const auto finite = [](float value) { return std::fabs(value) < INFINITY; };
+  require(!walk.log_proposal || all_of(walk.log_proposal, walk.keys, finite), "log_proposal: a value not finite");
+}
+
+}  // namespace emc2
