@@ -337,7 +337,7 @@ def test_random_calls_give_legal_results_or_named_errors():
 
 def sanitizer(name):
     """The path of a sanitizer's library; None where the compiler has none."""
-    asked = [native.compiler(), f"-print-file-name={name}"]
+    asked = [*native.compiler(), f"-print-file-name={name}"]
     path = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
     return path if path.is_absolute() else None
 

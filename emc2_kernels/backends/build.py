@@ -179,16 +179,23 @@ class Extension:
         if self._loaded is not None or self._failure is not None:
             return self._failure
         try:
-            path = self.path()
-            _check_trusted(path)
-            if not _is_whole(path):
-                self.compiler()
-                _check_writable(path.parent)
+            self._look()
         except Unavailable as error:
             return str(error)
-        except OSError as error:
-            return f"the build cache cannot be used ({error}): {_ANOTHER}"
         return None
+
+    def _look(self) -> tuple[Path, bool]:
+        """Where the module lies, and whether it does or has to be built. Raises Unavailable where neither will do."""
+        try:
+            path = self.path()
+            _check_trusted(path)
+            is_there = _is_whole(path)
+            if not is_there:
+                self.compiler()
+                _check_writable(path.parent)
+        except OSError as error:
+            raise Unavailable(f"the build cache cannot be used ({error}): {_ANOTHER}") from error
+        return path, is_there
 
     def library(self) -> ModuleType:
         """The compiled module; builds it if it is not in the cache.
@@ -203,17 +210,15 @@ class Extension:
         return self._loaded
 
     def _built_and_loaded(self) -> ModuleType:
-        reason = self.why_unavailable()
-        if reason is not None:
-            raise Unavailable(reason)
-        path = self.path()
-        found = _is_whole(path)
-        if not found:
+        if self._failure is not None:
+            raise Unavailable(self._failure)
+        path, was_there = self._look()
+        if not was_there:
             self._build(path)
         try:
             return load(self.module, path)
         except ImportError as error:
-            if not found:  # another compiler, in a later process, may do better
+            if not was_there:  # another compiler, in a later process, may do better
                 path.unlink(missing_ok=True)
             remedy = f"delete {path} to have them built again, set {self.variable} to another compiler, or {_ANOTHER}"
             self._fail(f"the {self.what} in the cache do not load ({error}): {remedy}", error)
