@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from emc2_kernels import backends
+from emc2_kernels import backends, losses
 from emc2_kernels.backends import TABLE, resolve
 from emc2_kernels.backends.walk import Walk
 
@@ -131,7 +131,7 @@ def test_here_cpu_tensors_never_go_to_the_interpreter():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_backend_says_why_it_cannot_run():
     small = walk(4, 4, 8, dtype=torch.float32, device="cpu")
-    with pytest.raises(ValueError, match="backend 'cuda' takes cuda tensors"):
+    with pytest.raises(ValueError, match="backend 'cuda' takes cuda tensors of .*, got tensors on cpu:"):
         resolve("cuda", small.queries, small)
     assert "CUDA" in backends()["cuda"]
 
@@ -143,3 +143,17 @@ def test_draws_from_the_softmax_go_to_triton_on_a_gpu_and_to_the_core_on_a_cpu(o
     assert chosen_for(torch.bfloat16, "meta") == "triton.gumbel"
     assert chosen_for(torch.float64, "meta") == "reference_gumbel"
     assert chosen_for(torch.float16, "cpu") == "cpu_gumbel"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_backend_of_another_device_says_nothing_of_dtypes_that_nobody_has_passed(dtype):
+    """EMC2's first call is for the coin of the items, which are int64."""
+    z0, z1 = torch.randn(2, 3, 4).to(dtype)
+    with pytest.raises(ValueError, match="^backend 'cuda' takes cuda tensors of [^:]*, got tensors on cpu:"):
+        losses.EMC2Loss(5, 4, backend="cuda")(z0, z1, torch.arange(3))
+
+
+def test_a_dtype_that_a_backend_does_not_take_is_named():
+    with pytest.raises(ValueError, match="^backend 'cpu' takes cpu tensors of [^:]*, got operands of float64:"):
+        resolve("cpu", torch.empty(2, 3, dtype=torch.float64))

@@ -120,7 +120,10 @@ def _named(name: str, device: str, dtype: torch.dtype, op: str) -> ModuleType:
     if not _suits(backend, op, device, dtype, by_name=True):
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
         takes = f"{' or '.join(backend.devices)} tensors of {dtypes}"
-        raise ValueError(f"backend {name!r} takes {takes}, got {dtype} on {device}: use 'reference' or 'auto'")
+        # Of the two only what is wrong: a loss hands over copies, whose dtype the caller may never have seen.
+        device_suits = device in backend.devices or device in backend.also()
+        came = f"operands of {str(dtype).removeprefix('torch.')}" if device_suits else f"tensors on {device}"
+        raise ValueError(f"backend {name!r} takes {takes}, got {came}: use 'reference' or 'auto'")
     reason = backend.why_not(op) or _failure(name, op)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
