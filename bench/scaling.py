@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-AGREED = 5 * 8  # rows of a rank, and what ranks make sure to have in common
+AGREED = 4 * 8  # rows of a rank, and what ranks make sure to have in common
 ID, KEY, SCORE = 8, 8, 4
 WRITTEN_AT = 8
 LOSSES = ("ntxent", "clip", "emc2")
@@ -74,7 +74,7 @@ def exchanged(batch: Batch, carried: float, kept: int) -> float:
     row = kept * batch.dim + WRITTEN_AT
     read = ID + KEY + SCORE + (1 + carried) * (ID + row)
     written = ID + KEY + SCORE + ID + row
-    counts = 5 * 3 * 8 * batch.others  # with what ranks make sure of
+    counts = 5 * 2 * 8 * batch.others  # with what ranks make sure of
     return 2 * batch.pairs * batch.others / batch.ranks * (read + written) + counts
 
 

@@ -22,26 +22,19 @@ from . import checks
 DIGEST_BYTES = 6  # a double holds it exactly
 
 
-class Said(NamedTuple):
-    """What a rank's header says of its call."""
-
-    failed: int
-    digest: int  # of its form
-
-
 class Call(NamedTuple):
     """What a rank is about to do with the others."""
 
     form: dict[str, str]  # what must be the same on all ranks, as an error message shows it; "the call" first
-    error: Exception | None = None  # that this rank has met instead
+    error: Exception | None = None  # that this rank has met instead; its form is then nobody else's
 
     @classmethod
     def of(cls, name: str, form: Mapping[str, Any]) -> Call:
         return cls({"the call": name} | {option: _shown(value) for option, value in form.items()})
 
-    def said(self) -> Said:
-        digest = hashlib.blake2b(repr(self.form).encode(), digest_size=DIGEST_BYTES).digest()
-        return Said(self.error is not None, int.from_bytes(digest))
+    def digest(self) -> int:
+        """What a header says of it."""
+        return int.from_bytes(hashlib.blake2b(repr(self.form).encode(), digest_size=DIGEST_BYTES).digest())
 
 
 def _shown(value: Any) -> str:
@@ -69,20 +62,20 @@ def is_member(group: dist.ProcessGroup | None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_rank(group) >= 0
 
 
-def settle(call: Call, said: list[Said], group: dist.ProcessGroup | None) -> None:
+def settle(call: Call, digests: list[float], group: dist.ProcessGroup | None) -> None:
     """A collective only where ranks have something to tell each other.
 
     Args:
-        said: by every rank.
+        digests: of every rank's call.
 
     Raises:
         RuntimeError: where another rank has met an error; names the rank and the error.
         ValueError: ranks' forms differ; names what differs, and how, the same on all ranks.
     """
-    if not any(rank.failed for rank in said) and len(set(said)) == 1:
+    if len(set(digests)) == 1:  # or all have met errors, of which each raises its own
         return
     error = call.error and f"{type(call.error).__name__}: {call.error}"
-    everyone: list[Any] = [None] * len(said)
+    everyone: list[Any] = [None] * len(digests)
     dist.all_gather_object(everyone, (call.form, error), group)
     for rank, (_, met) in enumerate(everyone):
         if met is not None:

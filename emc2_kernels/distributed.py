@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .agreement import Call, Said, check_alike, first_exchange, place, settle
+from .agreement import Call, check_alike, first_exchange, place, settle
 from .once import not_twice
 
 GATHERS = ("none", "all", "ring")
@@ -70,14 +70,14 @@ def meet(
         numbers: one-element tensors by a name of NUMBERS, which are compared where they lie. None: there is none.
     """
     # Doubles hold all of it exactly, a step below 2^32 too.
-    mine = torch.tensor([rows, *call.said(), *(0 for _ in NUMBERS)], dtype=torch.float64, device=device)
+    mine = torch.tensor([rows, call.digest(), *(0 for _ in NUMBERS)], dtype=torch.float64, device=device)
     for slot, name in enumerate(NUMBERS, len(mine) - len(NUMBERS)):
         if numbers.get(name) is not None:
             mine[slot : slot + 1] = numbers[name].detach()
     found = mine.new_empty(dist.get_world_size(group) * len(mine))
     first_exchange(lambda: _all_gather(found, mine, group), call)
-    sizes, failed, digests, *columns = found.view(-1, len(mine)).T.tolist()
-    settle(call, [Said(int(flag), int(digest)) for flag, digest in zip(failed, digests, strict=True)], group)
+    sizes, digests, *columns = found.view(-1, len(mine)).T.tolist()
+    settle(call, digests, group)
     for name, column in zip(NUMBERS, columns, strict=True):
         near = [column[0] if abs(value - column[0]) <= ALIKE else value for value in column]
         check_alike(name, [str(int(value) if value.is_integer() else value) for value in near])

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import Call, Reported, Said, first_exchange, header_device, place, settle
+from .agreement import Call, Reported, first_exchange, header_device, place, settle
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -78,11 +78,11 @@ class Owners(NamedTuple):
         Raises:
             RuntimeError, ValueError: see ``settle``.
         """
-        mine = torch.cat((here[:, None], here.new_tensor(call.said()).expand(self.ranks, 2)), 1)
+        mine = torch.stack((here, torch.full_like(here, call.digest())), 1)
         found = torch.empty_like(mine)
         first_exchange(lambda: dist.all_to_all_single(found, mine, group=self.group), call)
-        there, *said = found.T.tolist()
-        settle(call, [Said(*of_rank) for of_rank in zip(*said, strict=True)], self.group)
+        there, digests = found.T.tolist()
+        settle(call, digests, self.group)
         return here.tolist(), there
 
     def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:

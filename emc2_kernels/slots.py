@@ -84,11 +84,10 @@ class SlotStore(Kept):
     def reported(self) -> AbstractContextManager[None]:
         """For what a method does before ``rows`` or ``put``: where stores lie over ranks, an error in it ends the other
         ranks' calls, too."""
-        return (
-            nullcontext()
-            if self.owners is None
-            else self.owners.reported(getattr(self, next(iter(self._tables))).device)
-        )
+        if self.owners is None:
+            return nullcontext()
+        table = getattr(self, next(iter(self._tables)))
+        return self.owners.reported(table.device)
 
     def _call(self, verb: str, names: tuple[str, ...]) -> Call:
         tables = {name: getattr(self, name) for name in names}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +91,13 @@ def _call(loss: nn.Module, **form: Any) -> Call:
     return Call.of(type(loss).__name__, options | form)
 
 
-@cache
 def _option_names(kind: type) -> tuple[str, ...]:
     """What a loss's constructor takes and ranks must agree on; each is kept under its name. A user's class on top of
     the loss may take what it likes."""
     ours = next(each for each in kind.__mro__ if each.__module__.startswith(__package__))
-    return tuple(name for name in inspect.signature(ours).parameters if name not in OF_A_RANK)
+    code = ours.__init__.__code__  # and not its signature, which takes longer to ask for than the digest to make
+    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    return tuple(name for name in names if name not in OF_A_RANK)
 
 
 def of_all_ranks(anchors: Anchors, shards: Shards | None) -> Anchors:
