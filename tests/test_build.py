@@ -6,8 +6,10 @@ With a module of a few lines; test_native_first_use.py has the compiled core.
 from __future__ import annotations
 
 import fcntl
+import grp
 import hashlib
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -123,6 +125,7 @@ def test_a_damaged_module_is_built_again_and_never_loaded(tiny: Tiny, monkeypatc
 def test_what_others_may_write_is_refused_by_name(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.extension().library()
     monkeypatch.setattr(build, "load", lambda module, path: pytest.fail("it was loaded"))
+    monkeypatch.setattr(build.grp, "getgrgid", lambda number: group("staff"))
     folder = tiny.path.parent
     for place in (folder.parent.parent, folder.parent, folder, tiny.path):
         before = place.stat().st_mode & 0o7777
@@ -136,6 +139,29 @@ def test_what_others_may_write_is_refused_by_name(tiny: Tiny, monkeypatch: pytes
     assert tiny.extension().library().answer() == 42 and tiny.compiled == 1
     folder.parent.parent.chmod(0o1777)  # as /tmp: in it, others may write no file that is not theirs
     assert tiny.extension().library().answer() == 42
+
+
+def group(name: str, *members: str) -> grp.struct_group:
+    return grp.struct_group((name, "x", 12, list(members)))
+
+
+def test_a_group_of_nobody_else_may_write(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where each user has a group of the same name, and files are made writable by it."""
+    me = pwd.getpwuid(os.geteuid()).pw_name
+    tiny.extension().library()
+    tiny.path.parent.parent.chmod(0o775)
+    refused = [group("staff"), group("staff", me), group(me, "bob"), group(me, me, "bob")]
+    for found in refused:
+        monkeypatch.setattr(build.grp, "getgrgid", lambda number, found=found: found)
+        assert "may be written by others (mode 775)" in fails(tiny.extension())
+    for found in (group(me), group(me, me)):
+        monkeypatch.setattr(build.grp, "getgrgid", lambda number, found=found: found)
+        assert tiny.extension().library().answer() == 42
+        tiny.path.parent.parent.chmod(0o777)
+        assert "may be written by others (mode 777)" in fails(tiny.extension())
+        tiny.path.parent.parent.chmod(0o775)
+    monkeypatch.setattr(build.pwd, "getpwuid", lambda number: {}[number])  # a user without an entry has no such group
+    assert "may be written by others" in fails(tiny.extension())
 
 
 def test_nothing_is_built_where_others_may_write(tiny: Tiny) -> None:

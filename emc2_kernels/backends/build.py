@@ -8,10 +8,12 @@ user: so it must be whole, and nobody but this user and root may have been able 
 from __future__ import annotations
 
 import fcntl
+import grp
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -272,14 +274,25 @@ def _check_trusted(path: Path) -> None:
             return
         me, owner, mode = os.geteuid(), found.st_uid, stat.S_IMODE(found.st_mode)
         sticky = stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX  # each one's files in it are safe, as in /tmp
+        others = stat.S_IWOTH | (0 if mode & stat.S_IWGRP and _is_own_group(found.st_gid) else stat.S_IWGRP)
         if owner not in (0, me):
             wrong, command = f"belongs to user {owner}, neither root nor the user of this process ({me})", f"chown {me}"
-        elif mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        elif mode & others and not sticky:
             wrong, command = f"may be written by others (mode {mode:o})", "chmod go-w"
         else:
             continue
         remedy = f"if it is to be trusted, {command} {shlex.quote(str(place))}; else {_ANOTHER}"
         raise Unavailable(f"{place} {wrong}: what lies there would run as you; {remedy}")
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether a group is the one of this user's name, with nobody else in it: many systems give each user one, and make
+    what the user makes writable by it."""
+    try:
+        group, name = grp.getgrgid(number), pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == name and set(group.gr_mem) <= {name}
 
 
 def _check_writable(folder: Path) -> None:
