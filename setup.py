@@ -51,6 +51,7 @@ setup(
             "tensorboard>=2.15",
             "pytorch-metric-learning>=2.9",
             "lightning>=2.5",
+            "ninja",
         ],
     },
 )

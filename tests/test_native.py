@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import ninja
 import pytest
 import torch
 from first_use import finish, run_checked, start_python
@@ -52,7 +53,9 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp(request.param)
     architecture = f"-DEMC2_ARCH={ARCHITECTURES[request.param]}"
-    log = run_checked("cmake", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}", architecture)
+    generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}")
+    options = (f"-DPython_EXECUTABLE={sys.executable}", architecture, *generator)
+    log = run_checked("cmake", "-S", ROOT, "-B", folder, *options)
     return Build(request.param, folder, log + run_checked("cmake", "--build", folder, "--parallel", "2", "--verbose"))
 
 
