@@ -1,5 +1,7 @@
 """Where a plausible slip in the CPU core or its Python side would change a result, and random walks rarely come."""
 
+import threading
+
 import pytest
 import torch
 from helpers import COMPILED, assert_identical, int64, normal, with_rows
@@ -70,6 +72,7 @@ def test_vectors_and_positions_may_lie_apart(sweep_multiplies, monkeypatch):
         "key_labels": torch.arange(m) * 10**10,
     }
     state = emc2.MHState(torch.arange(n) + 900, torch.randn(n, generator=generator))
+    state.score[::3] = 1e6  # stays
     positions = torch.randint(0, m, (n, 50), generator=generator)
     walks = [{}, {"proposal": "uniform", "num_proposals": 50}, {"proposal": positions}]
     for walk in walks:
@@ -229,3 +232,10 @@ def test_many_samples_in_blocks_of_few_rows(monkeypatch):
     options = {"temperature": 0.3, "seed": 1, "step": 2, "num_samples": 40}
     found, expected = (emc2.gumbel_sample(queries, keys, backend=b, **options) for b in ("cpu", "reference"))
     assert (found != expected).float().mean() < 1e-3  # ties
+
+
+def test_the_scratch_buffer_has_what_is_asked_for(monkeypatch):
+    """A little less would pass unseen: the last rows of a tile are read in whole vectors."""
+    monkeypatch.setattr(scratch, "_kept", threading.local())
+    sizes = [10, 11, 80, 81, 5, 144, 145]
+    assert [scratch.tile_buffer(size).numel() >= size for size in sizes] == [True] * len(sizes)
