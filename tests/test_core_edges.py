@@ -199,8 +199,11 @@ def test_ids_differ_in_every_bit(backend, n, monkeypatch):
         for base in (0, (1 << 34) + 5, -1):
             ids = {"query_ids": torch.full((n,), base), "key_ids": torch.tensor([base ^ (1 << bit) for bit in bits])}
             common = ids | {"chain_ids": torch.arange(n), "temperature": 1.0, "seed": 1, "step": 2, "backend": backend}
-            walk = emc2.mh_step(queries, keys, emc2.init_state(n), num_samples=len(bits), **common)
-            assert (walk.samples[:, 0] == 0).all()  # the first key is proposed, and a chain that has not started moves
+            for key in range(len(bits)):  # alone, it is moved to: no chain has started
+                alone = common | {"key_ids": ids["key_ids"][key : key + 1]}
+                for proposal in ({}, {"proposal": "uniform", "num_proposals": 1}):
+                    walk = emc2.mh_step(queries, keys[key : key + 1], emc2.init_state(n), **alone, **proposal)
+                    assert (walk.samples == 0).all()
             drawn = emc2.gumbel_sample(queries * 0, keys, num_samples=200, **common)
             assert (drawn.flatten().bincount(minlength=len(bits)) > 0).all()
             excluded = common | {"key_ids": torch.full((len(bits),), base)}

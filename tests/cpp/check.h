@@ -17,6 +17,7 @@ inline int failures = 0;
     }                                                                    \
   } while (false)
 
-inline std::mt19937_64 random_bits(20240427);  // its sequence is fixed by the standard, unlike that of the distributions
+// Its sequence is fixed by the standard, unlike that of the distributions.
+inline std::mt19937_64 random_bits(20240427);
 
 inline int64_t random_below(int64_t end) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(end)); }

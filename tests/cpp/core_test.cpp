@@ -396,19 +396,20 @@ bool refuses(Call call) {
 
 // Before anything is written: what is poisoned stays so.
 void bad_values_are_refused() {
-  const int64_t rows = 9, keys = 7, draws = 5;
+  const int64_t rows = 9, keys = 7, draws = 5, stride = draws + 2;
   const auto walk = [&](emc2::Schedule schedule, int64_t position, int64_t chain) {
     Problem problem(rows, keys, 3, {draws, 0, draws, 0, 1}, true);
     problem.chain_ids[rows - 1] = chain;
-    std::vector<int64_t> positions(rows * draws, keys - 1);
-    positions.back() = position;
+    std::vector<int64_t> positions(rows * stride, keys);  // between the rows, where nobody looks
+    for (int64_t i = 0; i < rows * draws; ++i) positions[i / draws * stride + i % draws] = keys - 1;
+    positions[(rows - 1) * stride + draws - 1] = position;
     Results got(problem);
     const Results poisoned(problem);
     emc2::Recorder recorder = got.recorder(problem, 1);
     recorder.walk.schedule = schedule;
     const bool given = schedule.count == draws && schedule.first == 0;
     const bool refused = refuses([&] {
-      emc2::walk_gathered(recorder, problem.operands(), {given ? positions.data() : nullptr, draws});
+      emc2::walk_gathered(recorder, problem.operands(), {given ? positions.data() : nullptr, stride});
     });
     if (refused) check_same(got, poisoned, "a walk that was refused");
     return refused;
