@@ -1,5 +1,7 @@
 """Where a plausible slip in the CPU core or its Python side would change a result, and random walks rarely come."""
 
+import threading
+
 import pytest
 import torch
 from helpers import COMPILED, assert_identical, int64, normal, with_rows
@@ -70,6 +72,7 @@ def test_vectors_and_positions_may_lie_apart(sweep_multiplies, monkeypatch):
         "key_labels": torch.arange(m) * 10**10,
     }
     state = emc2.MHState(torch.arange(n) + 900, torch.randn(n, generator=generator))
+    state.score[::3] = 1e6  # stays
     positions = torch.randint(0, m, (n, 50), generator=generator)
     walks = [{}, {"proposal": "uniform", "num_proposals": 50}, {"proposal": positions}]
     for walk in walks:
@@ -196,8 +199,11 @@ def test_ids_differ_in_every_bit(backend, n, monkeypatch):
         for base in (0, (1 << 34) + 5, -1):
             ids = {"query_ids": torch.full((n,), base), "key_ids": torch.tensor([base ^ (1 << bit) for bit in bits])}
             common = ids | {"chain_ids": torch.arange(n), "temperature": 1.0, "seed": 1, "step": 2, "backend": backend}
-            walk = emc2.mh_step(queries, keys, emc2.init_state(n), num_samples=len(bits), **common)
-            assert (walk.samples[:, 0] == 0).all()  # the first key is proposed, and a chain that has not started moves
+            for key in range(len(bits)):  # alone, it is moved to: no chain has started
+                alone = common | {"key_ids": ids["key_ids"][key : key + 1]}
+                for proposal in ({}, {"proposal": "uniform", "num_proposals": 1}):
+                    walk = emc2.mh_step(queries, keys[key : key + 1], emc2.init_state(n), **alone, **proposal)
+                    assert (walk.samples == 0).all()
             drawn = emc2.gumbel_sample(queries * 0, keys, num_samples=200, **common)
             assert (drawn.flatten().bincount(minlength=len(bits)) > 0).all()
             excluded = common | {"key_ids": torch.full((len(bits),), base)}
@@ -229,3 +235,10 @@ def test_many_samples_in_blocks_of_few_rows(monkeypatch):
     options = {"temperature": 0.3, "seed": 1, "step": 2, "num_samples": 40}
     found, expected = (emc2.gumbel_sample(queries, keys, backend=b, **options) for b in ("cpu", "reference"))
     assert (found != expected).float().mean() < 1e-3  # ties
+
+
+def test_the_scratch_buffer_has_what_is_asked_for(monkeypatch):
+    """A little less would pass unseen: the last rows of a tile are read in whole vectors."""
+    monkeypatch.setattr(scratch, "_kept", threading.local())
+    sizes = [10, 11, 80, 81, 5, 144, 145]
+    assert [scratch.tile_buffer(size).numel() >= size for size in sizes] == [True] * len(sizes)

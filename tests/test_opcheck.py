@@ -67,6 +67,7 @@ WALKS = OPERANDS | {
     "positions, ids": ALL_IDS | {"positions": torch.arange(N * 7).view(N, 7) % M, "burn_in": 3},
     "a shard": {"first_proposal": 3, "num_samples": 2},
 }
+LABELS = torch.arange(5)
 SUMS = {
     **OPERANDS,
     **{
@@ -75,6 +76,12 @@ SUMS = {
     "other ids, keys None": {"keys": None, "query_ids": IDS, "key_ids": IDS.flip(0)},
 }
 TABLE = {
+    "labels_of": {
+        "usual": {"position": torch.arange(N) % M - 1, "key_labels": torch.arange(M)},
+        "apart": {"position": (torch.arange(N * 2) % M)[::2], "key_labels": torch.arange(M * 3)[::3]},
+        "no keys": {"position": torch.full((N,), -1), "key_labels": torch.arange(0)},
+        "one tensor": {"position": LABELS, "key_labels": LABELS},
+    },
     "contrastive_lse": SUMS,
     "contrastive_lse_backward": SUMS,
     "gumbel_sample": OPERANDS | {"everything": ALL_IDS | PER_ROW | COUNTERS | {"num_samples": 3}},

@@ -335,27 +335,42 @@ def test_random_calls_give_legal_results_or_named_errors():
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
+SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers are GCC's")
+
+
 def sanitizer(name):
-    """The path of a sanitizer's library; None where the compiler has none."""
-    asked = [*native.compiler(), f"-print-file-name={name}"]
-    path = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
-    return path if path.is_absolute() else None
+    """The path of a sanitizer's library."""
+    asked = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    path = Path(asked.stdout.strip())
+    if not path.is_absolute():
+        pytest.skip("this compiler has no sanitizers")
+    return str(path)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="its sanitizers are GCC's")
-def test_random_calls_read_and_write_nothing_foreign(tmp_path, monkeypatch):
+@needs_gcc
+def test_random_calls_read_and_write_nothing_foreign(tmp_path):
     """The core built with the address and the undefined behaviour sanitizer, whose first finding ends the process."""
-    monkeypatch.setenv("CXX", "g++")
-    libraries = [sanitizer("libasan.so"), sanitizer("libubsan.so")]
-    if None in libraries:
-        pytest.skip("this compiler has no sanitizers")
     done = random_calls(
         100_000,
         1_000_000,
-        EMC2_ARCH="-march=native -g1 -fsanitize=address,undefined -fno-sanitize-recover=all",
+        CXX="g++",
+        EMC2_ARCH=" ".join(("-march=native", *SANITIZERS)),
         TORCH_EXTENSIONS_DIR=str(tmp_path),
-        LD_PRELOAD=":".join(map(str, libraries)),
+        LD_PRELOAD=f"{sanitizer('libasan.so')}:{sanitizer('libubsan.so')}",
         ASAN_OPTIONS="detect_leaks=0",  # Python's own
     )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.slow
+@needs_gcc
+def test_the_core_passes_its_own_tests_under_the_sanitizers(tmp_path):
+    sanitizer("libasan.so")
+    root = Path(__file__).resolve().parents[1]
+    files = [root / "tests" / "cpp" / "core_test.cpp", *(root / "csrc" / "cpu").glob("*.cpp")]
+    flags = ["-std=c++17", "-O1", "-march=native", "-fopenmp", "-Wno-psabi", f"-I{root / 'csrc'}", *SANITIZERS]
+    subprocess.run(["g++", *flags, *map(str, files), "-o", str(tmp_path / "core_test")], check=True)
+    done = subprocess.run([tmp_path / "core_test"], capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -5,39 +5,27 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <random>
+#include <limits>
+#include <stdexcept>
 #include <vector>
 
+#include "check.h"
 #include "cpu/acceptance.h"
 #include "cpu/draws.h"
 #include "cpu/gathered.h"
 #include "cpu/gumbel.h"
 #include "cpu/products.h"
 #include "cpu/sweep.h"
+#include "cpu/values.h"
+#include "problem.h"
 
 namespace {
-
-int failures = 0;
-
-// A broken loop of 2^23 checks would print as many lines: the first few say it all.
-#define CHECK(condition, ...)                                            \
-  do {                                                                   \
-    if (!(condition) && ++failures <= 20) {                              \
-      std::printf("%s:%d: %s failed: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                          \
-      std::printf("\n");                                                 \
-    }                                                                    \
-  } while (false)
 
 using emc2::Floats;
 using emc2::Ints;
 using emc2::kInfinity;
 using emc2::kLanes;
 using emc2::Words;
-
-std::mt19937_64 random_bits(20240427);  // its sequence is fixed by the standard, unlike that of the distributions
-
-int64_t random_below(int64_t end) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(end)); }
 
 template <class To, class From>
 To bits_as(From from) {
@@ -300,154 +288,6 @@ void positions_scale_exactly() {
   }
 }
 
-// A walk whose scores are small integers: exact in every order of addition, so that the kernels must agree to the last
-// bit with a loop over the proposals.
-struct Problem {
-  int64_t rows, keys, dim;
-  emc2::Schedule schedule;
-  bool steps;  // whether chains enter it, or it is wanted as a transition
-  std::vector<float> queries, key_rows;
-  std::vector<int64_t> chain_ids, query_ids, key_ids, state_key;
-  std::vector<float> state_score;
-  uint64_t seed = (1ull << 63) + 5;
-  uint32_t step = 0xfffffffeu;
-
-  Problem(int64_t rows, int64_t keys, int64_t dim, emc2::Schedule schedule, bool steps)
-      : rows(rows),
-        keys(keys),
-        dim(dim),
-        schedule(schedule),
-        steps(steps),
-        queries(rows * dim),
-        key_rows(keys * dim),
-        chain_ids(rows),
-        query_ids(rows),
-        key_ids(keys),
-        state_key(rows),
-        state_score(rows) {
-    for (float& value : queries) value = static_cast<float>(random_below(5) - 2);
-    for (float& value : key_rows) value = static_cast<float>(random_below(5) - 2);
-    // Past 2^32, and so few that many pairs agree in one half of their bits only.
-    for (int64_t& id : query_ids) id = random_below(3) + (random_below(3) << 32);
-    for (int64_t& id : key_ids) id = random_below(3) + (random_below(3) << 32);
-    for (int64_t row = 0; row < rows; ++row) {
-      chain_ids[row] = static_cast<int64_t>(random_bits() >> 24);
-      state_key[row] = 1000 + row;
-      state_score[row] = row % 3 ? static_cast<float>(random_below(9)) : row % 2 ? -kInfinity : std::nanf("");
-    }
-  }
-
-  emc2::Operands operands() const { return {queries.data(), key_rows.data(), dim, dim, dim, emc2::Dtype::kFloat32}; }
-
-  float dot(int64_t row, int64_t key) const {
-    float sum = 0;
-    for (int64_t i = 0; i < dim; ++i) sum += queries[row * dim + i] * key_rows[key * dim + i];
-    return sum;
-  }
-
-  emc2::PhiloxBlock<uint32_t> words(int64_t row, emc2::Stream stream, int64_t block) const {
-    const auto counter = emc2::philox_counter(chain_ids[row], stream, step, static_cast<uint32_t>(block));
-    return emc2::philox_rounds(counter, emc2::philox_key(seed));
-  }
-
-  float e(int64_t row, int64_t proposal) const {
-    const auto block = words(row, emc2::kAcceptanceStream, proposal / 4);
-    const uint32_t word[] = {block.c0, block.c1, block.c2, block.c3};
-    return emc2::exponential(Words{} + word[proposal % 4])[0];
-  }
-
-  int64_t drawn_position(int64_t row, int64_t proposal) const {
-    const auto block = words(row, emc2::kPositionStream, proposal / 2);
-    return static_cast<int64_t>(proposal % 2 ? emc2::scale_to_range(block.c2, block.c3, keys)
-                                             : emc2::scale_to_range(block.c0, block.c1, keys));
-  }
-};
-
-// What a walk leaves; poisoned, so that what is not written shows.
-struct Results {
-  std::vector<int32_t> samples, accepted;
-  std::vector<int64_t> key, position_at;
-  std::vector<float> score, threshold, score_at, threshold_at;
-
-  explicit Results(const Problem& problem) {
-    const int64_t rows = problem.rows, sampled = rows * problem.schedule.samples;
-    if (problem.steps) {
-      samples.resize(sampled, -77), accepted.resize(rows, -77), key.resize(rows, -77);
-      score.resize(rows, -77.0f), threshold.resize(rows, -77.0f);
-    } else {
-      position_at.resize(sampled, -77), score_at.resize(sampled, -77.0f), threshold_at.resize(sampled, -77.0f);
-    }
-  }
-
-  emc2::Recorder recorder(const Problem& problem, int threads) {
-    emc2::Recorder recorder{};
-    emc2::Walk& walk = recorder.walk;
-    walk.rows = problem.rows, walk.keys = problem.keys, walk.schedule = problem.schedule;
-    walk.seed = problem.seed, walk.step = problem.step, walk.temperature = 0.5f, walk.threads = threads;
-    walk.chain_ids = problem.chain_ids.data();
-    walk.query_ids = problem.query_ids.data(), walk.key_ids = problem.key_ids.data();
-    if (problem.steps) {
-      recorder.states = {problem.state_key.data(), problem.state_score.data()};
-      recorder.step = {samples.data(),  key.data(), score.data(),          threshold.data(),
-                       accepted.data(), nullptr,    problem.key_ids.data()};
-    } else {
-      recorder.transition = {threshold_at.data(), score_at.data(), position_at.data()};
-    }
-    return recorder;
-  }
-};
-
-// A chain as the method describes it: one proposal after another, accepted or not. A transition is the walk of a chain
-// that enters it at -inf. `numbered` positions are those in the whole walk, of a sweep.
-template <class KeyOfProposal>
-Results walk_by_the_book(const Problem& problem, KeyOfProposal key_of, bool numbered) {
-  Results out(problem);
-  const emc2::Schedule& schedule = problem.schedule;
-  for (int64_t row = 0; row < problem.rows; ++row) {
-    float current = problem.steps ? problem.state_score[row] : -kInfinity;
-    if (std::isnan(current)) current = -kInfinity;
-    int64_t key = current > -kInfinity ? problem.state_key[row] : -1;
-    int64_t position = -1;
-    float threshold = -kInfinity;
-    int32_t accepted = 0;
-    for (int64_t p = std::min(schedule.first, schedule.burn_in); p < schedule.total; ++p) {
-      const bool in_shard = p >= schedule.first && p < schedule.first + schedule.count;
-      const int64_t proposed = in_shard ? key_of(row, p) : 0;
-      if (in_shard && problem.key_ids[proposed] != problem.query_ids[row]) {
-        const float score = problem.dot(row, proposed) * 2.0f, e = problem.e(row, p);
-        threshold = std::max(threshold, score + e);
-        if (score + e > current) {
-          current = score, position = proposed + (numbered ? schedule.first : 0), key = problem.key_ids[proposed];
-          ++accepted;
-        }
-      }
-      for (int64_t r = 0; r < schedule.samples; ++r) {
-        if (schedule.proposal_of_sample(r) != p) continue;
-        const int64_t at = row * schedule.samples + r;
-        if (problem.steps) {
-          out.samples[at] = static_cast<int32_t>(position);
-        } else {
-          out.position_at[at] = position, out.score_at[at] = current, out.threshold_at[at] = threshold;
-        }
-      }
-    }
-    if (problem.steps)
-      out.key[row] = key, out.score[row] = current, out.threshold[row] = threshold, out.accepted[row] = accepted;
-  }
-  return out;
-}
-
-void check_same(const Results& got, const Results& want, const char* walk) {
-  CHECK(got.samples == want.samples, "%s", walk);
-  CHECK(got.key == want.key, "%s", walk);
-  CHECK(got.score == want.score, "%s", walk);
-  CHECK(got.threshold == want.threshold, "%s", walk);
-  CHECK(got.accepted == want.accepted, "%s", walk);
-  CHECK(got.position_at == want.position_at, "%s", walk);
-  CHECK(got.score_at == want.score_at, "%s", walk);
-  CHECK(got.threshold_at == want.threshold_at, "%s", walk);
-}
-
 void walk_of_uniform_draws(const Problem& problem, int threads) {
   Results got(problem);
   emc2::walk_gathered(got.recorder(problem, threads), problem.operands(), {nullptr, 0});
@@ -544,6 +384,65 @@ void gumbel_draws_follow_the_book(int threads) {
   }
 }
 
+template <class Call>
+bool refuses(Call call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+// Before anything is written: what is poisoned stays so.
+void bad_values_are_refused() {
+  const int64_t rows = 9, keys = 7, draws = 5, stride = draws + 2;
+  const auto walk = [&](emc2::Schedule schedule, int64_t position, int64_t chain) {
+    Problem problem(rows, keys, 3, {draws, 0, draws, 0, 1}, true);
+    problem.chain_ids[rows - 1] = chain;
+    std::vector<int64_t> positions(rows * stride, keys);  // between the rows, where nobody looks
+    for (int64_t i = 0; i < rows * draws; ++i) positions[i / draws * stride + i % draws] = keys - 1;
+    positions[(rows - 1) * stride + draws - 1] = position;
+    Results got(problem);
+    const Results poisoned(problem);
+    emc2::Recorder recorder = got.recorder(problem, 1);
+    recorder.walk.schedule = schedule;
+    const bool given = schedule.count == draws && schedule.first == 0;
+    const bool refused = refuses([&] {
+      emc2::walk_gathered(recorder, problem.operands(), {given ? positions.data() : nullptr, stride});
+    });
+    if (refused) check_same(got, poisoned, "a walk that was refused");
+    return refused;
+  };
+  const emc2::Schedule legal{draws, 0, draws, 0, 1};
+  CHECK(!walk(legal, 0, 0) && !walk(legal, keys - 1, (1ll << 40) - 1), "legal values are refused");
+  for (const int64_t position : {keys, int64_t{-1}, int64_t{1} << 40, std::numeric_limits<int64_t>::min()}) {
+    CHECK(walk(legal, position, 0), "position %lld is taken", static_cast<long long>(position));
+  }
+  for (const int64_t chain : {int64_t{-1}, int64_t{1} << 40}) {
+    CHECK(walk(legal, 0, chain), "chain %lld is taken", static_cast<long long>(chain));
+  }
+  const int64_t many = std::numeric_limits<int64_t>::max();
+  const emc2::Schedule wrong[] = {
+      {draws, 0, draws, draws, 1},     {draws, 0, draws, -1, 1},        {draws, 0, draws, 0, 0},
+      {draws, 0, draws, 0, draws + 1}, {draws, 1, draws, 0, 1},         {draws, -1, draws, 0, 1},
+      {draws, 0, -1, 0, 1},            {many, many, 1, 0, 1},           {(1ll << 33) + 1, 0, draws, 0, 1},
+      {draws, many, many, 0, 1},       {draws, 0, draws, many, many},
+  };
+  for (const emc2::Schedule& schedule : wrong) {
+    CHECK(walk(schedule, 0, 0), "a schedule of %lld proposals is taken", static_cast<long long>(schedule.total));
+  }
+  const float temperatures[] = {1.0f, 0.0f, std::nanf(""), kInfinity, -1.0f};
+  for (int64_t i = 0; i < 5; ++i) {
+    CHECK(refuses([&] { emc2::require_temperatures(temperatures + i, 1); }) == (i > 0), "temperature %g",
+          temperatures[i]);
+  }
+  for (const int64_t samples : {int64_t{0}, int64_t{1} << 16}) {
+    const emc2::GumbelDraw draw{1, 1, samples, 0, 0, 1.0f, nullptr, nullptr, nullptr, nullptr, 1, nullptr};
+    CHECK(refuses([&] { emc2::GumbelSampler sampler(draw); }), "%d samples are taken", static_cast<int>(samples));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -560,6 +459,7 @@ int main() {
   positions_scale_exactly();
   for (const int threads : {1, 3}) walks_follow_the_book(threads);
   for (const int threads : {1, 3}) gumbel_draws_follow_the_book(threads);
+  bad_values_are_refused();
   if (failures) std::printf("%d checks failed\n", failures);
   return failures ? 1 : 0;
 }
