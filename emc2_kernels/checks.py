@@ -21,9 +21,10 @@ OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CHAIN_ID = 2**40
 MAX_POSITION = 2**31  # samples are int32
 MAX_INTEGER = 2**63  # operators take int64
-# Gradients divide by a temperature, statistics by its square, kernels in float32: between these all of it is a normal
-# number. Beyond, a denormal is rounded to zero, and what comes out is NaN or nothing.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-63, 2.0**63
+# Kernels multiply by the inverse of a temperature. At the first of these the scores of unit vectors, and of
+# similarities up to some fifty, are finite float32 numbers; those that are not are left out, or make sums NaN. Well
+# above the second the inverse is a denormal, which counts as zero, and a batch's temperatures do not add up.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-120, 2.0**100
 
 
 class _Short(reprlib.Repr):
@@ -185,9 +186,9 @@ def finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {count} values that are infinite or NaN, of {value.numel()}")
 
 
-def temperature(value: Any, rows: int, device: torch.device) -> None:
-    """A number, a 0-d tensor or a (rows,) tensor, from MIN_TEMPERATURE to MAX_TEMPERATURE."""
-    expected = "in [2^-63, 2^63], so that it, its square and their inverses are float32 numbers"
+def temperature(value: Any, rows: int, device: torch.device, least: float = MIN_TEMPERATURE) -> None:
+    """A number, a 0-d tensor or a (rows,) tensor, from ``least`` to MAX_TEMPERATURE."""
+    expected = f"in [{least:.3g}, {MAX_TEMPERATURE:.3g}], where float32 can divide by it"
     if isinstance(value, Tensor):
         tensor("temperature", value)
         if not value.dtype.is_floating_point:
@@ -198,12 +199,12 @@ def temperature(value: Any, rows: int, device: torch.device) -> None:
             raise ValueError(f"temperature must be on {device}, got {describe(value)}")
         if value.numel() and values_visible(value):
             low, high = (float(bound) for bound in torch.aminmax(value.detach()))
-            if not MIN_TEMPERATURE <= low <= high <= MAX_TEMPERATURE:
+            if not least <= low <= high <= MAX_TEMPERATURE:
                 raise ValueError(f"temperature must be {expected}, got values from {low} to {high}")
         return
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"temperature must be a number or a tensor, got {describe(value)}")
-    if not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+    if not least <= value <= MAX_TEMPERATURE:
         raise ValueError(f"temperature must be {expected}, got {shown(value)}")
 
 
@@ -244,11 +245,11 @@ def chain_ids(queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids
     return query_ids if given is None else given
 
 
-def one_temperature(value: Any) -> float:
+def one_temperature(value: Any, least: float = MIN_TEMPERATURE) -> float:
     """A number, or a 0-d tensor that is read once."""
     if isinstance(value, Tensor) and value.dim() > 0:
         raise ValueError(f"temperature must be one number, got {describe(value)}")
-    temperature(value, 0, value.device if isinstance(value, Tensor) else torch.device("cpu"))
+    temperature(value, 0, value.device if isinstance(value, Tensor) else torch.device("cpu"), least)
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 

@@ -36,7 +36,7 @@ def contrastive_lse(
     Args:
         queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
-        temperature: number, 0-d tensor or (n,) tensor, in [2^-63, 2^63].
+        temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100].
         query_ids, key_ids: (n,) and (m,) int64. A key with the row's id is left out of its sum.
         backend: "auto" or a name from ``backends()``.
 
@@ -87,7 +87,7 @@ def mean_similarity(
         operands = queries.detach(), None if keys is queries and query_ids is key_ids else keys.detach()
         ones, lse = torch.ones_like(lse), lse.detach()
         gradients = lse_gradients(*operands, number, temperatures, query_ids, key_ids, ones, lse, backend)
-        return -temperatures.square() * gradients[2]
+        return -temperatures * (temperatures * gradients[2])  # the square alone could overflow
 
 
 def _scores(queries, keys, temperature, temperatures, query_ids, key_ids) -> Scores:

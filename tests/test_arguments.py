@@ -16,14 +16,14 @@ from emc2_kernels.losses import TABLE, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLos
 from emc2_kernels.losses import index_watch as watch
 
 NAMES = pytest.mark.parametrize("name", TABLE)
-LEAST, MOST = 2.0**-63, 2.0**63
-TINY = [1e-46, 1e-40, 1e-38, 1e-30, LEAST * 0.99]
+LEAST, MOST = 2.0**-63, 2.0**100
+TINY = [1e-46, 1e-40, 1e-38]
 HUGE = [MOST * 1.01, 1e38, 1e39, 10**400]
 KEPT = [name for name in TABLE if "num_items" in TABLE[name].options()]
 
 
 @NAMES
-@pytest.mark.parametrize("temperature", TINY + HUGE, ids=str)
+@pytest.mark.parametrize("temperature", [*TINY, 1e-30, LEAST * 0.99, *HUGE], ids=str)
 def test_temperatures_that_float32_cannot_divide_by_are_refused(name, temperature):
     with named_error(ValueError, "temperature must be in"):
         make(name, temperature=temperature)
@@ -60,9 +60,9 @@ def test_at_the_ends_everything_is_finite(name, temperature):
 
 @pytest.mark.parametrize("backend", RUNNABLE)
 def test_the_log_sum_exp_is_right_at_the_ends(backend):
-    """Beside float64, with scores up to 10^19 and down to 10^-19."""
+    """Beside float64, with scores up to 10^38 and down to 10^-30."""
     q, k = normal(0, 4, DIM), normal(1, 5, DIM)
-    for temperature in (LEAST, MOST):
+    for temperature in (2.0**-120, 1e-30, LEAST, MOST):
         found = contrastive_lse(q, k, temperature=temperature, backend=backend)
         exact = contrastive_lse(q.double(), k.double(), temperature=temperature, backend="reference")
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
@@ -144,7 +144,26 @@ class TestClassLabels:
         """Where each class comes once a batch, nothing repeats within it."""
         loss = make_with(name, 300)
         count, message, _ = self.steps(loss, [torch.randperm(10) for _ in range(200)])
-        assert count == 1 and "600 rows, two epochs of 300 items, had 10 different ones" in message
+        assert count == 1 and "600 rows of a data set of 300 items had 10 different items" in message
+
+    def test_many_items_are_told_apart_by_their_remainders(self, monkeypatch):
+        """As with thousands of bins: 40 classes hit few, uniform draws, and a rank's every 8th item, hit all."""
+        assert all(watch.BINS % k for k in range(2, 91))  # or every 8th item would hit an eighth of them
+        monkeypatch.setattr(watch, "BINS", 127)
+        monkeypatch.setattr(watch, "MOST_ROWS", 2000)
+        classes = [torch.randperm(40)[:20] for _ in range(110)]
+        count, message, _ = self.steps(SogCLRLoss(5000), classes)
+        assert count == 1 and "2000 rows of a data set of 5000 items had 40 different remainders" in message
+        for every in (1, 8):
+            drawn = [index * every for index in self.draws(3, 110, 20, 5000 // every)]
+            assert self.steps(SogCLRLoss(5000), drawn)[0] == 0
+
+    @pytest.mark.parametrize(("ranks", "warned"), [(1, 1), (8, 0)])
+    def test_a_process_with_its_share_of_the_items_is_not(self, ranks, warned, monkeypatch):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+        share = [index[:16] for _ in range(40) for index in (torch.randperm(75),)]
+        assert self.steps(SogCLRLoss(600), share + share)[0] == warned
 
     @pytest.mark.parametrize(("items", "b"), [(3, 2), (12, 8), (100, 32), (20, 64), (2000, 128)])
     def test_draws_with_replacement_are_not(self, items, b):
@@ -154,6 +173,9 @@ class TestClassLabels:
     def test_a_data_set_smaller_than_num_items_is_not(self):
         """Fewer than uniform draws from all, and not so few as classes would be."""
         assert self.steps(SogCLRLoss(3000), self.draws(2, 61, 100, 1800))[0] == 0
+
+    def test_a_handful_of_items_says_nothing(self):
+        assert self.steps(SogCLRLoss(4), [torch.zeros(1, dtype=torch.int64)] * 20)[0] == 0
 
     def test_epochs_are_not(self):
         order = [torch.randperm(96, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]

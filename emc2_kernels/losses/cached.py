@@ -54,7 +54,7 @@ class CachedSoftmaxLoss(Kept):
 
     Args:
         num_items: items of the data set; ``index`` names them; below 2^30. dim: of the embeddings.
-        temperature: in [2^-63, 2^63]. Not learnt: the value is a surrogate, whose derivative in the temperature is not
+        temperature: in [2^-63, 2^100]. Not learnt: the value is a surrogate, whose derivative in the temperature is not
             the loss's.
         refresh: share of the cache's 2 * num_items entries that are encoded again at each step, rounded up; needs
             ``encode``. Without it the batches alone refresh the cache, and refresh must be 0 or left alone.

@@ -54,7 +54,7 @@ class EMC2Loss(Kept):
 
     Args:
         num_items: items of the data set; ``index`` names them. dim: of the embeddings.
-        temperature: in [2^-63, 2^63]; the paper's beta is 1 / temperature. Not learnt: the value is a surrogate, whose
+        temperature: in [2^-63, 2^100]; the paper's beta is 1 / temperature. Not learnt: the value is a surrogate, whose
             derivative in the temperature is not the loss's, and the kept scores are divided by it.
         proposals: "batch": the keys of the mini-batch, which must then be drawn uniformly from the data set (a shuffled
             loader does). "bank": ``num_proposals`` uniform draws from the latest embeddings of the whole data set, so

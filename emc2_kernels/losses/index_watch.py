@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import checks
 
 REPEATS_CALLS = 100  # of which repeats are counted: class labels show within a few
-MOST_ITEMS = 1 << 24  # above it, which were seen is not noted, which takes a byte each
+BINS = 8191  # by which items are told apart, a prime: those of every k-th item fall into all of them, too
+MOST_ROWS = 128 * BINS  # after which it is known which bins are hit; two epochs of fewer items are enough
 LOG_CHANCE = math.log(1e12)  # a warning is wrong once in so many runs, whatever the sampler draws uniformly
 
 
@@ -27,7 +28,7 @@ class IndexWatch:
         self.num_items = num_items
         self.calls = self.rows = self.repeats = 0
         self.expected = 0.0  # repeats, of draws with replacement
-        self.seen: Tensor | None = None  # (num_items,) bool, from the first look to the last
+        self.seen: Tensor | None = None  # (bins,) bool, from the first look to the last
         self.done = False
 
     def look(self, index: Tensor) -> None:
@@ -35,7 +36,7 @@ class IndexWatch:
         if torch.compiler.is_compiling() or self.done or not checks.values_visible(index):
             return
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        share, b = max(self.num_items / ranks, 1.0), index.shape[0]
+        share, b = max(self.num_items // ranks, 1), index.shape[0]
         self.calls += 1
         self.rows += b
         if self.calls <= REPEATS_CALLS:
@@ -48,18 +49,16 @@ class IndexWatch:
                     f"{self.num_items} items would about {self.expected:.1g} times"
                 )
                 return
-        if self.num_items > MOST_ITEMS:
-            self.done = self.calls >= REPEATS_CALLS
-            return
         if self.seen is None:
             with torch.inference_mode(False):  # else no later step could write to it
-                self.seen = torch.zeros(self.num_items, dtype=torch.bool, device="cpu")
-        self.seen[index] = True
-        if self.rows >= 2 * self.num_items:
-            seen, most = int(self.seen.sum()), share * (1 - math.exp(-self.rows / share))
-            # Each draw changes the number of different items by one at most (McDiarmid's inequality).
-            if seen < min(most - math.sqrt(self.rows * LOG_CHANCE / 2), most / 2):
-                self._warn(f"{self.rows} rows, two epochs of {self.num_items} items, had {seen} different ones")
+                self.seen = torch.zeros(min(self.num_items, BINS), dtype=torch.bool, device="cpu")
+        self.seen[index % BINS] = True
+        if self.rows >= min(2 * self.num_items, MOST_ROWS):
+            seen, bins = int(self.seen.sum()), min(share, BINS)
+            missed = bins - seen
+            if 2 * missed > bins and _beyond_chance(missed, bins * math.exp(-self.rows * (share // bins) / share)):
+                what = "items" if self.num_items <= BINS else f"remainders of items modulo {BINS}"
+                self._warn(f"{self.rows} rows of a data set of {self.num_items} items had {seen} different {what}")
             self.done, self.seen = True, None
 
     def _warn(self, what: str) -> None:
@@ -68,15 +67,16 @@ class IndexWatch:
         warnings.warn(f"{seems}: {what}", stacklevel=6)  # past look, forward and torch's two frames of a call
 
 
-def _expected_repeats(b: int, items: float) -> float:
+def _expected_repeats(b: int, items: int) -> float:
     """Of b draws with replacement, draw j repeats an earlier one with a chance of at most min(1, j / items)."""
-    certain = max(b - math.ceil(items), 0)
+    certain = max(b - items, 0)
     drawn = b - certain
     return drawn * (drawn - 1) / (2 * items) + certain
 
 
 def _beyond_chance(found: int, expected: float) -> bool:
-    """Chernoff's bound on a sum of independent chances; the bounds of all calls add up."""
+    """Chernoff's bound on a sum of chances that are independent, or favour each other's failure, as empty bins do; the
+    bounds of all calls add up."""
     if found <= expected:
         return False
     return found * (math.log(found / expected) - 1) + expected > LOG_CHANCE + math.log(REPEATS_CALLS)

@@ -21,7 +21,7 @@ class NTXentLoss(TemperedLoss):
     (added up over the tensors that are allocated): 438 MB at b = 65,536, d = 128, whose scores would be 69 GB.
 
     Args:
-        temperature: in [2^-63, 2^63].
+        temperature: in [2^-63, 2^100].
         learn_temperature, max_scale: see ``TemperedLoss``: ``log_scale``, the log of 1 / temperature, is then a
             parameter.
         normalize: L2-normalise the embeddings first, in float32, however long they are. Those shorter than 1e-6, zeros

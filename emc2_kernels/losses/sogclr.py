@@ -30,7 +30,7 @@ from .pairs import (
     stack,
 )
 from .recomputation import refuse_recomputation
-from .temperature import fixed_temperature, warn_of_uniform_weights
+from .temperature import LEAST, fixed_temperature, warn_of_uniform_weights
 
 TEMPERATURE_LR = 0.01
 TEMPERATURE_MOMENTUM = 0.9
@@ -79,8 +79,8 @@ class SogCLRLoss(SlotStore):
 
     Args:
         num_items: items of the data set; ``index`` names them.
-        temperature: in [2^-63, 2^63]; with individual temperatures, that of an item that was not visited yet. Itself it
-            is not learnt: the kept means are of exponents at it. individual_temperature=True learns one for each item.
+        temperature: in [2^-63, 2^100]; with individual temperatures, that of an item that was not visited yet. It is
+            not learnt: the kept means are of exponents at it. individual_temperature=True learns one for each item.
         gamma: in (0, 1], the weight of the present batch in u.
         gamma_schedule: "constant", or "cosine": from 1 to ``gamma`` over the first ``gamma_steps`` training-mode calls
             (the paper: over half of the training).
@@ -366,9 +366,9 @@ def _gamma_steps(schedule: str, steps: int | None) -> int | None:
 
 def _bounds(bounds: tuple[float, float] | None, temperature: float) -> tuple[float, float]:
     if bounds is None:
-        low = max(temperature / TEMPERATURE_RANGE, checks.MIN_TEMPERATURE)
+        low = max(temperature / TEMPERATURE_RANGE, LEAST)
         return low, min(temperature * TEMPERATURE_RANGE, checks.MAX_TEMPERATURE)
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"temperature_bounds must be two numbers, got {checks.describe(bounds)}")
-    low = checks.number_in("temperature_bounds[0]", bounds[0], checks.MIN_TEMPERATURE, temperature)
+    low = checks.number_in("temperature_bounds[0]", bounds[0], LEAST, temperature)
     return low, checks.number_in("temperature_bounds[1]", bounds[1], temperature, checks.MAX_TEMPERATURE)

@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx
 from .. import checks
 
 UNUSUAL = 10.0  # a temperature above it is warned of
+LEAST = 2.0**-63  # of a loss: its derivative in the temperature is divided by the square, and a statistic is made of it
 
 
 class _AtMost(torch.autograd.Function):
@@ -40,7 +41,7 @@ def fixed_temperature(value: Any) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         instead = "NTXentLoss and ClipLoss learn one of their own with learn_temperature=True"
         raise ValueError(f"temperature must not require a gradient ({instead}), got {checks.describe(value)} that does")
-    return checks.one_temperature(value)
+    return checks.one_temperature(value, LEAST)
 
 
 def warn_of_uniform_weights(temperature: float, normalize: bool) -> None:
@@ -58,7 +59,7 @@ class TemperedLoss(nn.Module):
     """A loss that divides similarities by ``temperature``.
 
     Args:
-        temperature: in [2^-63, 2^63], where learning starts if it is learnt.
+        temperature: in [2^-63, 2^100], where learning starts if it is learnt.
         learn_temperature: keep log(1 / temperature) as the parameter ``log_scale``, as CLIP's logit_scale is kept. It
             has shape (1,), since FSDP2's ``fully_shard`` takes no 0-d parameters; checkpoints with a 0-d one load.
         max_scale: a learnt 1 / temperature never exceeds it. The value is bounded, not the parameter: no forward pass
@@ -73,7 +74,7 @@ class TemperedLoss(nn.Module):
         super().__init__()
         self._fixed = fixed_temperature(temperature)
         checks.boolean("learn_temperature", learn_temperature)
-        self.max_scale = checks.number_in("max_scale", max_scale, checks.MIN_TEMPERATURE, checks.MAX_TEMPERATURE)
+        self.max_scale = checks.number_in("max_scale", max_scale, 1 / checks.MAX_TEMPERATURE, 1 / LEAST)
         if learn_temperature and self._fixed * self.max_scale < 1:
             expected = f"at least 1 / max_scale = {1 / self.max_scale} with learn_temperature=True"
             raise ValueError(f"temperature must be {expected}, got {self._fixed}")
