@@ -242,3 +242,26 @@ def test_the_scratch_buffer_has_what_is_asked_for(monkeypatch):
     monkeypatch.setattr(scratch, "_kept", threading.local())
     sizes = [10, 11, 80, 81, 5, 144, 145]
     assert [scratch.tile_buffer(size).numel() >= size for size in sizes] == [True] * len(sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("proposal", [{}, {"proposal": "uniform", "num_proposals": 9}], ids=["sweep", "uniform"])
+def test_products_of_every_width(dtype, proposal):
+    """Components are small integers, so that a score is exact: one that is left out, or read twice, shows."""
+    generator = torch.Generator().manual_seed(0)
+    for dim in (*range(1, 70), 127, 128, 129):
+        queries, keys = (torch.randint(-3, 4, (rows, dim), generator=generator) for rows in (3, 11))
+        queries[:, -1], keys[:, -1] = 1, torch.arange(11) - 5
+        walk = transition("cpu", queries.to(dtype), keys.to(dtype), temperature=1.0, num_samples=9, **proposal)
+        rows = torch.arange(3)[:, None]
+        assert torch.equal(walk.score, (queries @ keys.T)[rows, walk.position].float())  # exact
+
+
+def test_draws_among_large_scores():
+    """A float32 of 10^5 has steps of 0.008: what bounds the noise from above must not round below it."""
+    chains = torch.arange(20_000) * 2**20
+    options = {"temperature": 1.0, "seed": 3, "step": 4, "chain_ids": chains}
+    scores = torch.tensor([1e5, 1e5, 1e5])
+    found = emc2.gumbel_sample(torch.ones(len(chains), 1), scores[:, None], backend="cpu", **options)
+    values = rng.gumbel(chains, range(3), seed=3, step=4, sample=0, dtype=torch.float64) + scores.double()
+    assert torch.equal(found[:, 0], values.argmax(1))
