@@ -113,18 +113,18 @@ def ignored_tensor(original):
 def swapped(original):
     """The carried chains' states are written in reverse order."""
 
-    def write(self, index, view, state):
+    def write(self, index, view, state, **only):
         original(self, index, view, emc2.MHState(state.key.flip(0), state.score))
 
     return write
 
 
 def late(original):
-    return lambda self, index, view, embeddings, step: original(self, index, view, embeddings, step + 1)
+    return lambda self, index, view, embeddings, step, **o: original(self, index, view, embeddings, step + 1, **o)
 
 
 def dull(original):
-    return lambda self, index, view, embeddings, step: original(self, index, view, embeddings * 1.02, step)
+    return lambda self, index, view, embeddings, step, **o: original(self, index, view, embeddings * 1.02, step, **o)
 
 
 def steeper_loss(original):

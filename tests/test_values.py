@@ -82,8 +82,26 @@ WRONG = {
         {"log_proposal": with_rows(torch.zeros(M), 2, torch.nan)},
         "log_proposal must be finite, got 1 values",
     ),
-    "a temperature of 0": (draw, {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, "temperature must be > 0"),
-    "a negative temperature": (step, {"temperature": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "temperature must be > 0"),
+    "a temperature of 0": (
+        draw,
+        {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])},
+        "temperature must be in [7.52e-37, 1.27e+30]",
+    ),
+    "a tiny temperature": (
+        step,
+        {"temperature": torch.tensor([1.0, 1e-37, 1.0, 1.0])},
+        "temperature must be in [7.52e-37, 1.27e+30]",
+    ),
+    "a huge temperature": (
+        draw,
+        {"temperature": torch.tensor([1.0, 1.0, 1e31, 1.0])},
+        "temperature must be in [7.52e-37, 1.27e+30]",
+    ),
+    "a negative temperature": (
+        step,
+        {"temperature": torch.tensor([1.0, -1.0, 1.0, 1.0])},
+        "temperature must be in [7.52e-37, 1.27e+30]",
+    ),
 }
 
 

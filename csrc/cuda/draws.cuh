@@ -88,8 +88,8 @@ __device__ __forceinline__ void refuse_bad_row(const DeviceWalk& walk, int64_t r
                   "refuse_bad_row");
   }
   const float temperature = common.temperatures ? common.temperatures[row * walk.temperature_stride] : 1.0f;
-  if (!(temperature > 0.0f && temperature < __builtin_inff())) {
-    __assert_fail("emc2_kernels: temperature must be > 0 and finite, got another", "draws.cuh", __LINE__,
+  if (!(temperature >= 0x1p-120f && temperature <= 0x1p100f)) {
+    __assert_fail("emc2_kernels: temperature must be in [2^-120, 2^100], got another", "draws.cuh", __LINE__,
                   "refuse_bad_row");
   }
 #endif

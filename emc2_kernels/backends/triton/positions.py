@@ -12,6 +12,7 @@ DRAWN = tl.constexpr(1)
 GIVEN = tl.constexpr(2)
 
 MAX_CHAIN_ID = tl.constexpr(1 << 40)
+MIN_TEMPERATURE, MAX_TEMPERATURE = tl.constexpr(2.0**-120), tl.constexpr(2.0**100)  # as in checks.py
 
 
 @triton.jit
@@ -33,7 +34,8 @@ def temperature_of(temperatures_ptr, temperature, rows, row_ok):
     """One for all rows, or one for each."""
     if temperatures_ptr is not None:
         own = tl.load(temperatures_ptr + rows, row_ok, other=1.0)
-        tl.device_assert((own > 0.0) & (own < float("inf")), "temperature must be > 0 and finite")
+        in_range = (own >= MIN_TEMPERATURE) & (own <= MAX_TEMPERATURE)
+        tl.device_assert(in_range, "temperature must be in [2^-120, 2^100]")
         return own
     else:
         return temperature
