@@ -36,7 +36,7 @@ setup(
     packages=[*find_packages(include=["emc2_kernels", "emc2_kernels.*"]), *SOURCES],
     package_dir=SOURCES,
     package_data={name: ["*.h", "*.cpp", "*.cuh", "*.cu"] for name in SOURCES},
-    install_requires=["torch>=2.11,<3", "numpy", "ninja", "pybind11>=2.12", "triton>=3.6; sys_platform == 'linux'"],
+    install_requires=["torch>=2.11,<3", "numpy", "pybind11>=2.12", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
         "batching": BATCHING,
         "examples": EXAMPLES,
@@ -50,6 +50,8 @@ setup(
             "hypothesis>=6",
             "tensorboard>=2.15",
             "pytorch-metric-learning>=2.9",
+            "lightning>=2.5",
+            "ninja",
         ],
     },
 )

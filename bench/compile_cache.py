@@ -8,9 +8,14 @@ whole paths, and Triton 3.9 takes none where one is missing: so the list is writ
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import tarfile
+import tempfile
 from pathlib import Path
+
+from emc2_kernels.files import private_folder, replacing
 
 LIMIT = 15_000_000  # bytes; what is compiled last is left out
 TRITON, EXTENSIONS = "triton", "extensions"
@@ -29,9 +34,8 @@ def pack(folder: Path, target: Path, limit: int = LIMIT) -> int:
     for file in files:
         groups.setdefault(file.parent, []).append(file)
     left_out = 0
-    draft = target.with_suffix(".part")
     with (
-        draft.open("wb") as raw,
+        replacing(target) as raw,
         gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=6, mtime=0) as stream,
         tarfile.open(fileobj=stream, mode="w") as archive,
     ):
@@ -42,16 +46,24 @@ def pack(folder: Path, target: Path, limit: int = LIMIT) -> int:
                 continue
             for file in sorted(group):
                 archive.add(file, file.relative_to(folder))
-    draft.replace(target)
     return left_out
 
 
 def unpack(archive: Path, folder: Path) -> int:
-    """Into the folder, beside what is there; how many kernels there were in the archive."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as packed:
-        names = [Path(name) for name in packed.getnames()]
-        packed.extractall(folder, filter="data")
+    """Into the folder, beside what is there; how many kernels there were in the archive.
+
+    All of it is read first, for its checksum stands at its end: of a damaged archive nothing is taken. Files are
+    renamed into place, so that a process which has loaded one keeps it whole. Folders are made for this user alone, or
+    what lies in them would not be loaded.
+    """
+    private_folder(folder)
+    content = io.BytesIO(gzip.decompress(archive.read_bytes()))
+    with tempfile.TemporaryDirectory(dir=folder) as beside, tarfile.open(fileobj=content, mode="r:") as packed:
+        names = [Path(member.name) for member in packed if member.isfile()]
+        packed.extractall(beside, filter="data")
+        for name in names:
+            private_folder((folder / name).parent)
+            os.replace(Path(beside, name), folder / name)
     groups = [folder / name for name in names if name.name.startswith("__grp__")]
     for group in groups:
         paths = [group.parent / name for name in json.loads(group.read_text())["child_paths"]]

@@ -198,10 +198,11 @@ def _visit(case: Case) -> None:
         _empty(torch.int64, slots), number, number,
     )  # fmt: skip
     z, options = _empty(case.dtype, b, d), {"temperature": 0.2, "floor": 1e-6}
-    batch = visit.prepare(z, z, _empty(torch.int64, b), stores, **options, seed=0, both_views=False, dtype=case.dtype)
+    more = {"shrinks": (2.0**54, 2.0**-73), "seed": 0, "both_views": False, "dtype": case.dtype}
+    batch = visit.prepare(z, z, _empty(torch.int64, b), stores, **options, **more)
     samples = _empty(torch.int32, 2 * b, 16)
     made = visit.negatives(batch, samples, stores.bank, temperature=0.2, return_similarity=False)
-    visit.remember(batch, batch.state_key, batch.state_score, stores)
+    visit.remember(batch, batch.state_key, batch.state_score, stores, _empty(torch.float32))
     visit.gradient(
         _empty(torch.float32), batch.anchors, batch.lengths, samples, made.means, made.shares, batch.coin_labels,
         **options, dtype=case.dtype,

@@ -22,6 +22,8 @@ import timing
 import torch
 from torch import Tensor
 
+from emc2_kernels import files
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from config import Config
@@ -126,7 +128,7 @@ def main() -> None:
                 )
     if options.json:
         results = {"machine": described, "data": options.data, "time": timed}
-        Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+        files.write(options.json, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

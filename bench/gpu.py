@@ -34,6 +34,7 @@ from gpu_predictions import predicted
 from gpu_rows import HEADLINE, HEADLINE_NOT_ON_CUDA, NONE_ON_CUDA, OF_ALL_BACKENDS, ROWS
 
 import emc2_kernels as emc2
+from emc2_kernels import files
 
 GPU_BACKENDS = ("triton", "cuda")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -153,9 +154,7 @@ def write(results: dict, target: Path) -> None:
     """Whole or not at all: a process that is killed meanwhile leaves the file as it was."""
     target.parent.mkdir(parents=True, exist_ok=True)
     results["goals"] = count_goals(results["rows"])
-    draft = target.with_suffix(".part")
-    draft.write_text(json.dumps(results, indent=2) + "\n")
-    draft.replace(target)
+    files.write(target, json.dumps(results, indent=2) + "\n")
 
 
 def reading_line(reading: dict) -> str:

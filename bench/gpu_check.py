@@ -41,6 +41,7 @@ import torch  # noqa: E402
 from gpu_stages import Session  # noqa: E402
 
 import emc2_kernels as emc2  # noqa: E402
+from emc2_kernels import files  # noqa: E402
 
 BUDGET = 530.0
 CACHE = CHECKOUT / "build" / "gpu-cache"
@@ -81,7 +82,7 @@ class Report:
         anew = set(anew)
         gpu.write(earlier | {"rows": [row for row in earlier["rows"] if row["name"] not in anew]}, self.bench)
         if "tune" in earlier:
-            self.tuned.write_text(json.dumps(earlier["tune"]))
+            files.write(self.tuned, json.dumps(earlier["tune"]))
 
     def results(self) -> dict[str, object]:
         """The benchmark's results, and beside them what the check found."""
@@ -116,9 +117,7 @@ class Report:
         for folder in filter(None, (self.target.parent, self.out)):
             folder.mkdir(parents=True, exist_ok=True)
             for name, text in (texts | ({"gpu-check.log": self.logs()} if folder == self.out else {})).items():
-                draft = folder / f"{name}.part"
-                draft.write_text(text)
-                draft.replace(folder / name)
+                files.write(folder / name, text)
 
     def logs(self) -> str:
         """Of all processes, one after the other."""

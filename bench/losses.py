@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import emc2_kernels
+from emc2_kernels import files
 from emc2_kernels.losses import CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
 
 TEMPERATURE = 0.1
@@ -135,7 +136,7 @@ def main() -> None:
             "time": timed,
             "memory": {"pairs": largest, "bytes": taken},
         }
-        Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+        files.write(options.json, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

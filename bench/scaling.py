@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-AGREED = 5 * 8  # rows of a rank, and what ranks make sure to have in common; the ring's flag and a step come on top
-ID, KEY, SCORE, STEP = 8, 8, 4, 8
+AGREED = 4 * 8  # rows of a rank, and what ranks make sure to have in common
+ID, KEY, SCORE = 8, 8, 4
 WRITTEN_AT = 8
 LOSSES = ("ntxent", "clip", "emc2")
 
@@ -49,10 +49,10 @@ def sent(loss: str, gather: str, batch: Batch, *, sharded: bool = False, carried
             return Sent(batch.others * (AGREED + batch.embeddings + ids), batch.others * batch.embeddings)
         # Backward, keys go round again, and their gradients behind them: these are one hop more on the way, home.
         sums = batch.ranks * batch.embeddings if batch.others else 0
-        forward = batch.others * (AGREED + STEP + batch.embeddings + ids)
+        forward = batch.others * (AGREED + batch.embeddings + ids)
         return Sent(forward, batch.others * (batch.embeddings + ids) + sums)
     states = 2 * batch.pairs * (KEY + SCORE)
-    forward = batch.others * (AGREED + STEP + ids // 2 + batch.embeddings)  # a ring: one view's keys, twice
+    forward = batch.others * (AGREED + ids // 2 + batch.embeddings)  # a ring: one view's keys, twice
     if sharded:
         forward += exchanged(batch, carried, kept)
     elif gather == "all":
@@ -74,7 +74,7 @@ def exchanged(batch: Batch, carried: float, kept: int) -> float:
     row = kept * batch.dim + WRITTEN_AT
     read = ID + KEY + SCORE + (1 + carried) * (ID + row)
     written = ID + KEY + SCORE + ID + row
-    counts = 5 * 8 * batch.others
+    counts = 5 * 2 * 8 * batch.others  # with what ranks make sure of
     return 2 * batch.pairs * batch.others / batch.ranks * (read + written) + counts
 
 

@@ -30,6 +30,7 @@ from report import csv_of, notes, plot_all, shape, table
 from timing import Interleaved, figures, interleave, ratios, summarize, timer_for
 
 import emc2_kernels as emc2
+from emc2_kernels import files
 from emc2_kernels.backends import TABLE
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -197,8 +198,8 @@ def write_results(results: dict[str, Any], path: str) -> list[Path]:
     default = Path(__file__).resolve().parent / "results" / f"{machine.slug(results['machine'])}-throughput.json"
     target = default if path == BY_MACHINE else Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(results, indent=2) + "\n")
-    target.with_suffix(".csv").write_text(csv_of(results))
+    files.write(target, json.dumps(results, indent=2) + "\n")
+    files.write(target.with_suffix(".csv"), csv_of(results))
     return [target, target.with_suffix(".csv"), *plot_all(results, target.with_suffix(""))]
 
 

@@ -204,6 +204,7 @@ def tune(options: argparse.Namespace, device: torch.device, results: dict[str, A
     """Compiles, measures, and writes after each shape."""
     import machine
 
+    from emc2_kernels import files
     from emc2_kernels.backends.triton import settings
 
     shapes = (TOYS if options.rehearse else SHAPES)[: 2 if options.quick else None]
@@ -227,9 +228,7 @@ def tune(options: argparse.Namespace, device: torch.device, results: dict[str, A
         report(shape, rows)
         results["shapes"].append({"shape": [str(field) for field in shape], "ready": len(ready), "rows": rows})
         if options.json is not None:
-            draft = options.json.with_suffix(".part")  # whole or not at all
-            draft.write_text(json.dumps(results, indent=1) + "\n")
-            draft.replace(options.json)
+            files.write(options.json, json.dumps(results, indent=1) + "\n")
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

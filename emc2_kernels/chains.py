@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
 from .bank import EmbeddingBank
+from .kept import FINITE, outside
 from .slots import SlotStore
 from .transition import MHState
 
@@ -58,29 +63,48 @@ class ChainStore(SlotStore):
         Raises:
             ValueError, TypeError: an index or view out of range, or only some of the three rescoring arguments.
         """
-        slots = self.slots(index, view, self.key.device)
+        with self.reported():
+            slots = self.slots(index, view, self.key.device)
+            rescored = self._check_rescoring(slots.shape[0], queries, bank, temperature)
         state = MHState(*self.rows(slots, "key", "score"))
-        given = [argument is not None for argument in (queries, bank, temperature)]
-        if not any(given):
+        if not rescored:
             return state
-        if not all(given):
-            raise ValueError("queries, bank and temperature go together: rescoring needs all three, got only some")
-        if not isinstance(bank, EmbeddingBank):
-            raise TypeError(f"bank must be an EmbeddingBank, got {checks.describe(bank)}")
-        checks.matrix("queries", queries)
-        if queries.shape != (slots.shape[0], bank.dim):
-            raise ValueError(f"queries must have shape ({slots.shape[0]}, {bank.dim}), got {checks.describe(queries)}")
-        checks.temperature(temperature, slots.shape[0], queries.device)
         with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
             held, embeddings = bank.find(state.key)
             similarity = (queries.float() * embeddings.float()).sum(-1)
             return state._replace(score=torch.where(held, similarity / temperature, state.score))
 
-    def write(self, index: Tensor, view: int | Tensor, state: MHState) -> None:
-        """Keeps the states of b chains; of several rows with the same (index, view), the last one's."""
-        slots = self.slots(index, view, self.key.device)
-        checks.state(state, slots)
-        self.put(slots, key=state.key, score=state.score)
+    def _check_rescoring(self, rows: int, queries: Any, bank: Any, temperature: Any) -> bool:
+        """Whether it is asked for."""
+        given = [argument is not None for argument in (queries, bank, temperature)]
+        if not any(given):
+            return False
+        if not all(given):
+            raise ValueError("queries, bank and temperature go together: rescoring needs all three, got only some")
+        if not isinstance(bank, EmbeddingBank):
+            raise TypeError(f"bank must be an EmbeddingBank, got {checks.describe(bank)}")
+        checks.matrix("queries", queries)
+        if queries.shape != (rows, bank.dim):
+            raise ValueError(f"queries must have shape ({rows}, {bank.dim}), got {checks.describe(queries)}")
+        checks.temperature(temperature, rows, queries.device)
+        return True
+
+    def write(self, index: Tensor, view: int | Tensor, state: MHState, *, only: Tensor | None = None) -> None:
+        """Keeps the states of b chains; of several rows with the same (index, view), the last one's.
+
+        A state whose score is NaN or +inf is not kept: the chain stays where it was.
+
+        Args:
+            only: () bool; False: nothing is written. It is not waited for.
+        """
+        with self.reported():
+            slots = self.slots(index, view, self.key.device)
+            checks.state(state, slots)
+        self.put(slots, only=only, key=state.key, score=state.score)
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        yield from outside(f"{prefix}key", tables["key"], -1, torch.iinfo(torch.int64).max)
+        yield from outside(f"{prefix}score", tables["score"], -math.inf, FINITE[1])
 
     def extra_repr(self) -> str:
         return f"num_items={self.num_items}, views={self.views}"

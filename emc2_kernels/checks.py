@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,13 +21,37 @@ OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CHAIN_ID = 2**40
 MAX_POSITION = 2**31  # samples are int32
 MAX_INTEGER = 2**63  # operators take int64
+# Kernels multiply by the inverse of a temperature. At the first of these the scores of unit vectors, and of
+# similarities up to some fifty, are finite float32 numbers; those that are not are left out, or make sums NaN. Well
+# above the second the inverse is a denormal, which counts as zero, and a batch's temperatures do not add up.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-120, 2.0**100
+
+
+class _Short(reprlib.Repr):
+    """A line or less of a value of any size: tensors by their shape, of containers the first entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxtuple, self.maxlist, self.maxdict, self.maxstring, self.maxother = 2, 3, 3, 3, 60, 60
+
+    def repr1(self, value: Any, level: int) -> str:
+        if isinstance(value, Tensor):
+            return describe(value)
+        if isinstance(value, Mapping):  # an encoder's output, say
+            return self.repr_dict(value, level)
+        if isinstance(value, tuple):
+            return self.repr_tuple(value, level)
+        return " ".join(super().repr1(value, level).split())
+
+
+shown = _Short().repr
 
 
 def describe(value: Any) -> str:
     """A value as an error message shows it."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def tensor(name: str, value: Any) -> None:
@@ -72,7 +98,7 @@ def number_in(
     inside = low <= number <= high and not (open_low and number == low) and not (open_high and number == high)
     if not inside:
         brackets = "(["[not open_low] + f"{low}, {high}" + ")]"[not open_high]
-        raise ValueError(f"{name} must be in {brackets}, got {value!r}")
+        raise ValueError(f"{name} must be in {brackets}, got {shown(value)}")
     return number
 
 
@@ -83,7 +109,7 @@ def boolean(name: str, value: Any) -> None:
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not (isinstance(value, str) and value in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def operand_dtype(name: str, value: Tensor) -> None:
@@ -160,8 +186,9 @@ def finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {count} values that are infinite or NaN, of {value.numel()}")
 
 
-def temperature(value: Any, rows: int, device: torch.device) -> None:
-    """A number, a 0-d tensor or a (rows,) tensor, > 0 and finite."""
+def temperature(value: Any, rows: int, device: torch.device, least: float = MIN_TEMPERATURE) -> None:
+    """A number, a 0-d tensor or a (rows,) tensor, from ``least`` to MAX_TEMPERATURE."""
+    expected = f"in [{least:.3g}, {MAX_TEMPERATURE:.3g}], where float32 can divide by it"
     if isinstance(value, Tensor):
         tensor("temperature", value)
         if not value.dtype.is_floating_point:
@@ -172,13 +199,13 @@ def temperature(value: Any, rows: int, device: torch.device) -> None:
             raise ValueError(f"temperature must be on {device}, got {describe(value)}")
         if value.numel() and values_visible(value):
             low, high = (float(bound) for bound in torch.aminmax(value.detach()))
-            if not (low > 0 and math.isfinite(high)):
-                raise ValueError(f"temperature must be > 0 and finite, got values from {low} to {high}")
+            if not least <= low <= high <= MAX_TEMPERATURE:
+                raise ValueError(f"temperature must be {expected}, got values from {low} to {high}")
         return
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"temperature must be a number or a tensor, got {describe(value)}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {value}")
+    if not least <= value <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature must be {expected}, got {shown(value)}")
 
 
 def number_or_rows(value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
@@ -218,12 +245,12 @@ def chain_ids(queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids
     return query_ids if given is None else given
 
 
-def one_temperature(value: Any) -> float:
-    """Of a loss: a number, or a 0-d tensor that is read once."""
+def one_temperature(value: Any, least: float = MIN_TEMPERATURE) -> float:
+    """A number, or a 0-d tensor that is read once."""
     if isinstance(value, Tensor) and value.dim() > 0:
         raise ValueError(f"temperature must be one number, got {describe(value)}")
-    temperature(value, 0, value.device if isinstance(value, Tensor) else torch.device("cpu"))
-    return float(value)
+    temperature(value, 0, value.device if isinstance(value, Tensor) else torch.device("cpu"), least)
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
 def counter(name: str, value: Any, bits: int, device: torch.device | None) -> int | Tensor:

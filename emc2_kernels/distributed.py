@@ -5,7 +5,7 @@ The keys of a global batch are ordered view by view and, within a view, rank by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .checks import OPERAND_DTYPES
+from .agreement import Call, check_alike, first_exchange, place, settle
 from .once import not_twice
 
 GATHERS = ("none", "all", "ring")
 NO_SECOND_DERIVATIVE = "gathering over ranks has no second derivative"
-ALIKE = 1e-3  # what two ranks' numbers may differ by: integers not at all, the log of a temperature by rounding
+NUMBERS = ("step", "log_scale")  # what ranks compare of their tensors
+ALIKE = 1e-3  # what they may differ by: integers not at all, the log of a temperature by rounding
 
 
 class Shards(NamedTuple):
@@ -45,61 +46,48 @@ class Shards(NamedTuple):
 
 
 def shards_of(
-    rows: int,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-    alike: Mapping[str, float | torch.dtype | Tensor],
+    rows: int, call: Call, device: torch.device, group: dist.ProcessGroup | None, **numbers: Tensor | None
 ) -> Shards:
     """A collective: every rank says how many rows it has, and what it takes to be the same everywhere.
 
     Args:
-        alike: numbers, dtypes or 0-d tensors by name. Ranks that differ in one would wait for each other for ever, or
-            take each other's bytes for something else.
+        numbers: see ``meet``.
 
     Raises:
-        RuntimeError: no process group, or one that this process is not in.
-        ValueError: on every rank, if ranks differ in ``alike``; names what, and a rank that differs.
+        RuntimeError: no process group, or one that this process is not in; another rank has met an error.
+        ValueError: on every rank, if ranks differ in the call or a number; names what, and a rank that differs.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError('gather must be "none" without a process group: call torch.distributed.init_process_group')
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise RuntimeError(f"process_group must have this process, of rank {dist.get_rank()}, got one without it")
-    on_device = {name: value.detach() for name, value in alike.items() if isinstance(value, Tensor)}
-    here = {name: _as_number(value) for name, value in alike.items() if name not in on_device}
+    rank, _ = place(group, 'gather must be "none"')
+    return Shards(group, rank, meet(call, device, group, rows, **numbers))
+
+
+def meet(
+    call: Call, device: torch.device, group: dist.ProcessGroup | None, rows: int = 0, **numbers: Tensor | None
+) -> list[int]:
+    """The header's exchange, of one size for all calls. Returns every rank's rows.
+
+    Args:
+        numbers: one-element tensors by a name of NUMBERS, which are compared where they lie. None: there is none.
+    """
     # Doubles hold all of it exactly, a step below 2^32 too.
-    mine = torch.tensor([rows, *here.values()], dtype=torch.float64, device=device)
-    mine = torch.cat([mine, *(value.double().view(1) for value in on_device.values())])
-    found = mine.new_empty(ranks * len(mine))
-    _all_gather(found, mine, group)
-    sizes, *columns = found.view(ranks, -1).T.tolist()
-    for name, column in zip([*here, *on_device], columns, strict=True):
-        _check_alike(name, column, alike[name])
-    return Shards(group, rank, [int(size) for size in sizes])
+    mine = torch.tensor([rows, call.digest(), *(0 for _ in NUMBERS)], dtype=torch.float64, device=device)
+    for slot, name in enumerate(NUMBERS, len(mine) - len(NUMBERS)):
+        if numbers.get(name) is not None:
+            mine[slot : slot + 1] = numbers[name].detach()
+    found = mine.new_empty(dist.get_world_size(group) * len(mine))
+    first_exchange(lambda: _all_gather(found, mine, group), call)
+    sizes, digests, *columns = found.view(-1, len(mine)).T.tolist()
+    settle(call, digests, group)
+    for name, column in zip(NUMBERS, columns, strict=True):
+        near = [column[0] if abs(value - column[0]) <= ALIKE else value for value in column]
+        check_alike(name, [str(int(value) if value.is_integer() else value) for value in near])
+    return [int(size) for size in sizes]
 
 
 def _all_gather(found: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:
     """mine (n, ...) of every rank into found (ranks n, ...)."""
     renamed = hasattr(dist, "all_gather_single")  # in torch 2.13, which warns of the other name
     (dist.all_gather_single if renamed else dist.all_gather_into_tensor)(found, mine, group)
-
-
-def _as_number(value: float | torch.dtype) -> float:
-    return OPERAND_DTYPES.index(value) if isinstance(value, torch.dtype) else value
-
-
-def _check_alike(name: str, column: list[float], mine: float | torch.dtype | Tensor) -> None:
-    """column: every rank's number."""
-    differs = next((rank for rank, value in enumerate(column) if abs(value - column[0]) > ALIKE), None)
-    if differs is not None:
-        first, other = (_shown(column[rank], mine) for rank in (0, differs))
-        raise ValueError(f"{name} must be the same on all ranks, got {first} on rank 0 and {other} on rank {differs}")
-
-
-def _shown(number: float, like: float | torch.dtype | Tensor) -> float | torch.dtype:
-    if isinstance(like, torch.dtype):
-        return OPERAND_DTYPES[int(number)]
-    return int(number) if number.is_integer() else number
 
 
 def gather_rows(rows: Tensor, shards: Shards) -> Tensor:
@@ -114,6 +102,13 @@ def gather_views(rows: Tensor, shards: Shards) -> Tensor:
         return gather_rows(rows, shards)
     whole = gather_rows(rows.unflatten(0, (views, -1)).transpose(0, 1), shards)
     return whole.transpose(0, 1).flatten(0, 1)
+
+
+def true_on_all(flag: Tensor, shards: Shards) -> Tensor:
+    """() bool: whether the flag () is set on every rank; a collective."""
+    every = flag.int()
+    dist.all_reduce(every, dist.ReduceOp.MIN, shards.group)
+    return every.bool()
 
 
 def each_rank(tensors: list[Tensor], shards: Shards) -> Iterator[list[Tensor]]:

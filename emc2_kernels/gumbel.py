@@ -43,7 +43,7 @@ def gumbel_sample(
     Args:
         queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
-        temperature: number, 0-d tensor or (n,) tensor, > 0; scores are similarities divided by it.
+        temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100]; scores are similarities divided by it.
         seed: 0 <= seed < 2^64; step: 0 <= step < 2^32, another one for each call. Integers or 0-d int64 tensors.
         num_samples: R in 1 .. 2^16 - 1.
         chain_ids: (n,) int64 in [0, 2^40), name the random streams; default: ``query_ids``, else the row number. Rows
@@ -123,7 +123,7 @@ def softmax_sample(
     if m > MAX_CATEGORIES:
         raise ValueError(f"keys must have at most 2^24 rows, the limit of torch.multinomial, got {m}")
     if n == 0 or m == 0:
-        return torch.full((n, num_samples), -1, device=device)
+        return torch.full((n, num_samples), -1, dtype=torch.int64, device=device)
     if generator is None:
         generator = torch.Generator(device).manual_seed(_generator_seed(seed, step))
     number, temperatures = checks.number_or_rows(temperature, queries)
@@ -137,7 +137,7 @@ def softmax_sample(
 
 
 def _generator_seed(seed: int | Tensor, step: int | Tensor) -> int:
-    zero = torch.zeros(1, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     seed, step = (int(value) for value in (seed, step))
     low, high = rng.words(zero, zero, stream=rng.POSITION, seed=seed, step=step)[0, :2].tolist()
     return high << 32 | low

@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 from . import checks
 from .backends import NAMES, resolve
 from .backends.scores import Scores
-from .once import not_twice
+from .once import not_twice, under_func
 from .ops import LIBRARY, nothing_to_dispatch, registered
 
 _SCORES = "Tensor queries, Tensor? keys, float temperature, Tensor? temperatures, Tensor? query_ids, Tensor? key_ids"
@@ -36,7 +36,7 @@ def contrastive_lse(
     Args:
         queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
-        temperature: number, 0-d tensor or (n,) tensor, > 0.
+        temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100].
         query_ids, key_ids: (n,) and (m,) int64. A key with the row's id is left out of its sum.
         backend: "auto" or a name from ``backends()``.
 
@@ -58,7 +58,12 @@ def contrastive_lse(
     if keys is queries and query_ids is key_ids:  # one gradient instead of two, and scores that are symmetric
         keys = None
     arguments = queries, keys, number, temperatures, query_ids, key_ids, backend
-    call = _Eager.apply if nothing_to_dispatch(arguments) else torch.ops.emc2_kernels.contrastive_lse.default
+    if nothing_to_dispatch(arguments):
+        call = _Eager.apply
+    elif under_func():
+        call = _Transformed.apply
+    else:
+        call = torch.ops.emc2_kernels.contrastive_lse.default
     return call(*arguments)
 
 
@@ -82,7 +87,7 @@ def mean_similarity(
         operands = queries.detach(), None if keys is queries and query_ids is key_ids else keys.detach()
         ones, lse = torch.ones_like(lse), lse.detach()
         gradients = lse_gradients(*operands, number, temperatures, query_ids, key_ids, ones, lse, backend)
-        return -temperatures.square() * gradients[2]
+        return -temperatures * (temperatures * gradients[2])  # the square alone could overflow
 
 
 def _scores(queries, keys, temperature, temperatures, query_ids, key_ids) -> Scores:
@@ -142,10 +147,11 @@ NO_SECOND_DERIVATIVE = "contrastive_lse has no second derivative"
 def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple:
     lse, *operands = ctx.saved_tensors
     queries, keys, temperatures, query_ids, key_ids = (x if x is None else x.detach() for x in operands)
+    sources = (grad, *operands[:3])
     d_queries, d_keys, d_temperatures = lse_gradients(
         queries, keys, ctx.temperature, temperatures, query_ids, key_ids, grad.detach(), lse.detach(), ctx.backend
     )
-    d_queries, d_keys, d_temperatures = not_twice(NO_SECOND_DERIVATIVE, d_queries, d_keys, d_temperatures)
+    d_queries, d_keys, d_temperatures = not_twice(NO_SECOND_DERIVATIVE, d_queries, d_keys, d_temperatures, of=sources)
     d_keys, d_temperatures = None if keys is None else d_keys, None if temperatures is None else d_temperatures
     return d_queries, d_keys, None, d_temperatures, None, None, None
 
@@ -162,4 +168,13 @@ class _Eager(torch.autograd.Function):
         _keep(ctx, inputs, output)
         return output
 
+    backward = staticmethod(_differentiate)
+
+
+class _Transformed(torch.autograd.Function):
+    """The same for torch.func's transforms, which refuse an operator's registered gradient as well as a Function with
+    one method for both parts; of two methods, torch takes 10 us more for each call."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_keep)
     backward = staticmethod(_differentiate)

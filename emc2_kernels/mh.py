@@ -47,7 +47,7 @@ def mh_step(
         queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
         state: where the chains are: keys (n,) int64 and scores (n,) float32; ``init_state(n)`` at first.
-        temperature: number, 0-d tensor or (n,) tensor, > 0; scores are similarities divided by it.
+        temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100]; scores are similarities divided by it.
         seed: 0 <= seed < 2^64; step: 0 <= step < 2^32, another one for each call. Integers or 0-d int64 tensors.
         chain_ids: (n,) int64 in [0, 2^40), name the random streams; default: ``query_ids``, else the row number. Rows
             that share one share their stream: each is right by itself, but they are not independent.
@@ -186,7 +186,7 @@ def _proposals(
         draws = checks.at_least("num_proposals", num_proposals, 0) if m > 0 else 0
         return None, draws, draws
     if num_proposals is not None:
-        raise ValueError(f'num_proposals goes with proposal="uniform" only, got {num_proposals!r}')
+        raise ValueError(f'num_proposals goes with proposal="uniform" only, got {checks.shown(num_proposals)}')
     if isinstance(proposal, Tensor):
         check_positions(proposal, queries)
         return proposal, None, proposal.shape[1]

@@ -59,7 +59,7 @@ def words(
 def _word_of_proposal(chain_ids: Tensor, proposals: range, **counter: int | Tensor) -> Tensor:
     """(n, M): word p % 4 of block p // 4, so that one call of the generator serves four neighbouring proposals."""
     first_block, end_block = proposals.start // 4, -(-proposals.stop // 4)
-    blocks = torch.arange(first_block, end_block, device=chain_ids.device)
+    blocks = torch.arange(first_block, end_block, dtype=torch.int64, device=chain_ids.device)
     drawn = words(chain_ids[:, None], blocks[None], **counter).flatten(1)
     return drawn[:, proposals.start - 4 * first_block : proposals.stop - 4 * first_block]
 
@@ -91,7 +91,7 @@ def proposal_positions(
     Returns:
         (n, M) int64: the high 64 bits of value * num_keys, value being the 64-bit half p % 2 of block p // 2.
     """
-    number = torch.arange(proposals.start, proposals.stop, device=chain_ids.device)[None]
+    number = torch.arange(proposals.start, proposals.stop, dtype=torch.int64, device=chain_ids.device)[None]
     drawn = words(chain_ids[:, None], number // 2, stream=POSITION, seed=seed, step=step)
     odd = number % 2 == 1
     low, high = torch.where(odd, drawn[..., 2], drawn[..., 0]), torch.where(odd, drawn[..., 3], drawn[..., 1])

@@ -50,7 +50,7 @@ def init_state(n: int, device: torch.device | str | None = None) -> MHState:
     """
     checks.at_least("n", n, 0)
     key = torch.full((n,), -1, dtype=torch.int64, device=device)
-    return MHState(key, torch.full((n,), -torch.inf, device=device))
+    return MHState(key, torch.full((n,), -torch.inf, dtype=torch.float32, device=key.device))
 
 
 def compose(first: Transition, then: Transition) -> Transition:

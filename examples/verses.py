@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import re
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from emc2_kernels import checkpoint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -101,15 +102,14 @@ def embed(texts: list[str], model: SentenceTransformer) -> Tensor:
     """(n, d) float32, normalised, on the CPU. Kept in a file below runs/, by texts and weights: all verses in both
     translations take minutes."""
     path = CACHE / f"{_digest(texts, model)}.pt"
-    if path.exists():
-        return torch.load(path, weights_only=True)
+    try:
+        return checkpoint.load(path)
+    except checkpoint.CheckpointError:
+        pass  # there is none, or a damaged one: it is made again
     rows = model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=True)
     rows = rows.float().cpu().clone()  # out of inference mode
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name until it is whole: a run that is stopped here leaves no half of a file to be read.
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    torch.save(rows, unfinished)
-    unfinished.replace(path)
+    checkpoint.save(path, rows)
     return rows
 
 

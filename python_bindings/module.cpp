@@ -91,7 +91,7 @@ void philox_words(uintptr_t counters, int64_t count, uint64_t seed, uintptr_t wo
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+PYBIND11_MODULE(emc2_native, module) {
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
   module.attr("instruction_set") = emc2::kInstructionSet;
   py::class_<emc2::Recorder>(module, "Recorder").def(py::init(&make_recorder));

@@ -61,10 +61,10 @@ SETTINGS = {
 SEEDS_RUN_WITH = SETTINGS["native, 2 threads"]
 # Whatever the caller has set; but OpenBLAS's choice may be there because it guesses wrong.
 NOT_INHERITED = {name for _, variables in SETTINGS.values() for name in variables} - {"OPENBLAS_CORETYPE"}
-# What compiles for a GPU, or drives the check of one: their numbers are no floats of this processor's.
+# What compiles, writes files, or drives the check of a GPU: their numbers are no floats of this processor's.
 WITHOUT_ARITHMETIC = (
     "test_compiled.py", "test_compile_cache.py", "test_sass.py", "test_native_cuda.py", "test_gpu_check.py",
-    "test_gpu_stages.py", "gpu",
+    "test_gpu_stages.py", "test_build.py", "test_files.py", "gpu",
 )  # fmt: skip
 
 IN_FORCE = """

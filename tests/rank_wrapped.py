@@ -1,11 +1,15 @@
-"""Run by every rank (see ranks.py): training under DistributedDataParallel, beside one process with the whole batch."""
+"""Run by every rank (see ranks.py): training under DistributedDataParallel or FSDP2's fully_shard, beside one process
+with the whole batch."""
 
 import copy
 from functools import partial
 
 import torch
+from helpers import differences, snapshot
 from rank_losses import ITEMS, relative, state_error
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from emc2_kernels import losses
@@ -27,6 +31,8 @@ ALONE = (
     "cached all",
 )  # without parameters of their own, which would not be averaged
 WRAPPED = [f"encoder: {name}" for name in ALONE] + [f"encoder and loss: {name}" for name in LOSSES]
+SHARDED = [f"fully sharded: {name}" for name in ("ntxent all", "clip ring", "emc2 all")]
+KEEPING = [*ALONE, "isogclr all"]
 LOCAL = ["emc2", "isogclr", "cached"]  # those that keep something
 
 
@@ -58,6 +64,10 @@ def batches(rank, size):
         yield torch.randn(2, total, 8, generator=draw), torch.randint(ITEMS, (total,), generator=draw), own
 
 
+def whole_of(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def train(rank, size, kind, name):
     """The worst relative errors of gradients and of what the loss keeps, over two steps of SGD."""
     loss, options, gather = LOSSES[name]
@@ -68,6 +78,8 @@ def train(rank, size, kind, name):
 
         def forward(views, index):
             return model.loss(*encoder(views.flatten(0, 1)).chunk(2), index)
+    elif kind == "fully sharded":
+        forward = fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
     else:
         forward = DistributedDataParallel(model)
     optimizers = [torch.optim.SGD(some.parameters(), lr=0.1) for some in (whole, model)]
@@ -75,7 +87,7 @@ def train(rank, size, kind, name):
     for views, items, own in batches(rank, size):
         whole(views, items).backward()
         forward(views[:, own], items[own]).backward()
-        gradients = [torch.cat([p.grad.flatten() for p in some.parameters()]) for some in (model, whole)]
+        gradients = [torch.cat([whole_of(p.grad).flatten() for p in some.parameters()]) for some in (model, whole)]
         worst["gradient"] = max(worst["gradient"], relative(*gradients))
         worst["state"] = max(worst["state"], state_error(model.loss, whole.loss)[0])
         for optimizer in optimizers:
@@ -96,6 +108,29 @@ def keep_to_oneself(rank, size, name):
     return sorted(changed)
 
 
+class Opaque(torch.Tensor):
+    """A tensor whose values are not looked at, as on a GPU."""
+
+
+def forget(rank, size, name):
+    """What a batch that is not finite on the last rank alone has changed on this one."""
+    loss, options, gather = LOSSES[name]
+    loss = make(loss, options, gather=gather, **({"sharded": True} if name.endswith("sharded") else {}))
+    (views, items, own), (others, other_items, other_own) = batches(rank, size)
+
+    def call(views, items):
+        z = torch.cat([views, views], 2).as_subclass(Opaque)
+        return loss(z[0], z[1], items)
+
+    call(views[:, own], items[own])
+    before, bad = snapshot(loss), others[:, other_own].clone()
+    if rank == size - 1:
+        bad[1, 0, 0] = torch.nan
+    call(bad, other_items[other_own])
+    return differences(before, snapshot(loss))
+
+
 def checks(rank, size):
-    trained = {case: partial(train, rank, size, *case.split(": ")) for case in WRAPPED}
+    trained = {case: partial(train, rank, size, *case.split(": ")) for case in WRAPPED + SHARDED}
+    trained |= {f"not finite: {name}": partial(forget, rank, size, name) for name in KEEPING}
     return trained | {f"local: {name}": partial(keep_to_oneself, rank, size, name) for name in LOCAL}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import assert_identical, int64, named_error, normal, table, with_rows
 from scipy import sparse
+from torch.utils.data import SequentialSampler
 
 from emc2_kernels.batching import (
     GlobalContrastiveBatchSampler,
@@ -101,6 +102,7 @@ OPTION_ERRORS = {
 CONSTRUCTOR_ERRORS = OPTION_ERRORS | {
     "num_items is 0": ({"num_items": 0}, ValueError, "num_items"),
     "num_items is a float": ({"num_items": 24.0}, TypeError, "num_items"),
+    "num_items is a sampler": ({"num_items": SequentialSampler(X)}, TypeError, "num_items .*use_distributed_sampler"),
     "num_items is too small": ({"num_items": 3, "drop_last": True}, ValueError, "num_items must be .*= 4 with drop_l"),
     "batch_size is 0": ({"batch_size": 0}, ValueError, "batch_size"),
     "batch_size is None": ({"batch_size": None}, TypeError, "batch_size"),
@@ -115,6 +117,8 @@ CONSTRUCTOR_ERRORS = OPTION_ERRORS | {
     "rank is negative": ({"rank": -1, "world_size": 2}, ValueError, "rank"),
     "rank is a float": ({"rank": 0.0, "world_size": 2}, TypeError, "rank"),
     "world_size is 0": ({"rank": 0, "world_size": 0}, ValueError, "world_size"),
+    "rank is all of 0": ({"rank": "all", "world_size": 0}, ValueError, "world_size"),
+    "rank is another word": ({"rank": "each", "world_size": 2}, TypeError, "rank"),
 }
 
 UPDATE_ERRORS = GRAPH_ERRORS | {

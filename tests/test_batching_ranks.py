@@ -16,24 +16,42 @@ N, D, SIZE = 50, 8, 4
 SECONDS = 60  # that a rank waits for another one, and the test for all of them
 
 
+UNLIKE = {"num_items": N + 1, "batch_size": SIZE + 1, "drop_last": True, "seed": 2**63}
+
+
 def embeddings(rank):
     return normal(rank, N, D)
 
 
-def make(**options):
-    return GlobalContrastiveBatchSampler(N, SIZE, quantile=0.9, **options)
+def make(num_items=N, batch_size=SIZE, **options):
+    return GlobalContrastiveBatchSampler(num_items, batch_size, quantile=0.9, **options)
 
 
-def update_error(sampler, x):
+def error_of(call, *arguments):
     try:
-        sampler.update(x)
+        call(*arguments)
     except (ValueError, TypeError) as error:
         return type(error), str(error)
     return None
 
 
-def observed(rank):
-    """What one rank sees."""
+def update_error(sampler, x):
+    return error_of(sampler.update, x)
+
+
+def after_a_look(rank):
+    """What update says where the first rank alone has looked at a batch, and after set_epoch."""
+    sampler = make()
+    if rank == 0:
+        next(iter(sampler))
+    errors = [update_error(sampler, embeddings(5))]
+    facts = sampler.facts
+    sampler.set_epoch(0)
+    return [*errors, update_error(sampler, embeddings(5))], facts
+
+
+def observed(rank, early):
+    """What one rank sees; ``early`` was built before there was a group."""
     sampler = make()
     seen = {"place": (sampler.rank, sampler.world_size), "shuffled": list(sampler)}
     wrong = {"zeros": torch.zeros(N, D), "rows": normal(0, N - 1, D), "no tensor": None}
@@ -43,9 +61,15 @@ def observed(rank):
     seen["own x"] = (sampler.facts, sampler.state_dict()["order"].tolist(), list(sampler))
     sampler.update(embeddings(5) if rank == 0 else None)
     seen["no x"] = (sampler.facts, sampler.state_dict()["order"].tolist(), list(sampler))
+    last = rank == dist.get_world_size() - 1
+    unlike = {name: make(**({name: value} if last else {})) for name, value in UNLIKE.items()}
+    seen["unlike"] = {name: update_error(sampler, embeddings(0)) for name, sampler in unlike.items()}
     alone = make(rank=0, world_size=1)
     alone.update(embeddings(rank))
     seen["alone"] = alone.state_dict()["order"].tolist()
+    seen["after a look"] = after_a_look(rank)
+    seen["early"] = (early.rank, early.world_size, *(error_of(*call) for call in ((iter, early), (early.update, None))))
+    seen["dealt"] = make(rank="all").world_size
     return seen
 
 
@@ -53,9 +77,10 @@ def process(rank, folder):
     torch.set_num_threads(1)
     for ranks in (3, 2):
         if rank < ranks:
+            early = make()
             method, timeout = f"file://{folder}/group{ranks}", datetime.timedelta(seconds=SECONDS)
             dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks, timeout=timeout)
-            torch.save(observed(rank), f"{folder}/{ranks}-{rank}")
+            torch.save(observed(rank, early), f"{folder}/{ranks}-{rank}")
             dist.barrier()
             dist.destroy_process_group()
 
@@ -118,6 +143,14 @@ def test_all_ranks_raise_the_first_ranks_error_and_stay_as_they_were(seen):
     assert [each["after errors"] for each in seen] == [(None, batches) for batches in in_one_process(seen, 1)]
 
 
+@pytest.mark.parametrize("name", UNLIKE)
+def test_ranks_with_unlike_samplers_all_raise_the_same_error(seen, name):
+    got = make(), make(**{name: UNLIKE[name]})
+    values = " and ".join(f"{getattr(s, name)} on rank {r}" for s, r in zip(got, (0, len(seen) - 1), strict=True))
+    message = f"{name} must be the same on all ranks, got {values}"
+    assert [each["unlike"][name] for each in seen] == [(ValueError, message)] * len(seen)
+
+
 @pytest.mark.one_seed
 @pytest.mark.parametrize(("name", "x_of", "epoch"), [("own x", 0, 2), ("no x", 5, 3)])
 def test_all_ranks_get_the_order_of_the_first_ranks_embeddings(seen, name, x_of, epoch):
@@ -132,3 +165,25 @@ def test_a_sampler_that_is_told_it_is_alone_computes_for_itself(seen):
     orders = [each["alone"] for each in seen]
     assert orders[0] == seen[0]["own x"][1]
     assert orders[1] not in (orders[0], seen[1]["own x"][1])
+
+
+def test_ranks_that_have_begun_other_passes_are_an_error_on_all_of_them(seen):
+    """Till set_epoch: their epochs would lose items."""
+    for each in seen:
+        (error, after_set_epoch), facts = each["after a look"]
+        assert error[0] is ValueError and after_set_epoch is None and facts is None
+        assert error[1].startswith("the epoch that comes (")
+        assert error[1].endswith(f"got {[1] + [0] * (len(seen) - 1)}")
+
+
+def test_a_sampler_that_was_built_before_the_group_says_so(seen):
+    """It would have all items on every rank."""
+    for each in seen:
+        rank, world_size, *errors = each["early"]
+        assert (rank, world_size) == (0, 1)
+        for error in errors:
+            assert error[0] is ValueError and f"got None, in a group of {len(seen)}" in error[1]
+
+
+def test_batches_of_all_ranks_are_those_of_the_group(seen):
+    assert {each["dealt"] for each in seen} == {len(seen)}

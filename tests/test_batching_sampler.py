@@ -5,6 +5,7 @@ Orders are put in by load_state_dict or in the place of what update computes; te
 
 import io
 import itertools
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -130,8 +131,8 @@ def test_an_epoch(arguments_and_order, epoch):
 @examples(300)
 @given(settings_of_a_sampler(), st.integers(0, 2), st.data())
 def test_a_resumed_epoch_and_those_after_it(arguments_and_order, epoch, data):
-    """At any position; with an update before it, of which the epoch under way has nothing; and with batches taken
-    ahead, up to the whole epoch and the end of its iteration."""
+    """At any position, of which the last one is the next epoch's first; with an update before it, of which the epoch
+    under way has nothing; and with batches taken ahead, up to the whole epoch and the end of its iteration."""
     arguments, order = arguments_and_order
     arguments["rank"] = data.draw(st.integers(0, arguments["world_size"] - 1))
     twin, sampler = (with_order(Sampler(**arguments), order) for _ in range(2))
@@ -150,11 +151,12 @@ def test_a_resumed_epoch_and_those_after_it(arguments_and_order, epoch, data):
     state = saved(sampler.state_dict(done) if ahead else sampler.state_dict())
     resumed = Sampler(**arguments)
     resumed.load_state_dict(state)
-    assert (resumed.epoch, resumed.facts) == (epoch, sampler.facts)
-    assert_identical(saved(resumed.state_dict())["batches_done"], done)
+    assert (resumed.epoch, resumed.facts) == (epoch + done // length, sampler.facts)
+    assert_identical(saved(resumed.state_dict())["batches_done"], done % length)
     following = [list(twin) for _ in range(2)]
     assert taken + list(iterator) == expected
-    assert list(resumed) == expected[done:]
+    if done < length:
+        assert list(resumed) == expected[done:]
     for each in (sampler, resumed):
         assert [list(each) for _ in range(2)] == following
 
@@ -167,7 +169,7 @@ def test_another_number_of_ranks_resumes(arguments_and_order, ranks, data):
     run = arguments["batch_size"] * arguments["world_size"]
     assume(run % ranks == 0)
     before = [with_order(Sampler(rank=rank, **arguments), order) for rank in range(arguments["world_size"])]
-    done = data.draw(st.integers(0, len(before[0])))
+    done = data.draw(st.integers(0, len(before[0]) - 1))
     state = saved(before[0].state_dict(done))
     arguments |= {"batch_size": run // ranks, "world_size": ranks}
     after = [Sampler(rank=rank, **arguments) for rank in range(ranks)]
@@ -182,8 +184,52 @@ def test_another_number_of_ranks_resumes(arguments_and_order, ranks, data):
             assert len(shared) >= rest if step == whole else sorted(items) == sorted(old[step])
 
 
+@examples(200)
+@given(settings_of_a_sampler(), st.integers(0, 2), st.data())
+def test_batches_of_all_ranks_are_dealt_as_ranks_have_them(arguments_and_order, epoch, data):
+    """``rank="all"``, from any step on: whole runs rank by rank, and what is left once; with the ranks' states."""
+    arguments, order = arguments_and_order
+    size, ranks = arguments["batch_size"], arguments["world_size"]
+    each = [with_order(Sampler(rank=rank, **arguments), order) for rank in range(ranks)]
+    steps = len(each[0])
+    done = data.draw(st.integers(0, steps - 1))
+    dealt = Sampler(rank="all", **arguments)
+    dealt.load_state_dict(saved(each[0].state_dict() | {"epoch": epoch, "batches_done": done}))
+    for sampler in each:
+        sampler.set_epoch(epoch)
+    expected = list(zip(*each, strict=True))[done:]
+    batches, iterator = take(dealt, data.draw(st.integers(0, steps - done)) * ranks)
+    if batches:
+        following = done + -(-len(batches) // ranks)
+        assert_identical(dealt.state_dict()["batches_done"], following % steps)
+        assert dealt.epoch == epoch + following // steps
+    batches += iterator
+    whole, rest = divmod(arguments["num_items"], size * ranks)
+    here = max(0, whole - done)
+    assert batches[: here * ranks] == list(itertools.chain(*expected[:here]))
+    left = batches[here * ranks :]
+    assert [len(batch) for batch in left[:-1]] == [size] * (len(left) - 1)
+    if arguments["drop_last"]:
+        assert left == []
+    else:
+        items = list(itertools.chain(*left))
+        assert len(set(items)) == len(items) == rest
+        assert set(items) <= set(itertools.chain(*itertools.chain(*expected[here:])))
+    assert len(dealt) == done * ranks + len(batches) == len(list(dealt))
+
+
 def make(**options):
     return Sampler(**{"num_items": 23, "batch_size": 4} | options)
+
+
+def epochs_of(**options):
+    """The first four, by their numbers."""
+    found = []
+    for number in range(4):
+        sampler = make(**options)
+        sampler.set_epoch(number)
+        found.append(list(sampler))
+    return found
 
 
 class TestEpochs:
@@ -218,12 +264,29 @@ class TestEpochs:
         assert list(resumed) == list(iterator)
 
     def test_set_epoch_with_another_begins_it(self):
-        sampler, resumed = make(), make()
+        sampler = make()
         take(sampler, 2)
+        sampler.set_epoch(4)
+        assert (sampler.epoch, sampler.state_dict()["batches_done"], len(list(sampler))) == (4, 0, 6)
+
+    @pytest.mark.parametrize(("done", "number"), [(2, 0), (2, 4), (2, 7), (0, 3)])
+    def test_set_epoch_warns_where_it_drops_a_loaded_place(self, done, number):
+        sampler, resumed = make(), make()
+        sampler.set_epoch(4 if done else 5)
+        resumed.load_state_dict(sampler.state_dict(done))
+        kept = [warnings.catch_warnings, lambda: pytest.warns(UserWarning, match=f"drops .*batch {done} of epoch ")]
+        with kept[number != 4]():
+            warnings.simplefilter("error" if number == 4 else "always")
+            resumed.set_epoch(number)
+        assert (resumed.epoch, len(list(resumed))) == (number, 4 if number == 4 else 6)
+
+    def test_set_epoch_goes_ahead_of_a_place_that_has_nothing_taken_silently(self):
+        sampler, resumed = make(), make()
         resumed.load_state_dict(sampler.state_dict())
-        for each in (sampler, resumed):
-            each.set_epoch(4)
-            assert (each.epoch, each.state_dict()["batches_done"], len(list(each))) == (4, 0, 6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            resumed.set_epoch(2)
+        assert list(resumed) == epochs_of()[2]
 
     def test_set_epoch_after_a_pass_with_its_number_begins_it_again(self):
         sampler = make()
@@ -238,19 +301,71 @@ class TestEpochs:
         sampler.set_epoch(5)
         assert [sampler.state_dict(done)["epoch"] for done in (None, 0, 2, 6)] == [5, 5, 5, 5]
 
-    def test_an_iteration_that_was_given_up_begins_again(self):
-        sampler = make()
-        taken, _ = take(sampler, 3)
-        batches = list(sampler)
-        assert batches[:3] == taken and len(batches) == 6
-        assert sampler.epoch == 1
+    @pytest.mark.parametrize("count", [1, 3, 5, 6])
+    def test_every_pass_is_another_epoch_however_far_it_went(self, count):
+        """Up to the last batch of 6, and not on to the end of the iteration."""
+        sampler, expected = make(), epochs_of()
+        for number in range(4):
+            assert take(sampler, count)[0] == expected[number][:count]
+            assert sampler.epoch == number + (count == 6)
 
-    def test_a_resumed_iteration_that_was_given_up_begins_the_whole_epoch_again(self):
-        sampler, resumed = make(), make()
-        taken, _ = take(sampler, 3)
+    def test_an_iterator_that_nothing_is_taken_from_is_no_pass(self):
+        sampler = make()
+        for _ in range(3):
+            iter(sampler)
+        assert sampler.epoch == 0 and list(sampler) == epochs_of()[0]
+
+    def test_two_iterators_at_once_are_two_passes_and_a_state_is_of_the_later(self):
+        sampler, expected, later = make(), epochs_of(), make()
+        (first, old), (second, new) = take(sampler, 2), take(sampler, 1)
+        first += itertools.islice(old, 3)
+        state = sampler.state_dict()
+        assert (state["epoch"], state["batches_done"]) == (1, 1)
+        later.load_state_dict(state)
+        assert [first + list(old), second + list(new)] == expected[:2]
+        assert [list(later), list(later)] == [expected[1][1:], expected[2]]
+        assert list(sampler) == expected[2]
+
+    def test_a_state_after_the_last_batch_is_of_the_next_epoch(self):
+        """Also while the iteration has not ended, and where the number of batches is said."""
+        sampler, expected = make(), epochs_of()
+        taken, _ = take(sampler, 6)
+        update(sampler, np.arange(23))
+        for done in (None, 6):
+            resumed, twin = make(), make()
+            resumed.load_state_dict(saved(sampler.state_dict(done)))
+            update(twin, np.arange(23))
+            twin.set_epoch(1)
+            assert taken == expected[0]
+            assert resumed.epoch == 1 and list(resumed) == list(twin)
+
+    def test_a_resumed_pass_that_was_given_up_is_over(self):
+        sampler, resumed, expected = make(), make(), epochs_of()
+        take(sampler, 3)
         resumed.load_state_dict(sampler.state_dict())
-        take(resumed, 1)
-        assert list(resumed)[:3] == taken
+        assert take(resumed, 1)[0] == expected[0][3:4]
+        assert [list(resumed), list(resumed)] == expected[1:3]
+
+    def test_set_epoch_before_each_pass_names_it(self):
+        sampler, expected = make(), epochs_of()
+        for number in (0, 1, 1, 2, 0, 3):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                sampler.set_epoch(number)
+                assert (sampler.epoch, take(sampler, 4)[0]) == (number, expected[number][:4])
+
+    def test_an_epoch_that_begins_again_though_it_was_not_ended_is_warned_of(self):
+        """As a loader's own count has it that goes up with whole passes only."""
+        sampler = make()
+        take(sampler, 2)
+        sampler.set_epoch(0)
+        with pytest.warns(UserWarning, match="epoch 0 begins again, after 2 of its 6 batches; set_epoch with another"):
+            again = list(sampler)
+        assert again == epochs_of()[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sampler.set_epoch(0)
+            assert list(sampler) == again
 
     def test_no_item_is_left_out_more_often(self):
         """Of 7, one in each epoch. The bound is passed once in a million."""
@@ -282,12 +397,23 @@ class TestUpdate:
         assert taken + list(iterator) == expected
         assert list(sampler) == list(twin) != list(make(num_items=24, seed=1))
 
-    def test_in_the_middle_of_an_epoch_that_is_given_up_takes_effect_when_it_begins_again(self):
+    def test_in_the_middle_of_an_epoch_that_is_given_up_takes_effect_at_the_next(self):
         sampler, twin = make(), make()
         take(sampler, 2)
         for each in (sampler, twin):
             update(each, np.arange(23))
+        twin.set_epoch(1)
         assert list(sampler) == list(twin)
+
+    def test_after_a_loaded_start_of_an_epoch_takes_effect_in_it(self):
+        sampler, loaded, twin = make(), make(), make()
+        sampler.set_epoch(1)
+        loaded.load_state_dict(sampler.state_dict())
+        twin.set_epoch(1)
+        for each in (loaded, twin):
+            update(each, np.arange(23))
+        assert_identical(loaded.state_dict(), twin.state_dict())
+        assert list(loaded) == list(twin)
 
     def test_the_latest_of_several_counts(self):
         sampler, twin = make(), make()
@@ -315,6 +441,15 @@ class TestUpdate:
         loaded.load_state_dict(state)
         state["order"].zero_()
         assert list(sampler) == list(loaded) == list(twin)
+
+    def test_a_state_has_an_order_twice_only_where_the_next_epoch_has_another(self):
+        sampler, loaded = make(), make()
+        update(sampler, random_order(0, 23))
+        take(sampler, 2)
+        loaded.load_state_dict(sampler.state_dict())
+        assert sampler.state_dict()["next_order"] is None and loaded.state_dict()["next_order"] is None
+        update(sampler, random_order(1, 23))
+        assert sampler.state_dict()["next_order"].tolist() == random_order(1, 23).tolist()
 
 
 class TestFewItems:
@@ -357,7 +492,13 @@ class TestDataLoader:
             resumed.load_state_dict(state)
             if done == 1:
                 update(resumed, np.arange(23))
-            assert [list(resumed), list(resumed)] == [trained[done:], following]
+            ends = [trained[done:], following] if done < 6 else [following]
+            assert [list(resumed) for _ in ends] == ends
+
+    def test_loads_another_epoch_in_a_pass_that_is_given_up(self, workers):
+        loader = DataLoader(torch.arange(23), batch_sampler=make(), num_workers=workers)
+        for epoch in epochs_of():
+            assert [batch.tolist() for _, batch in zip(range(2), loader, strict=False)] == epoch[:2]
 
 
 @pytest.mark.parametrize("integer", [np.int64, torch.tensor], ids=["numpy", "torch"])

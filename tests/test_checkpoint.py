@@ -1,17 +1,22 @@
 """Checkpoints: whole or refused, through killed processes and damaged files, and resumed to the same bits."""
 
+import errno
+import hashlib
 import io
 import itertools
 import multiprocessing
 import random
+import resource
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 from helpers import differences
 from torch import nn
 
-from emc2_kernels import checkpoint
+from emc2_kernels import checkpoint, files
 from emc2_kernels.batching import GlobalContrastiveBatchSampler
 from emc2_kernels.checkpoint import CheckpointError
 from emc2_kernels.losses import CachedSoftmaxLoss, EMC2Loss, SogCLRLoss
@@ -83,15 +88,59 @@ def test_other_files_are_refused_by_name(tmp_path):
     with open(path, "wb") as file:
         digested = checkpoint._Digested(file)
         torch.save({"directory": tmp_path}, digested)
-        file.write(digested.sha256.digest() + checkpoint.MARK)
-    with pytest.raises(CheckpointError, match="that this PyTorch reads"):
+        file.write(files.seal(digested.sha256))
+    with pytest.raises(CheckpointError, match="that this PyTorch reads, found another: UnpicklingError"):
         checkpoint.load(path)
+
+
+def unreadable_bodies():
+    """What torch.load stops at with an error of its own, of many kinds."""
+    whole = io.BytesIO()
+    torch.save(STATE, whole)
+    yield from (b"", b"rubbish", b"\x80\x02.", b"\x80\x02(.", b"\x80\x02K\x01\x86.", b"\x80\x02h\x05.", b"PK\x03\x04")
+    yield b"\x80\x02" + b"(" * 2000 + b"t" * 2000 + b"."
+    yield whole.getvalue()[: len(whole.getvalue()) // 2]
+    yield whole.getvalue()[:-1]
+    draws = random.Random(1)
+    for flip in draws.sample(range(len(whole.getvalue())), 200):
+        damaged = bytearray(whole.getvalue())
+        damaged[flip] ^= 1 << draws.randrange(8)
+        yield bytes(damaged)
+
+
+def test_a_sealed_file_that_torch_cannot_read_is_refused_by_name(tmp_path):
+    path, kinds = tmp_path / "state.pt", set()
+    for body in unreadable_bodies():
+        path.write_bytes(body + files.seal(hashlib.sha256(body)))
+        try:
+            torch.load(path, weights_only=True)
+        except Exception as error:
+            kinds.add(type(error).__name__)
+            with pytest.raises(CheckpointError, match="state.pt: expected a checkpoint that this PyTorch reads, found"):
+                checkpoint.load(path)
+        else:
+            checkpoint.load(path)
+    assert {"IndexError", "RuntimeError", "UnpicklingError"} <= kinds
+
+
+def test_a_device_that_is_not_there_is_no_fault_of_the_file(tmp_path):
+    path = saved(tmp_path)
+    with pytest.raises(RuntimeError, match="flagship") as raised:
+        checkpoint.load(path, map_location="flagship")
+    assert not isinstance(raised.value, CheckpointError)
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     path = saved(tmp_path)
     with pytest.raises(TypeError, match=r"state must be tensors, .*, got pathlib"):
         checkpoint.save(path, STATE | {"directory": tmp_path})
+    endless = deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    endless.append(endless)
+    for other in (lambda: 0, threading.Lock(), deep, endless):
+        with pytest.raises(TypeError, match=r"state must be tensors, numbers, .*, got "):
+            checkpoint.save(path, STATE | {"other": other})
     assert differences(checkpoint.load(path), STATE) == []
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
 
@@ -108,6 +157,33 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         checkpoint.save(path, {"other": 2})
     assert differences(checkpoint.load(path), STATE) == []
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+@contextmanager
+def no_file_longer_than(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_without_room_is_an_oserror_wherever_it_ends(tmp_path):
+    """In what torch.save writes it is torch's own writer that meets it, which tells of it as a RuntimeError."""
+    path = saved(tmp_path)
+    other = {"weights": torch.arange(500_000.0)}
+    checkpoint.save(tmp_path / "other.pt", other)
+    whole = (tmp_path / "other.pt").stat().st_size
+    for size in (0, 100, 5000, 100_000, whole - 1000, whole - checkpoint.SEAL_BYTES, whole - 1):
+        with no_file_longer_than(size), pytest.raises(OSError) as raised:
+            checkpoint.save(path, other)
+        assert raised.value.errno == errno.EFBIG  # exact
+        assert differences(checkpoint.load(path), STATE) == []
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["other.pt", "state.pt"]
+    with no_file_longer_than(whole):
+        checkpoint.save(path, other)
+    assert differences(checkpoint.load(path), other) == []
 
 
 def save_for_ever(path, first):
@@ -138,7 +214,9 @@ def kill_while_saving(path, kills, seed, until_amid=False):
         assert state["step"] > step  # exact
         step = state["step"]
         assert all((tensor == step).all() for tensor in state["tensors"])
-        halves += path.with_name(path.name + ".partial").exists()
+        drafts = [file for file in path.parent.iterdir() if file.name.endswith(".partial")]
+        assert len(drafts) <= 1  # of the kills before, nothing is left
+        halves += len(drafts)
     return step, halves
 
 

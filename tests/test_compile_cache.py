@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,44 @@ def test_what_does_not_fit_is_what_was_compiled_last(tmp_path):
     assert archive.stat().st_size < 700_000
     assert compile_cache.unpack(archive, tmp_path / "there") == 3
     assert {folder.name for folder in (tmp_path / "there" / "triton").iterdir()} == {"0", "1", "2"}
+
+
+def test_a_damaged_archive_is_refused_before_a_file_is_written(tmp_path):
+    """Also where the damage is in a file's content, which the archive's own headers do not cover."""
+    here, archive = tmp_path / "here", tmp_path / "cache.tar.gz"
+    write_kernel(here / "triton" / "AB", "kernel", 20_000)
+    compile_cache.pack(here, archive)
+    whole = archive.read_bytes()
+    for place in range(10, len(whole), len(whole) // 20):
+        archive.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises((OSError, EOFError, zlib.error)):
+            compile_cache.unpack(archive, tmp_path / "there")
+        assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_what_is_unpacked_may_be_loaded_and_what_was_loaded_stays_whole(tmp_path):
+    """Folders that others may write are refused, whatever the umask; a module that is overwritten where it lies would
+    end the process that has it."""
+    here, there, archive = tmp_path / "here", tmp_path / "there", tmp_path / "cache.tar.gz"
+    module = Path("extensions", "emc2_kernels", "key", "emc2_cuda.so")
+    (here / module).parent.mkdir(parents=True)
+    (here / module).write_bytes(b"machine code")
+    compile_cache.pack(here, archive)
+    before = os.umask(0)
+    try:
+        compile_cache.unpack(archive, there)
+    finally:
+        os.umask(before)
+    for folder in list((there / module).parents)[:4]:
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert (there / module).stat().st_mode & 0o022 == 0
+    with (there / module).open("r+b") as loaded:
+        loaded.write(b"MACHINE CODE")
+        loaded.flush()
+        compile_cache.unpack(archive, there)
+        loaded.seek(0)
+        assert loaded.read() == b"MACHINE CODE" and (there / module).read_bytes() == b"machine code"
+    assert [path.name for path in there.iterdir()] == ["extensions"]
 
 
 COMPILE = """

@@ -48,7 +48,7 @@ def emulated_module(tmp_path_factory):
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        run_checked("g++", *flags, *native_cuda.include_flags(), "-x", "c++", "-c", source, "-o", target)
+        run_checked("g++", *flags, *build.include_flags(), "-x", "c++", "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:

@@ -31,9 +31,12 @@ def on_gpu(monkeypatch):
     }
     monkeypatch.setattr(package, "TABLE", gpu_table)
     monkeypatch.setattr(package, "_BUILDS", {})
-    package._able.cache_clear()
+    found = (package._able, package._named, package._module)
+    for cached in found:
+        cached.cache_clear()
     yield gpu_table
-    package._able.cache_clear()
+    for cached in found:
+        cached.cache_clear()
 
 
 def chosen(a_walk):
@@ -73,6 +76,45 @@ def test_a_failed_build_is_reported_although_triton_does_the_work(on_gpu, monkey
     package._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="'triton' does its work. cuda: nvcc: catastrophic error"):
         assert chosen(walk(64, 32, 128)) == "triton"
+
+
+def broken():
+    raise ZeroDivisionError("planted")
+
+
+def test_a_backend_whose_state_cannot_be_told_is_told_as_such_and_done_without(on_gpu, monkeypatch):
+    """The table answers, "auto" goes on, and the backend's name is an error with the reason."""
+    package = sys.modules["emc2_kernels.backends"]
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(on_gpu, name, on_gpu[name]._replace(why_unavailable=broken))
+    package._warn_once.cache_clear()
+    assert backends()["cuda"] == backends()["triton"] == "ZeroDivisionError: planted"
+    reason = "the much slower 'reference' does its work. cuda: ZeroDivisionError: planted; triton: ZeroDivisionError"
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert chosen(walk(64, 32, 128)) == "reference"
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: ZeroDivisionError: planted"):
+        resolve("cuda", torch.empty(2, 3, device="meta"))
+
+
+@pytest.mark.parametrize("op", ["walk", "lse", "gumbel"])
+def test_a_backend_that_does_not_import_is_reported_and_done_without(op, on_gpu, monkeypatch):
+    package = sys.modules["emc2_kernels.backends"]
+    field = {"walk": "module"}.get(op, op)
+    monkeypatch.setitem(on_gpu, "triton", on_gpu["triton"]._replace(**{field: "broken_triton"}))
+    monkeypatch.setitem(on_gpu, "cuda", on_gpu["cuda"]._replace(why_unavailable=lambda: "no nvcc"))
+    package._module.cache_clear()
+    package._warn_once.cache_clear()
+    keys = torch.empty(2, 3, device="meta")
+    with pytest.warns(RuntimeWarning, match="triton: ModuleNotFoundError: .*broken_triton"):
+        assert resolve("auto", keys, op=op).__name__.startswith(MODULE + "reference")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: ModuleNotFoundError: .*broken_triton"):
+        resolve("triton", keys, op=op)
+
+
+def test_a_failed_build_is_an_error_of_the_backend_that_was_named(on_gpu, monkeypatch):
+    monkeypatch.setattr(sys.modules["emc2_kernels.backends"], "_BUILDS", {"cuda": broken})
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: ZeroDivisionError: planted"):
+        resolve("cuda", torch.empty(2, 3, device="meta"))
 
 
 def test_operations_that_a_backend_lacks_are_named():

@@ -63,8 +63,8 @@ def test_every_combination_of_options_matches_one_process_or_is_refused(over_ran
 
 
 @SIZES
-@pytest.mark.parametrize("case", rank_wrapped.WRAPPED)
-def test_distributed_data_parallel_trains_as_one_process(over_ranks, size, case):
+@pytest.mark.parametrize("case", rank_wrapped.WRAPPED + rank_wrapped.SHARDED)
+def test_wrapped_models_train_as_one_process(over_ranks, size, case):
     for errors in over_ranks(size, case):
         assert errors["gradient"] <= 1e-6
         assert errors["state"] <= 1e-6
@@ -74,3 +74,9 @@ def test_distributed_data_parallel_trains_as_one_process(over_ranks, size, case)
 @pytest.mark.parametrize("name", rank_wrapped.LOCAL)
 def test_inside_distributed_data_parallel_a_local_loss_keeps_its_own_state(over_ranks, size, name):
     assert over_ranks(size, f"local: {name}") == [[]] * size
+
+
+@SEVERAL
+@pytest.mark.parametrize("name", rank_wrapped.KEEPING)
+def test_a_batch_that_is_not_finite_on_one_rank_is_forgotten_by_all(over_ranks, size, name):
+    assert over_ranks(size, f"not finite: {name}") == [[]] * size

@@ -14,11 +14,19 @@ from typing import NamedTuple
 
 import pytest
 
-from emc2_kernels.backends import native_cuda
+from emc2_kernels.backends import build, native_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 
-needs_nvcc = pytest.mark.skipif(native_cuda.compiler() is None, reason="nvcc is not installed")
+
+def has_nvcc() -> bool:
+    try:
+        return bool(native_cuda.compiler())
+    except build.Unavailable:
+        return False
+
+
+needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason="nvcc is not installed")
 
 ARCHITECTURES = (80, 90, 100)
 # Registers: a regression fails. The gathered walk needs 5 blocks of 128 threads on a multiprocessor (96 registers) to
@@ -65,7 +73,7 @@ def test_registers_and_shared_memory(tmp_path):
 
     def usage(source: Path) -> list[Usage]:
         log = run_checked(
-            native_cuda.compiler(), *native_cuda.FLAGS, *native_cuda.code_for(*ARCHITECTURES), "--threads", "2",
+            *native_cuda.compiler(), *native_cuda.FLAGS, *native_cuda.code_for(*ARCHITECTURES), "--threads", "2",
             "--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v",
             "-c", source, "-o", tmp_path / f"{source.stem}.o",
         )  # fmt: skip
@@ -92,13 +100,13 @@ def test_assertions_can_be_left_out(asserts, monkeypatch):
     assert (path(90) == usual) == (asserts == "1")
     sources = [source for source in native_cuda.sources() if source.stem in ("sweep", "gathered")]
     for source in sources:
-        text = run_checked(native_cuda.compiler(), *native_cuda.definitions(), "-std=c++17", "-E", source)
+        text = run_checked(*native_cuda.compiler(), *native_cuda.definitions(), "-std=c++17", "-E", source)
         assert ("emc2_kernels: chain_ids" in text) == (asserts == "1")
 
 
 BUILD = """
 import sys
-from emc2_kernels.backends import native_cuda
+from emc2_kernels.backends import build, native_cuda
 try:
     module = native_cuda.library(90)
     print(sorted(name for name in dir(module) if not name.startswith("__")))
@@ -136,3 +144,42 @@ def test_an_nvcc_that_fails_or_is_missing(tmp_path):
     assert failed.stderr.count("compiling the CUDA kernels") == 1
     missing = python(BUILD, TORCH_EXTENSIONS_DIR=tmp_path / "cache", CUDACXX="/nonexistent/nvcc")
     assert "no CUDA compiler (/nonexistent/nvcc) found" in missing.stdout
+
+
+def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
+    """Paths with spaces, command lines, and what cannot be one: a name with the reason, never an IndexError."""
+    home = tmp_path / "CUDA with spaces"
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf '\\377 release 12.9, V12.9.86\\n'\n")  # whatever it says may be no UTF-8
+    nvcc.chmod(0o755)
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+
+    def found(**variables):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, str(value))
+            return native_cuda.compiler(), native_cuda._library_path.__wrapped__(90).parent.name.partition("-")[2]
+
+    expected = [str(nvcc)]
+    for variables in ({"CUDA_HOME": home}, {"CUDA_PATH": home}, {"CUDACXX": nvcc}, {"CUDACXX": f"'{nvcc}'"}):
+        assert found(**variables) == (expected, "nvcc12.9.86"), variables
+    assert found(CUDACXX=f"'{nvcc}' -Xptxas -O2") == ([*expected, "-Xptxas", "-O2"], "nvcc12.9.86")
+    for variables, reason in (
+        ({"CUDACXX": " "}, r"no CUDA compiler \(CUDACXX=' '\) found: install .*, or set CUDACXX to one"),
+        ({"CUDACXX": f"{nvcc} '"}, "CUDACXX must be words as for a shell, got .*No closing quotation"),
+        ({"CUDACXX": "nowhere"}, r"no CUDA compiler \(nowhere\) found"),
+    ):
+        with pytest.raises(build.Unavailable, match=reason):
+            found(**variables)
+        monkeypatch.setenv("CUDACXX", variables["CUDACXX"])
+        assert re.search(
+            reason, native_cuda.extension(91).why_unavailable()
+        )  # an architecture that nothing else asks for
+        monkeypatch.delenv("CUDACXX")
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        with pytest.raises(build.Unavailable, match=r"\(nvcc, '?/none/bin/nvcc'?, /usr/local/cuda/bin/nvcc\) found"):
+            found(CUDA_HOME="/none")

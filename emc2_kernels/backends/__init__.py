@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import gpu, native
+from .build import Unavailable
 from .walk import Walk
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,8 +35,15 @@ class Backend(NamedTuple):
     def module_of(self, op: str) -> str | None:
         return {"walk": self.module, "lse": self.lse, "gumbel": self.gumbel}[op]
 
-    def why_not(self, op: str) -> str | None:
-        return None if op in self.uncompiled else self.why_unavailable()
+    def why_not(self, op: str | None = None) -> str | None:
+        """Why it cannot do this operation on this machine (None: any), as far as is known without building it. Whatever
+        is wrong with a backend is such a reason, and no error: the others have to work."""
+        if op in self.uncompiled:
+            return None
+        try:
+            return self.why_unavailable()
+        except Exception as error:
+            return _told(error)
 
 
 # Fastest first: "auto" takes the first that can run the operands.
@@ -65,8 +73,8 @@ NAMES = ("auto", *TABLE)
 
 
 def backends() -> dict[str, str]:
-    """Each backend's name, and "available" or the reason why it cannot run here. Builds nothing."""
-    return {name: backend.why_unavailable() or "available" for name, backend in TABLE.items()}
+    """Each backend's name, and "available" or the reason why it cannot run here. Builds nothing, raises nothing."""
+    return {name: backend.why_not() or "available" for name, backend in TABLE.items()}
 
 
 @cache
@@ -116,7 +124,7 @@ def _named(name: str, device: str, dtype: torch.dtype, op: str) -> ModuleType:
         device_suits = device in backend.devices or device in backend.also()
         came = f"operands of {str(dtype).removeprefix('torch.')}" if device_suits else f"tensors on {device}"
         raise ValueError(f"backend {name!r} takes {takes}, got {came}: use 'reference' or 'auto'")
-    reason = backend.why_not(op)
+    reason = backend.why_not(op) or _failure(name, op)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     return _module(name, op)
@@ -152,13 +160,18 @@ def _warn_once(message: str) -> None:
 
 
 def _failure(name: str, op: str) -> str | None:
-    """Why a backend cannot be built, after an attempt, where the operation needs building."""
+    """Why a backend cannot be built or imported, after an attempt; it is built where the operation needs that."""
     try:
         if op not in TABLE[name].uncompiled:
             _BUILDS.get(name, lambda: None)()
-    except RuntimeError as error:
-        return str(error)
+        _module(name, op)
+    except Exception as error:
+        return _told(error)
     return None
+
+
+def _told(error: Exception) -> str:
+    return str(error) if type(error) in (Unavailable, RuntimeError) else f"{type(error).__name__}: {error}"
 
 
 _BUILDS: dict[str, Callable[[], object]] = {"cpu": native.library, "cuda": gpu.cuda_kernels}

@@ -96,7 +96,7 @@ def _walk(walk: Walk, recorder: Any) -> None:
 def transition(walk: Walk) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold, score and position of the prefixes at the sample points, (n, R) each."""
     walk = _dense(walk)
-    threshold = torch.empty(walk.queries.shape[0], walk.num_samples, dtype=torch.float32)
+    threshold = walk.queries.new_empty(walk.queries.shape[0], walk.num_samples, dtype=torch.float32)
     score, position = torch.empty_like(threshold), torch.empty_like(threshold, dtype=torch.int64)
     _run(walk, _recorder(walk, transition=(threshold.data_ptr(), score.data_ptr(), position.data_ptr())))
     return threshold, score, position
@@ -108,10 +108,11 @@ def step(
     """[samples, key, score, threshold], then accepted and lse if asked for; see ``emc2_kernels.mh_step``."""
     walk, key, score, key_labels = _dense(walk), contiguous(key), contiguous(score), contiguous(key_labels)
     n = walk.queries.shape[0]
-    samples, new_key = torch.empty(n, walk.num_samples, dtype=torch.int32), torch.empty(n, dtype=torch.int64)
-    new_score, threshold = torch.empty(n, dtype=torch.float32), torch.empty(n, dtype=torch.float32)
-    accepted = torch.empty(n, dtype=torch.int32) if return_accepts else None
-    lse = torch.empty(n, dtype=torch.float32) if return_lse else None
+    new = walk.queries.new_empty
+    samples, new_key = new(n, walk.num_samples, dtype=torch.int32), new(n, dtype=torch.int64)
+    new_score, threshold = new(n, dtype=torch.float32), new(n, dtype=torch.float32)
+    accepted = new(n, dtype=torch.int32) if return_accepts else None
+    lse = new(n, dtype=torch.float32) if return_lse else None
     out = (samples, new_key, new_score, threshold, accepted, lse)
     _run(walk, _recorder(walk, step=tuple(map(address, (key, score, key_labels, *out)))))
     return [tensor for tensor in out if tensor is not None]

@@ -20,7 +20,7 @@ def gumbel_sample(
 ) -> Tensor:
     """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``."""
     n, m = scores.queries.shape[0], scores.keys.shape[0]
-    positions = torch.empty(n, num_samples, dtype=torch.int64)
+    positions = torch.empty(n, num_samples, dtype=torch.int64, device="cpu")
     vectors = (scores.temperature if isinstance(scores.temperature, Tensor) else None, chain_ids, scores.query_ids)
     temperatures, chain_ids, query_ids = map(contiguous, vectors)
     key_ids = contiguous(scores.key_ids)

@@ -62,11 +62,11 @@ def _excluded_places(query_ids: Tensor, key_ids: Tensor) -> list[Tensor] | None:
         return None
     row = torch.repeat_interleave(counts, output_size=total)
     keys_before = (counts.cumsum(0) - counts)[row]
-    key = order[first[row] + torch.arange(total) - keys_before]
+    key = order[first[row] + torch.arange(total, dtype=torch.int64, device="cpu") - keys_before]
     rows, columns = _sides(n, m)
     per_row = -(-m // columns)
     tile, to_tiles = (row // rows * per_row + key // columns).sort()
-    width = torch.minimum(m - key // columns * columns, torch.tensor(columns))  # the last keys' tile is narrower
+    width = (m - key // columns * columns).clamp_max(columns)  # the last keys' tile is narrower
     place = (row % rows * width + key % columns)[to_tiles]
     return list(place.split(torch.bincount(tile, minlength=-(-n // rows) * per_row).tolist()))
 
@@ -113,7 +113,7 @@ def contrastive_lse(scores: Scores) -> Tensor:
     if scores.queries.shape[0] * scores.keys.shape[0] <= SMALL:
         lse = torch.logsumexp(_small_scores(scores), 1)
     else:
-        lse = torch.full((scores.queries.shape[0],), -torch.inf)
+        lse = torch.full((scores.queries.shape[0],), -torch.inf, dtype=torch.float32, device="cpu")
         for tile, values in _ScoreTiles(scores):
             largest = values.amax(1).clamp_min_(LOWEST)
             part = values.sub_(largest[:, None]).exp2_().sum(1).log2_().add_(largest)

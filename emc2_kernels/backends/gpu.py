@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -85,6 +86,19 @@ def prefers_cuda_kernels(walk: Walk) -> bool:
 
 
 def why_no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    return None if interpreting() else why_no_gpu()
+    reason = None if interpreting() else why_no_gpu()
+    return _why_triton_does_not_import() if reason is None else reason
+
+
+@cache
+def _why_triton_does_not_import() -> str | None:
+    """Tried only where there is something to run it on. A broken installation raises anything."""
+    try:
+        import_module(".triton", __package__)
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "Triton is not installed: pip install triton"
+        return f"Triton does not import ({error}): pip install --force-reinstall triton"
+    except Exception as error:
+        return f"Triton does not import ({type(error).__name__}: {error}): pip install --force-reinstall triton"
+    return None

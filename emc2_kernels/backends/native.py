@@ -6,21 +6,15 @@ and the processor's features.
 
 from __future__ import annotations
 
-import os
 import platform
-import shlex
-import shutil
 import sys
-import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from .build import Extension, cache_root, digest_of, source_root
+from .build import Extension, cache_root, compile_and_link, digest_of, find_compiler, source_root, words_of
 
 MODULE = "emc2_native"
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-Wno-psabi")
@@ -29,7 +23,7 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-Wno-psabi")
 def architecture_flags() -> list[str]:
     """Which instruction sets: ``$EMC2_ARCH``, as for CMake; by default this processor's. Empty: what all of its kind
     have."""
-    return shlex.split(os.environ.get("EMC2_ARCH", "-march=native"))
+    return words_of("EMC2_ARCH", "-march=native")
 
 
 def sources() -> list[Path]:
@@ -37,12 +31,13 @@ def sources() -> list[Path]:
     return sorted(root.glob("csrc/cpu/*.cpp")) + [root / "python_bindings" / "module.cpp"]
 
 
-def compiler() -> str | None:
-    """The C++ compiler: ``$CXX``, or the first of c++, g++ and clang++ that is there."""
-    chosen = os.environ.get("CXX")
-    if chosen:  # may be a command line, such as "ccache g++"
-        return chosen if shutil.which(shlex.split(chosen)[0]) else None
-    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+def compiler() -> list[str]:
+    """The C++ compiler: ``$CXX``, or the first of c++, g++ and clang++ that is there.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    return find_compiler("C++ compiler", "CXX", ("c++", "g++", "clang++"), "g++")
 
 
 def why_unavailable() -> str | None:
@@ -50,19 +45,14 @@ def why_unavailable() -> str | None:
     return _extension.why_unavailable()
 
 
-@cache
+@cache  # asked at every step
 def library() -> ModuleType:
     """The compiled core; builds it if it is not in the cache.
 
     Raises:
-        RuntimeError: there is no compiler, or it failed; the message has the compiler's output.
+        Unavailable: there is no compiler, or it failed; the message has the compiler's output.
     """
     return _extension.library()
-
-
-def _no_compiler() -> str:
-    wanted = os.environ.get("CXX") or "c++, g++ or clang++"
-    return f"no C++ compiler ({wanted}) found: install g++, or set CXX to one"
 
 
 @cache
@@ -84,38 +74,11 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()} {features}"
 
 
-def _compile(folder: Path) -> None:
-    from torch.utils import cpp_extension  # slow to import, and needed only here
-
-    # The ninja that pip installed lies beside this Python, which need not be on the PATH. The core has no header of
-    # torch, so the ABI that torch would ask the compiler about does not matter.
-    settings = {
-        "PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath))),
-        "CXX": compiler(),
-        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
-    }
-    with _environment(settings):
-        cpp_extension.load(
-            MODULE,
-            [str(source) for source in sources()],
-            extra_cflags=[*FLAGS, *architecture_flags()],
-            extra_ldflags=["-fopenmp"],
-            build_directory=str(folder),
-        )
+def _compile(compiler: list[str], target: Path) -> None:
+    *core, binding = sources()
+    # Hidden: pybind11 wants its own names to stay in the module.
+    flags = [*FLAGS, *architecture_flags(), "-fPIC", "-fvisibility=hidden"]
+    compile_and_link([*compiler, *flags], ["-shared"], core, binding, target)
 
 
-@contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-_extension = Extension(MODULE, "CPU kernels", 15, _library_path, compiler, _no_compiler, _compile)
+_extension = Extension(MODULE, "CPU kernels", 15, "CXX", _library_path, compiler, _compile)

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 from . import gpu
-from .build import Extension, cache_root, digest_of, source_root
+from .build import Extension, Unavailable, cache_root, compile_and_link, digest_of, find_compiler, source_root
 
 MODULE = "emc2_cuda"
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden")
@@ -33,21 +31,15 @@ def sources() -> list[Path]:
     return sorted(root.glob("csrc/cuda/*.cu")) + [root / "python_bindings" / "cuda_module.cpp"]
 
 
-def compiler() -> str | None:
-    """nvcc: ``$CUDACXX``, the one on the PATH, or that of ``$CUDA_HOME``, ``$CUDA_PATH`` or NVIDIA's default folder."""
-    chosen = os.environ.get("CUDACXX")
-    if chosen:
-        return shutil.which(chosen)
-    folders = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    candidates = ("nvcc", *(str(Path(folder, "bin", "nvcc")) for folder in folders if folder))
-    return next(filter(None, map(shutil.which, candidates)), None)
+def compiler() -> list[str]:
+    """nvcc: ``$CUDACXX``, the one on the PATH, or that of ``$CUDA_HOME``, ``$CUDA_PATH`` or NVIDIA's default folder.
 
-
-def include_flags() -> list[str]:
-    """Of Python and pybind11, which the binding alone needs."""
-    import pybind11
-
-    return ["-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include()]
+    Raises:
+        Unavailable: there is none.
+    """
+    folders = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
+    usual = ("nvcc", *(str(Path(folder, "bin", "nvcc")) for folder in folders))
+    return find_compiler("CUDA compiler", "CUDACXX", usual, "NVIDIA's CUDA toolkit")
 
 
 def definitions() -> list[str]:
@@ -69,27 +61,18 @@ def library(architecture: int) -> ModuleType:
     """The kernels for an architecture; builds them if they are not in the cache.
 
     Raises:
-        RuntimeError: there is no nvcc, or it failed; the message has its output.
+        Unavailable: there is no nvcc, or it failed; the message has its output.
     """
     return extension(architecture).library()
 
 
-@cache
 def extension(architecture: int) -> Extension:
-    return Extension(
-        MODULE,
-        "CUDA kernels",
-        SECONDS,
-        partial(_library_path, architecture),
-        compiler,
-        _no_compiler,
-        partial(_compile, architecture),
-    )
+    path, compile = partial(_library_path, architecture), partial(_compile, architecture)
+    made = Extension(MODULE, "CUDA kernels", SECONDS, "CUDACXX", path, compiler, compile)
+    return _extensions.setdefault(architecture, made)  # the first one, also of threads that ask at once
 
 
-def _no_compiler() -> str:
-    wanted = os.environ.get("CUDACXX") or "nvcc"
-    return f"no CUDA compiler ({wanted}) found: install NVIDIA's CUDA toolkit, or set CUDACXX to its nvcc"
+_extensions: dict[int, Extension] = {}
 
 
 @cache
@@ -100,40 +83,25 @@ def _library_path(architecture: int) -> Path:
     flags = (*FLAGS, *LINK_FLAGS, *definitions(), *code_for(architecture))
     parts = (*flags, sys.implementation.cache_tag, sysconfig.get_platform())
     key = digest_of((*sources(), *headers), parts)
-    nvcc = compiler()
-    if nvcc is not None:
-        return cache_root() / f"{key}-nvcc{_version(nvcc)}" / f"{MODULE}.so"
-    built = sorted(cache_root().glob(f"{key}-nvcc*/{MODULE}.so"), key=lambda path: path.stat().st_mtime)
-    return built[-1] if built else cache_root() / f"{key}-nvcc" / f"{MODULE}.so"
+    try:
+        return cache_root() / f"{key}-nvcc{_version(tuple(compiler()))}" / f"{MODULE}.so"
+    except Unavailable:
+        built = sorted(cache_root().glob(f"{key}-nvcc*/{MODULE}.so"), key=lambda path: path.stat().st_mtime)
+        return built[-1] if built else cache_root() / f"{key}-nvcc" / f"{MODULE}.so"
 
 
 @cache
-def _version(nvcc: str) -> str:
+def _version(nvcc: tuple[str, ...]) -> str:
     """As in "release 13.0, V13.0.88"; an nvcc that does not say fails when it is used."""
     try:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60).stdout
+        said = subprocess.run([*nvcc, "--version"], capture_output=True, text=True, errors="replace", timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         said = ""
     found = re.search(r"\bV([\d.]+)", said)
     return found.group(1) if found else "unknown"
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{command[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr).strip()}")
-
-
-def _compile(architecture: int, folder: Path) -> None:
-    nvcc = compiler()
-    common = [nvcc, *FLAGS, *definitions(), *code_for(architecture)]
-
-    def compiled(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
-        include = include_flags() if source.suffix == ".cpp" else []
-        _run([*common, *include, "-c", str(source), "-o", target])
-        return target
-
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compiled, sources()))
-    _run([*common, *LINK_FLAGS, *objects, "-o", str(folder / f"{MODULE}.so")])
+def _compile(architecture: int, compiler: list[str], target: Path) -> None:
+    *kernels, binding = sources()
+    flags = [*FLAGS, *definitions(), *code_for(architecture)]
+    compile_and_link([*compiler, *flags], LINK_FLAGS, kernels, binding, target)

@@ -25,7 +25,7 @@ def _dtype(walk: Walk) -> torch.dtype:
 def _row_blocks(walk: Walk) -> Iterator[Walk]:
     n = walk.queries.shape[0]
     if walk.chain_ids is None:
-        walk = walk._replace(chain_ids=torch.arange(n, device=walk.queries.device))
+        walk = walk._replace(chain_ids=torch.arange(n, dtype=torch.int64, device=walk.queries.device))
     per_row = ("queries", "temperature", "chain_ids", "query_ids", "positions")
     fields = {name: value for name in per_row if isinstance(value := getattr(walk, name), Tensor)}
     width = walk.keys.shape[0] if walk.is_sweep else walk.num_proposals * walk.queries.shape[1]
@@ -39,7 +39,7 @@ def _proposed_positions(walk: Walk) -> Tensor:
     if walk.positions is not None:
         return walk.positions
     if walk.num_draws is None:
-        return torch.arange(walk.keys.shape[0], device=walk.keys.device)[None]
+        return torch.arange(walk.keys.shape[0], dtype=torch.int64, device=walk.keys.device)[None]
     numbers = range(walk.first_proposal, walk.first_proposal + walk.num_draws)
     return rng.proposal_positions(walk.chain_ids, numbers, walk.keys.shape[0], seed=walk.seed, step=walk.step)
 
@@ -102,7 +102,7 @@ def _prefixes(walk: Walk) -> tuple[Transition, Transition, Tensor]:
 def _at_sample_points(walk: Walk, prefixes: Transition) -> Transition:
     """Sample points before the shard are the identity, those after it the whole shard."""
     done = [min(max(point + 1 - walk.first_proposal, 0), walk.num_proposals) for point in walk.sample_points()]
-    columns = torch.tensor(done, device=walk.queries.device)
+    columns = torch.tensor(done, dtype=torch.int64, device=walk.queries.device)
     return Transition(*(field[:, columns] for field in prefixes))
 
 

@@ -23,10 +23,10 @@ def gumbel_sample(
     """
     check_values(scores, chain_ids, step)
     n, m = scores.queries.shape[0], scores.keys.shape[0]
-    positions = torch.full((n, num_samples), -1, device=scores.queries.device)
+    positions = torch.full((n, num_samples), -1, dtype=torch.int64, device=scores.queries.device)
     if m == 0:
         return positions
-    chains = torch.arange(n, device=positions.device) if chain_ids is None else chain_ids
+    chains = torch.arange(n, dtype=torch.int64, device=positions.device) if chain_ids is None else chain_ids
     draw = {"seed": seed, "step": step, "dtype": torch.float64}
     with torch.autocast(positions.device.type, enabled=False):
         for rows, block in row_blocks(scores):

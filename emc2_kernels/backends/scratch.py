@@ -15,5 +15,5 @@ def tile_buffer(elements: int) -> Tensor:
     buffer = getattr(_kept, "buffer", None)
     if buffer is None or buffer.numel() < elements:
         with torch.inference_mode(False):  # or a later call outside inference mode could not write to it
-            buffer = _kept.buffer = torch.empty(elements, dtype=torch.float32)
+            buffer = _kept.buffer = torch.empty(elements, dtype=torch.float32, device="cpu")
     return buffer

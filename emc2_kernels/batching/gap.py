@@ -55,7 +55,8 @@ def global_train_gap(
         seen = torch.zeros_like(everything)
         visits = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for items in batches:
-            items = torch.as_tensor(items)  # without a dtype: it would make numbers of a mask
+            if not isinstance(items, Tensor):
+                items = torch.as_tensor(items, device="cpu")  # without a dtype: it would make numbers of a mask
             checks.vector("batches' entries", items, None, torch.int64, items.device)
             checks.within("batches' entries", items, 0, len(x))
             items = items.to(x.device)

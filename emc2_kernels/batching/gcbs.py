@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,19 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from .. import checks
+from ..agreement import Call, header_device
+from ..distributed import meet
 from .graph import MAX_PER_ROW, SCOPES, GraphFacts, similarity_graph
 from .order import consecutive_order
+
+
+@dataclass
+class _Pass:
+    """Over the batches of one epoch."""
+
+    epoch: int
+    order: np.ndarray | None  # None: a plain shuffle
+    taken: int = 0  # steps, of which each is a batch on each rank
 
 
 class GlobalContrastiveBatchSampler(Sampler[list[int]]):
@@ -30,7 +44,10 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
       items in it where the numbers do not go up.
 
     Batches of all ranks together are one run of the order, cut over the ranks, so that a rank's own batch is a run too.
-    Without ``set_epoch`` the epoch counts itself at the end of each whole pass.
+
+    Every pass is another epoch, also where the one before was given up half-way; ``set_epoch`` names its number, and a
+    loaded state's place is gone on with. So ranks have the same epoch while they begin the same passes: one that looks
+    at a batch by itself needs ``set_epoch`` before the next pass.
 
     Not for ``EMC2Loss(proposals="batch")``, whose chains need batches that are uniform draws: see ``check_loss``.
 
@@ -40,11 +57,18 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
         quantile, scope, max_per_row, normalize, progress: of the similarity graph, see ``similarity_graph``.
         drop_last: see above. With it, a data set that fills no batch is an error.
         seed: the same on all ranks.
-        rank, world_size: both, or neither: those of ``torch.distributed``'s default group, or 0 and 1.
+        rank, world_size: both, or neither: those of ``torch.distributed``'s default group, or 0 and 1. ``rank="all"``,
+            with or without a world_size, is for a framework that deals batches out to processes by itself, as
+            accelerate does with a loader that it prepares: batches of all ranks, rank by rank, and as a last run what
+            is left in batches of at most batch_size, no item twice.
 
     Attributes:
-        epoch: the one that comes, or is under way.
         facts: GraphFacts of the last update; None before it.
+
+    Raises:
+        ValueError, TypeError: name the argument, what was expected and what came; where iteration begins, too, if
+            accelerate deals out again what was cut over ranks, or if the default of ``rank`` was that of a process
+            without a group and there is one now.
     """
 
     def __init__(
@@ -56,12 +80,15 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
         scope: str = "global",
         drop_last: bool = False,
         seed: int = 0,
-        rank: int | None = None,
+        rank: int | str | None = None,
         world_size: int | None = None,
         max_per_row: int = MAX_PER_ROW,
         normalize: bool = True,
         progress: bool | None = None,
     ) -> None:
+        if isinstance(num_items, Sampler):  # Lightning builds batch samplers anew, around a sampler of its own
+            expected = "an integer; of Lightning's Trainer or setup_dataloaders, use_distributed_sampler must be False"
+            raise TypeError(f"num_items must be {expected}, got {type(num_items).__name__}")
         self.num_items = checks.at_least("num_items", num_items, 1)
         self.batch_size = checks.at_least("batch_size", batch_size, 1)
         checks.number_in("quantile", quantile, 0, 1, open_high=True)
@@ -81,60 +108,89 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
             "progress": progress,
         }
         self.rank, self.world_size = _place(rank, world_size)
+        self._before_group = world_size is None and not _in_a_group()
         if drop_last and num_items < self._run:
             least = f"batch_size * world_size = {self._run} with drop_last=True, or there is no batch"
             raise ValueError(f"num_items must be at least {least}, got {num_items}")
-        self.epoch = 0
         self.facts: GraphFacts | None = None
-        self._order: np.ndarray | None = None  # of the epoch under way, or the next
-        self._next_order: np.ndarray | None = None  # came while an epoch was under way
-        self._taken = 0  # batches of the epoch under way
-        self._resume_at = 0
-        # The last epoch that was taken whole, and its order: a DataLoader does so some steps before it is trained on.
-        self._ended: tuple[int, np.ndarray | None] | None = None
+        self._order: np.ndarray | None = None  # of epochs that begin from now on
+        self._next_epoch = 0  # the number of the first of them
+        self._loaded: _Pass | None = None  # to go on with
+        # The last one that was begun: a DataLoader may have taken it whole some steps before it is trained on.
+        self._latest: _Pass | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The one that is under way, or else that comes."""
+        place = self._loaded or self._latest
+        return self._next_epoch if place is None or place.taken == self._steps else place.epoch
 
     @property
     def _run(self) -> int:
         """Items of a batch of all ranks."""
         return self.batch_size * self.world_size
 
-    def __len__(self) -> int:
-        """Batches of a whole epoch, the same on all ranks; an epoch that is resumed yields what is left of them."""
+    @property
+    def _steps(self) -> int:
+        """Of a whole epoch."""
         whole, rest = divmod(self.num_items, self._run)
         return whole + (rest > 0 and not self.drop_last)
 
+    def __len__(self) -> int:
+        """Batches of a whole epoch, the same on all ranks; an epoch that is resumed yields what is left of them."""
+        if self.rank != "all":
+            return self._steps
+        return self._steps * self.world_size if self.drop_last else -(-self.num_items // self.batch_size)
+
     def __iter__(self) -> Iterator[list[int]]:
-        first, self._resume_at = self._resume_at, 0
-        if first == 0:
-            self._adopt()
-        epoch, self._taken = self.epoch, first
-        for batch in self._batches(epoch)[first:]:
-            self._taken += 1  # before it is trained on: a state saved then counts it
+        self._check_group()
+        if self.rank != "all" and self.world_size > 1 and _dealt_by_accelerate():
+            expected = "'all' in a loader that accelerate has prepared, as it deals batches out by itself"
+            raise ValueError(f"rank must be {expected}, got {self.rank}, and world_size {self.world_size}")
+        return self._pass()
+
+    def _pass(self) -> Iterator[list[int]]:
+        """Begins with its first batch: to make an iterator costs no epoch."""
+        place = self._begin()
+        dealt = self.world_size if self.rank == "all" else 1
+        first = place.taken * dealt
+        for number, batch in enumerate(self._batches(place)[first:], first + 1):
+            place.taken = -(-number // dealt)  # before it is trained on: a state saved then counts it
             yield batch.tolist()
-        self.epoch, self._taken, self._ended = epoch + 1, 0, (epoch, self._order)
-        self._adopt()
 
-    def _adopt(self) -> None:
-        if self._next_order is not None:
-            self._order, self._next_order = self._next_order, None
+    def _begin(self) -> _Pass:
+        place, before = self._loaded or _Pass(self._next_epoch, self._order), self._latest
+        if before is not None and before.epoch == place.epoch:  # set_epoch has named it again
+            what = f"epoch {place.epoch} begins again, after {before.taken} of its {self._steps} batches"
+            how = "set_epoch with another number is another shuffle (with accelerate, of the prepared loader)"
+            warnings.warn(f"GlobalContrastiveBatchSampler: {what}; {how}", stacklevel=3)
+        self._loaded, self._latest, self._next_epoch = None, place, place.epoch + 1
+        return place
 
-    def _batches(self, epoch: int) -> list[np.ndarray]:
-        """Of this rank, in the order in which they come."""
-        draws, order, runs = self._runs(epoch)
-        batches = list(runs[:, self.rank])
+    def _check_group(self) -> None:
+        if self._before_group and _in_a_group() and dist.get_world_size() > 1:
+            expected = "given where the sampler is built before the process group (or build it after)"
+            raise ValueError(f"rank and world_size must be {expected}, got None, in a group of {dist.get_world_size()}")
+
+    def _batches(self, place: _Pass) -> list[np.ndarray]:
+        """Of this rank, or of all, in the order in which they come."""
+        draws, order, runs = self._runs(place)
         rest = len(order) - runs.size
-        if rest and not self.drop_last:
-            size = -(-rest // self.world_size)
+        if self.rank == "all":
+            batches, starts = list(runs.reshape(-1, self.batch_size)), range(runs.size, len(order), self.batch_size)
+            last = [order[start : start + self.batch_size] for start in starts]
+        else:
+            batches, size = list(runs[:, self.rank]), -(-rest // self.world_size)
             # What is missing is taken from the items before: neighbours, and none of them twice in the run.
             places = np.arange(size) + self.num_items + size * (self.rank - self.world_size)
-            batches.append(draws.permutation(order.take(places, mode="wrap")))
-        return batches
+            last = [order.take(places, mode="wrap")] * (rest > 0)
+        return batches if self.drop_last else batches + [draws.permutation(items) for items in last]
 
-    def _runs(self, epoch: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
+    def _runs(self, place: _Pass) -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
         """The epoch's draws, its (num_items,) order, and the (runs, world_size, batch_size) whole runs of that order as
         they come. What is left of the order fills no run."""
-        draws = np.random.default_rng([self.seed, epoch])
-        order = draws.permutation(self.num_items) if self._order is None else self._order
+        draws = np.random.default_rng([self.seed, place.epoch])
+        order = draws.permutation(self.num_items) if place.order is None else place.order
         order = np.roll(order, -int(draws.integers(self.num_items)))
         whole = self.num_items // self._run
         runs = order[: whole * self._run].reshape(whole, self.world_size, self.batch_size)
@@ -146,21 +202,22 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
 
         In a process group all ranks call it, the first rank computes, from its embeddings, and the others get what it
         found: were each to compute its own, rounding could make the orders differ, and items be lost or come twice.
-        They wait for it no longer than the group's timeout.
+        They wait for it no longer than the group's timeout. Ranks whose samplers are not of one kind, or that have
+        begun other passes and would lose items, are told so.
 
         Args:
             x: (num_items, d) embeddings in the order of the data set, on any device. Not read on other ranks than the
                 first, where it may be None. y: of the other tower; None: x.
 
         Raises:
-            ValueError, TypeError: as ``similarity_graph``, on all ranks; the order is as it was.
+            ValueError, TypeError: as ``similarity_graph``, on all ranks, or num_items, batch_size, world_size,
+                drop_last, seed or the epoch that comes differs between ranks; the order is as it was.
             ImportError: SciPy is missing.
         """
-        order, self.facts = self._from_first_rank(x, y) if self._grouped() else self._new_order(x, y)
-        if self._taken or self._resume_at:
-            self._next_order = order
-        else:
-            self._order = order
+        self._check_group()
+        self._order, self.facts = self._from_first_rank(x, y) if self._grouped() else self._new_order(x, y)
+        if self._loaded is not None and not self._loaded.taken:
+            self._loaded.order = self._order
 
     def _new_order(self, x: Tensor | None, y: Tensor | None) -> tuple[np.ndarray, GraphFacts]:
         checks.matrix("x", x)
@@ -170,9 +227,14 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
         return consecutive_order(graph.matrix, seed=self.seed), graph.facts
 
     def _grouped(self) -> bool:
-        return self.world_size > 1 and dist.is_available() and dist.is_initialized()
+        return self.world_size > 1 and _in_a_group()
 
     def _from_first_rank(self, x: Tensor | None, y: Tensor | None) -> tuple[np.ndarray, GraphFacts]:
+        names = ("num_items", "batch_size", "world_size", "drop_last", "seed")
+        form = {name: getattr(self, name) for name in names}
+        # The same however far each rank has taken batches ahead.
+        form["the epoch that comes (by the same passes, or by set_epoch before update)"] = self._next_epoch
+        meet(Call.of(f"{type(self).__name__}'s update", form), header_device(None, None), None)
         box: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
@@ -185,30 +247,42 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
         return box[0]
 
     def set_epoch(self, epoch: int) -> None:
-        """The number of the epoch that comes. The one that a loaded state is in the middle of goes on from there."""
+        """The number of the epoch that comes. The one that a loaded state is in the middle of goes on from there.
+
+        Warns (UserWarning): where another number drops a loaded place. accelerate's loaders call this in each pass,
+            with a count of their own that begins at 0: after loading, call ``loader.set_epoch(sampler.epoch)``.
+        """
         number = checks.at_least("epoch", epoch, 0)
+        place = self._loaded
+        if place is not None and place.epoch == number:
+            return
+        if place is not None and (place.taken or number < place.epoch):
+            what = f"the loaded place, batch {place.taken} of epoch {place.epoch}, for the start of epoch {number}"
+            how = "set_epoch of the loaded state's epoch goes on with it (accelerate: loader.set_epoch(sampler.epoch))"
+            warnings.warn(f"GlobalContrastiveBatchSampler.set_epoch drops {what}; {how}", stacklevel=2)
         if number != self.epoch:
-            self.epoch, self._taken, self._resume_at, self._ended = number, 0, 0, None
+            self._loaded = self._latest = None
+        self._next_epoch = number
 
     def state_dict(self, batches_done: int | None = None) -> dict[str, Any]:
         """Where the sampler stands: a loaded one yields the batches that are left of the epoch, then the same epochs.
+        After the last of an epoch, it begins the next.
 
         Args:
-            batches_done: of this epoch, that were trained on. None: all that were taken; a DataLoader with workers
-                takes them ahead of time, so there count them yourself. Where it has taken the epoch's last one, any
-                number but 0 is still of that epoch, till the next begins.
+            batches_done: of this epoch, that a rank has trained on. None: all that were taken; a DataLoader with
+                workers takes them ahead of time, so there count them yourself. Where it has taken the epoch's last one,
+                any number but 0 is still of that epoch, till the next begins.
         """
-        taken = self._taken or self._resume_at
-        done = taken if batches_done is None else checks.at_least("batches_done", batches_done, 0)
-        if done > len(self):
-            raise ValueError(f"batches_done must be at most {len(self)}, the batches of an epoch, got {done}")
-        epoch, order, next_order = self.epoch, self._order, self._next_order
-        if batches_done and not taken and self._ended is not None:
-            (epoch, order), next_order = self._ended, self._order
-        orders = {"order": order, "next_order": next_order}
+        place = self._loaded or self._latest
+        if place is None or (place.taken == self._steps and not batches_done):
+            place = _Pass(self._next_epoch, self._order)
+        done = place.taken if batches_done is None else checks.at_least("batches_done", batches_done, 0)
+        if done > self._steps:
+            raise ValueError(f"batches_done must be at most {self._steps}, the batches of an epoch, got {done}")
+        orders = {"order": place.order, "next_order": None if place.order is self._order else self._order}
         return {
             **self._same(),
-            "epoch": epoch,
+            "epoch": place.epoch,
             "batches_done": done,
             **{name: None if order is None else torch.from_numpy(order.copy()) for name, order in orders.items()},
             "facts": None if self.facts is None else self.facts._asdict(),
@@ -221,9 +295,12 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError or TypeError for the state of a sampler with other settings, or none; this one is then as
         it was. The batches of all ranks together must be of one size; over how many ranks it is cut may change."""
-        loaded = _checked_state(state, self._same(), len(self))
-        self.epoch, self._resume_at, self._taken, self._ended = loaded["epoch"], loaded["batches_done"], 0, None
-        self._order, self._next_order, self.facts = loaded["order"], loaded["next_order"], loaded["facts"]
+        loaded = _checked_state(state, self._same(), self._steps)
+        epoch, done, order, self.facts = (loaded[name] for name in ("epoch", "batches_done", "order", "facts"))
+        self._order = order if loaded["next_order"] is None else loaded["next_order"]
+        if done == self._steps:
+            epoch, done, order = epoch + 1, 0, self._order
+        self._loaded, self._latest, self._next_epoch = _Pass(epoch, order, done), None, epoch
 
 
 def _checked_state(state: Any, same: dict[str, Any], most_batches: int) -> dict[str, Any]:
@@ -263,12 +340,30 @@ def _permutation(name: str, value: Any, num_items: int) -> np.ndarray | None:
     return order
 
 
-def _place(rank: Any, world_size: Any) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
+def _in_a_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _dealt_by_accelerate() -> bool:
+    """Whether an object of accelerate's that gives each process a part of the batches is asking for them. Only the call
+    stack tells: of frames, the code's names, as a look at ``f_locals`` would keep the callers' variables alive."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner, module = frame.f_code.co_qualname.partition(".")[0], frame.f_globals.get("__name__")
+        if module == "accelerate.data_loader" and owner in ("BatchSamplerShard", "DataLoaderDispatcher"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _place(rank: Any, world_size: Any) -> tuple[int | str, int]:
+    if rank == "all" and world_size is not None:
+        return rank, checks.at_least("world_size", world_size, 1)
+    if rank != "all" and (rank is None) != (world_size is None):
         raise ValueError(f"rank and world_size must be given both or neither, got {rank!r} and {world_size!r}")
-    if rank is None:
-        grouped = dist.is_available() and dist.is_initialized()
-        return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    if world_size is None:
+        here, count = (dist.get_rank(), dist.get_world_size()) if _in_a_group() else (0, 1)
+        return here if rank is None else rank, count
     # As Python's integers, which a state that holds them can be loaded with weights_only=True.
     rank, world_size = checks.at_least("rank", rank, 0), checks.at_least("world_size", world_size, 1)
     if rank >= world_size:

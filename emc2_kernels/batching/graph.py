@@ -135,9 +135,10 @@ def _estimate_threshold(x: Tensor, y: Tensor, quantile: float, seed: int) -> tup
     n = x.shape[0]
     num_columns = min(n, SAMPLE_COLUMNS)
     num_rows = min(n, SAMPLE_ELEMENTS // num_columns)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     rows, columns = (
-        torch.randperm(n, generator=generator)[:count].sort().values.to(x.device) for count in (num_rows, num_columns)
+        torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")[:count].sort().values.to(x.device)
+        for count in (num_rows, num_columns)
     )
     sample = x[rows] @ y[columns].T
     diagonal = rows[:, None] == columns
@@ -192,7 +193,7 @@ def _of_block(scores: Tensor, threshold: float, most: int, chosen: Tensor) -> tu
     """Places of what is kept, in the flattened block, ascending; and how much each row has. Writes to ``chosen``."""
     rows, n = scores.shape
     if threshold == -torch.inf:  # everything is above it: do not list that
-        first = torch.arange(rows, device=scores.device)[:, None] * n
+        first = torch.arange(rows, dtype=torch.int64, device=scores.device)[:, None] * n
         places = scores.topk(most).indices.sort(1).values + first
         return places.view(-1), places.new_full((rows,), n - 1)
     torch.ge(scores, threshold, out=chosen)

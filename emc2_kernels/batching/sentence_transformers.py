@@ -26,23 +26,6 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
 
 
-class _AllRanks(GlobalContrastiveBatchSampler):
-    """Batches of all ranks, rank by rank, the last alone smaller: accelerate deals them round robin."""
-
-    def __len__(self) -> int:
-        if self.drop_last:
-            return self.num_items // self._run * self.world_size
-        return -(-self.num_items // self.batch_size)
-
-    def _batches(self, epoch: int) -> list[np.ndarray]:
-        draws, order, runs = self._runs(epoch)
-        batches = list(runs.reshape(-1, self.batch_size))
-        if not self.drop_last:
-            starts = range(runs.size, len(order), self.batch_size)
-            batches += [draws.permutation(order[start : start + self.batch_size]) for start in starts]
-        return batches
-
-
 class GCBSBatchSampler(base_sampler.DefaultBatchSampler):
     """``GlobalContrastiveBatchSampler`` as the ``batch_sampler`` of ``SentenceTransformerTrainingArguments``: pass the
     class, or ``functools.partial`` of it with options. It is a plain shuffled sampler until it is updated, which
@@ -87,14 +70,14 @@ class GCBSBatchSampler(base_sampler.DefaultBatchSampler):
             raise TypeError(f"dataset must have a length, got {type(dataset).__name__}")
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
         self.dataset = dataset
-        self._inner = _AllRanks(
+        self._inner = GlobalContrastiveBatchSampler(
             len(dataset),
             batch_size,
             quantile=quantile,
             scope=scope,
             drop_last=drop_last,
             seed=seed,
-            rank=0,
+            rank="all",
             world_size=accelerate.PartialState().num_processes if world_size is None else world_size,
             max_per_row=max_per_row,
             normalize=normalize,
@@ -132,7 +115,7 @@ class GCBSBatchSampler(base_sampler.DefaultBatchSampler):
         self._inner.update(x, y)
 
     def state_dict(self, batches_done: int | None = None) -> dict[str, Any]:
-        """See ``GlobalContrastiveBatchSampler.state_dict``; batches are those of all processes."""
+        """See ``GlobalContrastiveBatchSampler.state_dict``."""
         return self._inner.state_dict(batches_done)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,7 +202,8 @@ class GCBSCallback(trainer_callback.TrainerCallback, trainer_callback.Exportable
             expected = f"{len(self._samplers)} data sets, as there are"
             raise ValueError(f"the checkpoint must have the order of {expected}, got {len(saved)}")
         for sampler, one in zip(self._samplers, saved, strict=True):
-            sampler.load_state_dict(_from_json(one))
+            # The epoch as the trainer counts, which it then sets: another one would drop what is loaded here.
+            sampler.load_state_dict(_from_json(one) | {"epoch": self._epoch})
         self.updated = attributes["updated"]
 
     def on_epoch_begin(

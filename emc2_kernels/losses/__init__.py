@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .. import checks
 from .cached import CachedSoftmaxLoss
 from .clip import ClipLoss
 from .emc2 import EMC2Loss
@@ -66,7 +67,7 @@ def get(name: str, **options: Any) -> nn.Module:
         TypeError: the loss has no such option, or needs one that is not given.
     """
     if not (isinstance(name, str) and name in TABLE):
-        raise ValueError(f"name must be one of {', '.join(map(repr, TABLE))}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(map(repr, TABLE))}, got {checks.shown(name)}")
     method, takes = TABLE[name], TABLE[name].options()
     unknown = sorted(option for option in options if option not in takes)
     if unknown:

@@ -9,22 +9,36 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..distributed import Shards, gather_rows
 from ..gumbel import MAX_SAMPLES, gumbel_sample
+from ..kept import Kept
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
+from .index_watch import IndexWatch
 from .negatives import by_label, mean_negative
-from .pairs import Anchors, batch_stats, check, of_all_ranks, over_ranks, stack
+from .pairs import (
+    Anchors,
+    batch_stats,
+    check,
+    confirmed,
+    finite_batch,
+    of_all_ranks,
+    over_ranks,
+    reported,
+    stack,
+)
+from .recomputation import refuse_recomputation
+from .temperature import fixed_temperature, warn_of_uniform_weights
 
 DEFAULT_REFRESH = 0.01
 
 
-class CachedSoftmaxLoss(nn.Module):
+class CachedSoftmaxLoss(Kept):
     """The gradient of the global contrastive loss, with negatives drawn from a cache of the whole data set.
 
     The cache is an ``EmbeddingBank``: each view's latest embedding. A training-mode forward pass brings it up to date
@@ -40,7 +54,8 @@ class CachedSoftmaxLoss(nn.Module):
 
     Args:
         num_items: items of the data set; ``index`` names them; below 2^30. dim: of the embeddings.
-        temperature: > 0.
+        temperature: in [2^-63, 2^100]. Not learnt: the value is a surrogate, whose derivative in the temperature is not
+            the loss's.
         refresh: share of the cache's 2 * num_items entries that are encoded again at each step, rounded up; needs
             ``encode``. Without it the batches alone refresh the cache, and refresh must be 0 or left alone.
         num_samples: R, negatives of an anchor.
@@ -57,12 +72,14 @@ class CachedSoftmaxLoss(nn.Module):
         seed: of the draws.
         bimodal: the two views are two modalities: view 0 draws among entries of view 1, and view 1 among those of
             view 0.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
         bank_dtype: of the cache. The anchors are rounded to it for the draw.
         backend: of ``gumbel_sample``.
 
     Warns:
         UserWarning: carry="cached": training from scratch collapses, all embeddings to one point.
+        UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
+            named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
     State: ``bank``, ``step``, and ``batch_means`` with carry="corrected", are in ``state_dict``. They change in
     training mode only.
@@ -72,6 +89,7 @@ class CachedSoftmaxLoss(nn.Module):
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
 
+    saved_facts = ("bimodal",)
     step: Tensor  # () int64  training-mode calls so far
 
     def __init__(
@@ -93,7 +111,7 @@ class CachedSoftmaxLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.temperature = checks.one_temperature(temperature)
+        self.temperature = fixed_temperature(temperature)
         checks.number_in("refresh", refresh, 0, 1)
         self.num_samples = checks.at_least("num_samples", num_samples, 1)
         if num_samples >= MAX_SAMPLES:
@@ -105,6 +123,7 @@ class CachedSoftmaxLoss(nn.Module):
         checks.one_of("backend", backend, NAMES)
         checks.boolean("bimodal", bimodal)
         checks.boolean("normalize", normalize)
+        warn_of_uniform_weights(self.temperature, normalize)
         checks.embedding_dtype("bank_dtype", bank_dtype)
         check_encode(encode)
         if carry == "cached":
@@ -118,11 +137,13 @@ class CachedSoftmaxLoss(nn.Module):
         self.carry, self.bimodal, self.normalize, self.backend = carry, bimodal, normalize, backend
         object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
         self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
+        self.num_items, self.dim, self.bank_dtype, self.refresh = num_items, dim, bank_dtype, refresh
         self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype)
         if carry == "corrected":
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         self.refresh_count = 0 if encode is None else math.ceil(refresh * self.bank.num_slots)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.bank.embeddings.device))
+        self._watch = IndexWatch(num_items)
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
@@ -139,33 +160,41 @@ class CachedSoftmaxLoss(nn.Module):
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged, also
                 where ``encode`` itself raises.
+            RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        check(z0, z1, index, dim=self.bank.dim, num_items=self.bank.num_items)
-        self._check_device(z0)
+        with reported(self, z0):
+            self._check(z0, z1, index, return_stats)
+        if self.training:
+            self._watch.look(index)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = over_ranks(self, z0, index, step=self.step)
+        shards = over_ranks(self, z0, index)
         whole = of_all_ranks(anchors, shards)
         labels = whole.items * 2 + whole.views
         if not self.training:
-            return self._surrogate(anchors, whole, shards, return_stats)
+            with confirmed(self, z0, encodes=self.carry == "recompute"):
+                return self._surrogate(anchors, whole, shards, return_stats)
         with torch.no_grad():
             oldest = self._oldest(labels)
-            fresh = self._encode_share(oldest, anchors.embeddings) if self.refresh_count else None
-        with self._restored_on_error(torch.cat((oldest, labels))):
+            fresh = self._encode_share(oldest, anchors.embeddings, z0) if self.refresh_count else None
+        written, finite = torch.cat((oldest, labels)), finite_batch(whole)
+        with self._restored_on_error(written):
             with torch.no_grad():
                 if fresh is not None:
-                    self.bank.update(oldest // 2, oldest % 2, fresh, self.step)
-                self.bank.update(whole.items, whole.views, whole.embeddings, self.step)
+                    self.bank.update(oldest // 2, oldest % 2, fresh, self.step, only=finite)
+                self.bank.update(whole.items, whole.views, whole.embeddings, self.step, only=finite)
                 if self.carry == "corrected":
-                    self.batch_means.update(torch.cat((oldest, labels)), whole, self.bimodal)
-            result = self._surrogate(anchors, whole, shards, return_stats)
-        self.step += 1
+                    self.batch_means.update(written, whole, self.bimodal, self.bank, self.step)
+            with confirmed(self, z0, encodes=self.carry == "recompute"):
+                result = self._surrogate(anchors, whole, shards, return_stats)
+        self.step.add_(1 if finite is None else finite)
         return result
 
-    def _check_device(self, z0: Tensor) -> None:
+    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> None:
+        refuse_recomputation(self)
+        checks.boolean("return_stats", return_stats)
+        if index is None:
+            raise TypeError("index must be an int64 tensor of the batch's items, got None")
+        check(z0, z1, index, dim=self.dim, num_items=self.num_items)
         for buffer in (self.step, self.bank.embeddings):
             if buffer.device != z0.device:
                 expected = f"on {buffer.device}, where the loss keeps its cache"
@@ -177,7 +206,7 @@ class CachedSoftmaxLoss(nn.Module):
             return batch[:0]
         written_at = self.bank.written_at.clone()
         written_at[batch] = self.step
-        slots = torch.arange(self.bank.num_slots, device=batch.device)
+        slots = torch.arange(self.bank.num_slots, dtype=torch.int64, device=batch.device)
         # step < 2^32 and slot < 2^31: all are different, so that every backend chooses the same
         return slots[((written_at + 1) * self.bank.num_slots + slots).topk(self.refresh_count, largest=False).indices]
 
@@ -196,7 +225,7 @@ class CachedSoftmaxLoss(nn.Module):
             self.bank.last_step.copy_(last_step)
             raise
 
-    def _encode_share(self, labels: Tensor, like: Tensor) -> Tensor:
+    def _encode_share(self, labels: Tensor, like: Tensor, z0: Tensor) -> Tensor:
         """(k, dim) embeddings of labels (k,). Of several processes each encodes a share: it is less work, and an
         encoder that is not a function of its input alone, as with dropout, cannot make their caches differ."""
         if self.gather == "none":
@@ -205,7 +234,8 @@ class CachedSoftmaxLoss(nn.Module):
         shares = labels.tensor_split(ranks)
         shards = Shards(self.process_group, rank, [len(share) for share in shares])
         mine = shares[rank]
-        fresh = encoded(self.encode, mine, like, self.normalize) if len(mine) else like.detach()[:0]
+        with confirmed(self, z0, encodes=True):
+            fresh = encoded(self.encode, mine, like, self.normalize) if len(mine) else like.detach()[:0]
         return gather_rows(fresh, shards)
 
     def _surrogate(
@@ -228,8 +258,8 @@ class CachedSoftmaxLoss(nn.Module):
         ages = self.bank.age(drawn.flatten())
         held = ages >= 0
         return loss, batch_stats(anchors, self.temperature, bimodal=self.bimodal) | {
-            "cache_age": torch.where(held, ages, 0).sum() / held.sum().clamp_min(1),
-            "carry_share": (samples.label_weights > 0).sum() / held.sum().clamp_min(1),
+            "cache_age": torch.where(held, ages, 0).sum().float() / held.sum().clamp_min(1),
+            "carry_share": (samples.label_weights > 0).sum().float() / held.sum().clamp_min(1),
             "negative_similarity": negative_similarity.detach().mean(),
         }
 
@@ -245,10 +275,10 @@ class CachedSoftmaxLoss(nn.Module):
             "backend": self.backend,
         }
         if not self.bimodal:
-            key_ids = torch.arange(self.bank.num_slots, device=bank.device) // 2
+            key_ids = torch.arange(self.bank.num_slots, dtype=torch.int64, device=bank.device) // 2
             ids = {"chain_ids": labels, "query_ids": anchors.items, "key_ids": key_ids}
             return gumbel_sample(queries, bank, **ids, **options)
-        b, items = len(labels) // 2, torch.arange(self.bank.num_items, device=bank.device)
+        b, items = len(labels) // 2, torch.arange(self.bank.num_items, dtype=torch.int64, device=bank.device)
         drawn = []
         for view, rows in enumerate((slice(b), slice(b, None))):
             keys = bank.unflatten(0, (-1, 2))[:, 1 - view]

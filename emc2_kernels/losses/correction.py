@@ -19,10 +19,13 @@ At fixed parameters m - m_c is noise around 0, so the query side stays unbiased;
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from ..bank import EmbeddingBank
+from ..kept import FINITE, outside
 from ..lse import contrastive_lse
 from ..slots import SlotStore
 from .negatives import Samples
@@ -38,9 +41,13 @@ class BatchMeans(SlotStore):
         super().__init__(num_items, views=2)
         self.keep("means", 0, dtype, width=dim)
 
-    def update(self, labels: Tensor, anchors: Anchors, bimodal: bool) -> None:
-        """Of labels (k,) whose embeddings are kept now."""
-        self.means[labels] = batch_means(anchors, bimodal)[labels % 2].to(self.means.dtype)  # duplicates have one value
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        yield from outside(f"{prefix}means", tables["means"], *FINITE)
+
+    def update(self, labels: Tensor, anchors: Anchors, bimodal: bool, bank: EmbeddingBank, step: Tensor) -> None:
+        """Of those of the labels (k,) whose embeddings the bank has been given at this step."""
+        now = bank.written_at[labels] == step  # not so one that was not finite
+        self.put(labels, only=now, means=batch_means(anchors, bimodal)[labels % 2])
 
 
 def batch_means(anchors: Anchors, bimodal: bool) -> Tensor:

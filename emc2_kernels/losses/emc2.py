@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
-from ..distributed import Shards, each_rank, gather_views
+from ..distributed import Shards, each_rank, gather_views, true_on_all
+from ..kept import Kept, outside
+from ..slots import fitted_tables
 from ..transition import MHState
 from . import fused
 from .correction import BatchMeans, correction, warn_of_collapse
 from .emc2_options import COLLAPSING, check_proposals, check_ranks, check_samples, resolved_carry
 from .encoding import Encode
-from .negatives import mean_negative
-from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
-from .ring_visits import ring_visit
+from .index_watch import IndexWatch
+from .negatives import mean_negative, mean_outside
+from .pairs import (
+    Anchors,
+    batch_stats,
+    check,
+    compute_dtype,
+    confirmed,
+    finite_batch,
+    of_all_ranks,
+    over_ranks,
+    reported,
+    stack,
+)
+from .recomputation import refuse_recomputation
+from .ring_visits import RingVisit, ring_visit
 from .sitting import SittingQueries
-from .visits import num_proposed, visit
+from .temperature import fixed_temperature, warn_of_uniform_weights
+from .visits import Visit, num_proposed, visit
 
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
 
 
-class EMC2Loss(nn.Module):
+class EMC2Loss(Kept):
     """The gradient of the global contrastive loss, whose negatives come from a softmax over the whole data set.
 
     Each of the ``num_items * 2`` views has a Metropolis-Hastings chain over the other items' views, carried from visit
@@ -35,7 +54,8 @@ class EMC2Loss(nn.Module):
 
     Args:
         num_items: items of the data set; ``index`` names them. dim: of the embeddings.
-        temperature: > 0; the paper's beta is 1 / temperature.
+        temperature: in [2^-63, 2^100]; the paper's beta is 1 / temperature. Not learnt: the value is a surrogate, whose
+            derivative in the temperature is not the loss's, and the kept scores are divided by it.
         proposals: "batch": the keys of the mini-batch, which must then be drawn uniformly from the data set (a shuffled
             loader does). "bank": ``num_proposals`` uniform draws from the latest embeddings of the whole data set, so
             that mixing does not depend on the batch size, nor on how batches are made.
@@ -63,7 +83,7 @@ class EMC2Loss(nn.Module):
         seed: of the chains' random numbers.
         bimodal: z0 and z1 come from two towers, images and text, say: rows of each are contrasted with those of the
             other only, and each item has a chain each way.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
         bank_dtype: dtype of the kept embeddings.
         backend: of ``mh_step``.
         gather: "none": proposals and negatives are the process's own. "all": the keys of all processes, from a
@@ -82,12 +102,15 @@ class EMC2Loss(nn.Module):
     Warns:
         UserWarning: carry="two_sided", and carry="cached" with proposals="bank": training from scratch collapses there,
             all embeddings to one point (docs/choosing.md, docs/results.md).
+        UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
+            named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
     Example:
         >>> loss = EMC2Loss(len(dataset), 128, temperature=0.2)
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
 
+    saved_facts = ("bimodal",)
     step: Tensor  # () int64  training-mode calls so far
 
     def __init__(
@@ -114,10 +137,11 @@ class EMC2Loss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.temperature = checks.one_temperature(temperature)
+        self.temperature = fixed_temperature(temperature)
         carry = resolved_carry(carry, proposals)
         checks.one_of("backend", backend, NAMES)
         checks.boolean("normalize", normalize)
+        warn_of_uniform_weights(self.temperature, normalize)
         checks.boolean("bimodal", bimodal)
         checks.embedding_dtype("bank_dtype", bank_dtype)
         check_samples(estimator, num_samples, carry, encode)
@@ -128,34 +152,58 @@ class EMC2Loss(nn.Module):
         self.gather, self.process_group = gather, process_group
         self.proposals = proposals
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
-        self.estimator = estimator
-        self.bimodal = bimodal
-        self.views = views
+        self.estimator, self.bimodal, self.views = estimator, bimodal, views
         self.burn_in = checks.number_in("burn_in", burn_in, 0, 1, open_high=True)
         self.num_samples = num_samples
         self.carry = carry
         object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
         self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
-        self.normalize = normalize
-        self.backend = backend
+        self.normalize, self.backend = normalize, backend
         shards = {"process_group": process_group, "sharded": sharded}
         self.sharded = sharded
+        self.num_items, self.dim, self.bank_dtype = num_items, dim, bank_dtype
         self.chains = ChainStore(num_items, views=2, **shards)
         self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype, **shards)
-        if proposals == "bank":
-            self._number_slots()
         if carry == "corrected":
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         if carry == "two_sided":
             self.sitting = SittingQueries(num_items, dim)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.chains.key.device))
+        self._watch = IndexWatch(num_items)
+        if proposals == "bank":
+            self._number_slots()
 
     def _number_slots(self) -> None:
         """Items and labels of the bank's slots, by modality where there are two; they follow the module's device."""
-        labels = torch.arange(self.chains.num_slots)
+        labels = torch.arange(self.chains.num_slots, dtype=torch.int64, device=self.step.device)
         labels = labels.view(-1, 2).T.flip(0).contiguous() if self.bimodal else labels[None]
         self.register_buffer("slot_labels", labels, persistent=False)
         self.register_buffer("slot_items", labels // 2, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMC2Loss:
+        unmade = self.proposals == "bank" and self.slot_labels.is_meta
+        super()._apply(fn, recurse)
+        if unmade:
+            self._number_slots()
+        return self
+
+    def _misfits(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> list[str]:
+        wrong = super()._misfits(state_dict, prefix, metadata)
+        for key in fitted_tables(state_dict, f"{prefix}chains.", ["key"]).values():
+            name = f"{prefix}chains.key"
+            wrong += outside(name, key, -1, self.num_items * 2 - 1)
+            if self.bimodal and not key.is_meta:
+                slots = torch.arange(len(key), dtype=torch.int64, device=key.device)
+                views = slots % 2  # a rank's part begins with view 0, too
+                own = int(((key >= 0) & (key % 2 == views)).sum())
+                if own:
+                    wrong.append(f"{name} must be of the other modality with bimodal=True, got {own} that are not")
+        return wrong
+
+    def _load_from_state_dict(self, *of_module: Any) -> None:
+        super()._load_from_state_dict(*of_module)
+        if self.proposals == "bank" and self.slot_labels.is_meta:  # a state is assigned, and these are in none
+            self._number_slots()
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
@@ -171,46 +219,47 @@ class EMC2Loss(nn.Module):
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; chains and bank are unchanged.
+            RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        check(z0, z1, index, dim=self.bank.dim, num_items=self.chains.num_items)
-        self._check_device(z0)
+        with reported(self, z0):
+            self._check(z0, z1, index, return_stats)
+        if self.training:
+            self._watch.look(index)
         if fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = over_ranks(self, z0, index, step=self.step)
+        shards = over_ranks(self, z0, index)
         whole = anchors if self.gather == "ring" else of_all_ranks(anchors, shards)
         if self.gather == "ring":
             visited = ring_visit(self, anchors, shards, compute_dtype(z0))
-            negatives, acceptance = visited.negatives, torch.full_like(visited.carry_share, torch.nan)
         else:
             visited = visit(self, anchors, compute_dtype(z0), return_stats, whole)
-            keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
-            again = self.encode if self.carry == "recompute" else None
-            negatives = mean_negative(keys, visited.samples, self.bank, again, self.normalize)
-            acceptance = visited.acceptance
-        positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
-        negative_similarity = (anchors.embeddings * negatives).sum(1)
-        terms = negative_similarity - positive_similarity
-        if self.carry == "two_sided":
-            terms = terms + self._key_side(anchors)
-        elif self.carry == "corrected":
-            terms = terms + correction(
-                anchors, whole, visited.samples, self.batch_means, self.temperature, self.bimodal
-            )
-        loss = terms.mean() / self.temperature * (1 if shards is None else shards.ddp_factor)
-        if not self.normalize:  # unit vectors cannot overflow
-            checks.finite("the similarities of z0 and z1", loss.detach())
+        with confirmed(self, z0, encodes=self.carry == "recompute"):
+            negatives = self._negatives(visited)
+            positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
+            negative_similarity = (anchors.embeddings * negatives).sum(1)
+            terms = negative_similarity - positive_similarity
+            if self.carry == "two_sided":
+                terms = terms + self._key_side(anchors)
+            elif self.carry == "corrected":
+                options = self.batch_means, self.temperature, self.bimodal
+                terms = terms + correction(anchors, whole, visited.samples, *options)
+            loss = terms.mean() / self.temperature * (1 if shards is None else shards.ddp_factor)
+            if not self.normalize:  # unit vectors cannot overflow
+                checks.finite("the similarities of z0 and z1", loss.detach())
         stats = None
         if return_stats:
-            stats = self._stats(anchors, acceptance, visited.carry_share, negative_similarity.detach())
+            stats = self._stats(anchors, visited.acceptance, visited.carry_share, negative_similarity.detach())
         if self.training:
             self._remember_all(anchors, whole, visited.state, shards)
         return loss if stats is None else (loss, stats)
 
-    def _check_device(self, z0: Tensor) -> None:
+    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> None:
+        refuse_recomputation(self)
+        checks.boolean("return_stats", return_stats)
+        if index is None:
+            raise TypeError("index must be an int64 tensor of the batch's items, got None")
+        check(z0, z1, index, dim=self.dim, num_items=self.num_items)
         for buffer in (self.step, self.chains.key, self.bank.embeddings):
             if buffer.device != z0.device:
                 expected = f"on {buffer.device}, where the loss keeps its chains"
@@ -223,7 +272,8 @@ class EMC2Loss(nn.Module):
             return made.value
         items, result = made.batch.items, made.result
         anchors = Anchors(made.batch.anchors, items, made.batch.chain_ids % 2)
-        acceptance = result.num_accepted.sum() / num_proposed(items, items[: made.batch.keys.shape[0]]).clamp_min(1)
+        proposed = num_proposed(items, items[: made.batch.keys.shape[0]])
+        acceptance = result.num_accepted.sum().float() / proposed.clamp_min(1)  # of integers it were the default dtype
         carry_share = (result.samples < 0).float().mean()
         return made.value, self._stats(anchors, acceptance, carry_share, made.negative_similarity)
 
@@ -237,6 +287,14 @@ class EMC2Loss(nn.Module):
             expected = f"at most {most} with this batch ({num_proposals} proposals, burn-in {burn_in})"
             raise ValueError(f"num_samples must be {expected}, got {self.num_samples}")
         return burn_in, self.num_samples
+
+    def _negatives(self, visited: Visit | RingVisit) -> Tensor:
+        """(2b, d) each anchor's mean negative, differentiable."""
+        options = self.bank, self.encode if self.carry == "recompute" else None, self.normalize
+        if isinstance(visited, RingVisit):
+            return mean_outside(visited.inside, visited.samples, *options)
+        keys = visited.keys.detach() if self.carry == "two_sided" else visited.keys
+        return mean_negative(keys, visited.samples, *options)
 
     def _key_side(self, anchors: Anchors) -> Tensor:
         """(2b,): each row as the key of all the chains that sat on it before this step.
@@ -255,27 +313,29 @@ class EMC2Loss(nn.Module):
         Args:
             whole: the anchors of all ranks; unused in a ring. state: (2b,) of this rank's.
         """
-        state = MHState(state.key, state.score.float())
+        state, finite = MHState(state.key, state.score.float()), finite_batch(whole)
+        if self.gather == "ring" and finite is not None:
+            finite = true_on_all(finite, shards)
         if self.sharded:  # what a rank has goes to the owners, and to nobody else
-            self._remember(anchors, state)
+            self._remember(anchors, state, finite)
         elif self.gather == "ring":  # of a slot's rows, the last rank's come last
             for embeddings, items, views, *found in each_rank([*anchors, *state], shards):
-                self._remember(Anchors(embeddings, items, views), MHState(*found))
+                self._remember(Anchors(embeddings, items, views), MHState(*found), finite)
         else:
             everyone = state if shards is None else MHState(*(gather_views(field, shards) for field in state))
-            self._remember(whole, everyone)
-        self.step += 1
+            self._remember(whole, everyone, finite)
+        self.step.add_(1 if finite is None else finite)
 
-    def _remember(self, anchors: Anchors, state: MHState) -> None:
+    def _remember(self, anchors: Anchors, state: MHState, only: Tensor | None) -> None:
         slots = anchors.items * 2 + anchors.views
         if self.carry == "two_sided":
-            self.sitting.leave(slots, self.chains, self.bank)
-        self.chains.write(anchors.items, anchors.views, state)
-        self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step)
+            self.sitting.leave(slots, self.chains, self.bank, only)
+        self.chains.write(anchors.items, anchors.views, state, only=only)
+        self.bank.update(anchors.items, anchors.views, anchors.embeddings, self.step, only=only)
         if self.carry == "corrected":
-            self.batch_means.update(slots, anchors, self.bimodal)
+            self.batch_means.update(slots, anchors, self.bimodal, self.bank, self.step)
         if self.carry == "two_sided":
-            self.sitting.sit_down(slots, self.chains, self.bank)
+            self.sitting.sit_down(slots, self.chains, self.bank, only)
 
     def _stats(
         self, anchors: Anchors, acceptance: Tensor, carry_share: Tensor, negative_similarity: Tensor

@@ -33,7 +33,8 @@ def check_proposals(proposals: str, num_proposals: int | None, views: str, bimod
     if proposals == "bank" and carry == "drop":
         raise ValueError('carry must not be "drop" with proposals="bank", whose samples are all outside, got "drop"')
     if proposals == "batch" and num_proposals is not None:
-        raise ValueError(f'num_proposals must be None with proposals="batch", whose keys are it, got {num_proposals!r}')
+        got = checks.shown(num_proposals)
+        raise ValueError(f'num_proposals must be None with proposals="batch", whose keys are it, got {got}')
     if num_proposals is not None:
         checks.at_least("num_proposals", num_proposals, 1)
     if views == "both" and (proposals == "bank" or bimodal):

@@ -21,7 +21,7 @@ from .. import checks, ops
 from ..backends import HALF_AND_SINGLE, gpu
 from ..once import not_twice
 from ..transition import MHResult, MHState
-from .pairs import NORM_FLOOR, compute_dtype
+from .pairs import NORM_FLOOR, SHRINKS, compute_dtype
 
 if TYPE_CHECKING:
     from ..backends.triton import visit
@@ -91,6 +91,7 @@ def surrogate(loss: EMC2Loss, z0: Tensor, z1: Tensor, index: Tensor, return_stat
         temperature=loss.temperature,
         seed=loss.seed,
         floor=floor,
+        shrinks=SHRINKS[torch.float32],
         both_views=loss.views == "both",
         dtype=compute_dtype(z0),
     )
@@ -106,7 +107,7 @@ def surrogate(loss: EMC2Loss, z0: Tensor, z1: Tensor, index: Tensor, return_stat
     if not loss.normalize:  # unit vectors cannot overflow
         checks.finite("the similarities of z0 and z1", value)
     if loss.training:
-        kernels.remember(batch, *result.state, stores)
+        kernels.remember(batch, *result.state, stores, value)
     held = _Held(value, batch, result.samples, made, loss.temperature, floor)
     return Surrogate(_Backward.apply(z0, z1, held), batch, result, made.similarity)
 

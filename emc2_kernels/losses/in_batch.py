@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 from .. import checks
 from ..distributed import Shards, gather_views
 from ..lse import NO_SECOND_DERIVATIVE, contrastive_lse, lse_gradients, lse_values, mean_similarity
-from ..once import not_twice
+from ..once import not_twice, under_func
 from ..ring import ring_lse, ring_similarity
 
 if TYPE_CHECKING:
@@ -94,10 +94,11 @@ def _lse_gradient(
     return total.to(embeddings.dtype), d_temperature
 
 
-def _over_ranks(
-    embeddings: Tensor, temperature: float | Tensor, batch: _Batch, gather: str, shards: Shards, similarity: bool
+def _log_sums(
+    embeddings: Tensor, temperature: float | Tensor, batch: _Batch, gather: str, shards: Shards | None, similarity: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(2, b) log-sum-exp of this rank's anchors over the negatives of all ranks, and the similarity of these."""
+    """(2, b) log-sum-exp of this rank's anchors over their negatives, of all ranks with shards, and the similarity of
+    these."""
     parts, similarities = [], []
     for queries, keys, query_ids in batch.sides(embeddings):
         keys = queries if keys is None else keys
@@ -106,8 +107,9 @@ def _over_ranks(
             log_sum, mean = partial(ring_lse, shards=shards), partial(ring_similarity, shards=shards)
             options["key_ids"] = query_ids
         else:
-            log_sum, mean = contrastive_lse, mean_similarity
-            keys, options["key_ids"] = (gather_views(rows, shards) for rows in (keys, query_ids))
+            log_sum, mean, options["key_ids"] = contrastive_lse, mean_similarity, query_ids
+            if shards is not None:
+                keys, options["key_ids"] = (gather_views(rows, shards) for rows in (keys, query_ids))
         parts.append(log_sum(queries, keys, **options))
         if similarity:
             similarities.append(mean(parts[-1], queries, keys, **options))
@@ -139,15 +141,15 @@ def in_batch(
     """
     embeddings, ids = anchors.embeddings, anchors.items
     if ids is None:
-        ids = torch.arange(embeddings.shape[0], device=embeddings.device)
+        ids = torch.arange(embeddings.shape[0], dtype=torch.int64, device=embeddings.device)
         ids %= embeddings.shape[0] // 2
         ids += 0 if shards is None else shards.first
     batch = _Batch(ids, bimodal, dtype, backend)
-    if shards is not None:
-        lse, similarity = _over_ranks(embeddings, temperature, batch, gather, shards, return_similarity)
+    if shards is not None or under_func():
+        lse, similarity = _log_sums(embeddings, temperature, batch, gather, shards, return_similarity)
         view_0, view_1 = embeddings.view(2, lse.shape[1], -1).unbind()
         excess = lse - (view_0 * view_1).sum(1) / temperature
-        value = torch.nn.functional.softplus(excess).mean() * shards.ddp_factor
+        value = torch.nn.functional.softplus(excess).mean() * (1 if shards is None else shards.ddp_factor)
         return InBatch(value, None if similarity is None else similarity.sum() / (lse > -torch.inf).sum().clamp_min(1))
     value, lse = _Value.apply(embeddings, temperature, batch)
     if not return_similarity:

@@ -9,8 +9,8 @@ from .. import checks
 from ..backends import NAMES
 from ..distributed import GATHERS
 from .in_batch import in_batch
-from .pairs import batch_stats, check, compute_dtype, over_ranks, stack
-from .temperature import TemperedLoss
+from .pairs import batch_stats, check, compute_dtype, over_ranks, reported, stack
+from .temperature import TemperedLoss, warn_of_uniform_weights
 
 
 class NTXentLoss(TemperedLoss):
@@ -21,18 +21,25 @@ class NTXentLoss(TemperedLoss):
     (added up over the tensors that are allocated): 438 MB at b = 65,536, d = 128, whose scores would be 69 GB.
 
     Args:
-        temperature: > 0.
+        temperature: in [2^-63, 2^100].
         learn_temperature, max_scale: see ``TemperedLoss``: ``log_scale``, the log of 1 / temperature, is then a
             parameter.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32, however long they are. Those shorter than 1e-6, zeros
+            among them, have no direction to speak of: they are multiplied by 10^6 instead, and so are their gradients,
+            which are then far larger than other rows'. Clip gradients where an encoder can give zeros.
         gather: "none": negatives are the process's own. "all": those of all processes, by a differentiable all-gather.
             "ring": the same with one process's keys at a time, memory O(b d). Both are collectives. They scale the
             value so that gradients averaged over processes, as DistributedDataParallel does, are those of one process
             with the whole batch, however unequal the parts. ``index`` must name items alike on all processes. A learnt
-            temperature must be averaged too: wrap the loss together with the encoder. Calls that are not of one form
-            on all processes (dim, dtype, index given or not, training mode, temperature) are a ValueError on all.
+            temperature must be averaged too: wrap the loss together with the encoder. Processes whose losses have
+            unlike options, or whose calls are not of one form (dim, dtype, index given or not, training mode, a learnt
+            temperature), all raise a ValueError that names what differs; where one raises an error of its own, the
+            others raise a RuntimeError that quotes it. A process that gathers nothing cannot be told of.
         process_group: that gather means; None: the default group.
         backend: of ``contrastive_lse``.
+
+    Warns:
+        UserWarning: a temperature above 10, with normalize=True: it is probably the inverse that is meant.
 
     Example:
         >>> loss = NTXentLoss(temperature=0.2)
@@ -56,6 +63,7 @@ class NTXentLoss(TemperedLoss):
         checks.boolean("normalize", normalize)
         checks.one_of("gather", gather, GATHERS)
         checks.one_of("backend", backend, NAMES)
+        warn_of_uniform_weights(self._fixed, normalize)
         self.normalize = normalize
         self.gather, self.process_group = gather, process_group
         self.backend = backend
@@ -75,18 +83,17 @@ class NTXentLoss(TemperedLoss):
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came.
         """
-        checks.boolean("return_stats", return_stats)
-        check(z0, z1, index, dim=None, num_items=None)
-        anchors = stack(z0, z1, index, normalize=self.normalize)
-        self._bound_scale()
-        temperature = self.temperature
-        if not self.normalize:  # unit vectors cannot overflow; no product is larger than its rows' own
-            largest = anchors.embeddings.detach().square().sum(1) / temperature
-            checks.finite("the similarities of z0 and z1", largest)
-        alike = {} if self.log_scale is None else {"log_scale": self.log_scale}
-        if self.gather == "ring":
-            alike["return_stats"] = return_stats  # the statistics go round too
-        shards = over_ranks(self, z0, index, **alike)
+        with reported(self, z0):
+            checks.boolean("return_stats", return_stats)
+            check(z0, z1, index, dim=None, num_items=None)
+            anchors = stack(z0, z1, index, normalize=self.normalize)
+            temperature = self.temperature
+            checks.temperature(temperature, 0, z0.device)
+            if not self.normalize:  # unit vectors cannot overflow; no product is larger than its rows' own
+                largest = anchors.embeddings.detach().square().sum(1) / temperature
+                checks.finite("the similarities of z0 and z1", largest)
+        form = {"return_stats": return_stats} if self.gather == "ring" else {}  # the statistics go round too
+        shards = over_ranks(self, z0, index, log_scale=self.log_scale, **form)
         value, negative_similarity = in_batch(
             anchors,
             temperature,

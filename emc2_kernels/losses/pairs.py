@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..distributed import Shards, gather_rows, gather_views, shards_of
+from ..agreement import Call, Reported, header_device
+from ..distributed import Shards, gather_rows, gather_views, meet, shards_of
 from .in_batch import in_batch
 
 NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
+OF_A_RANK = ("process_group", "encode", "backend")  # options that cannot be compared, or change no result
+# An element above the first has a square, or a row of them a sum of squares, that could overflow: its row is made
+# smaller by the second, exactly. It is then longer than NORM_FLOOR still, and no sum of d <= 2^17 squares overflows.
+SHRINKS = {torch.float32: (2.0**54, 2.0**-73), torch.float64: (2.0**503, 2.0**-522)}
 
 
 class Anchors(NamedTuple):
@@ -29,24 +36,68 @@ class Anchors(NamedTuple):
         return self.embeddings.roll(self.embeddings.shape[0] // 2, 0)
 
 
-def over_ranks(loss: nn.Module, z0: Tensor, index: Tensor | None, **alike: float | Tensor) -> Shards | None:
+def over_ranks(
+    loss: nn.Module, z0: Tensor, index: Tensor | None, *, log_scale: Tensor | None = None, **form: bool
+) -> Shards | None:
     """How the batch of a loss's call lies over the ranks; None where the loss keeps to this process's part.
 
     Args:
-        alike: what else must be the same on all ranks, beside the call's own form.
+        log_scale: the parameter, if it is learnt. form: what else must be the same on all ranks, beside the loss's
+            options, its step and the arguments' own form.
 
     Raises:
         RuntimeError, ValueError: see ``shards_of``.
     """
     if loss.gather == "none":
         return None
-    form = {
+    form |= {
         "z0.shape[1]": z0.shape[1],
         "z0.dtype": compute_dtype(z0),
+        "z0.device.type": z0.device.type,
         "index is None": index is None,
+        "encode is None": getattr(loss, "encode", None) is None,
         "training": loss.training,
     }
-    return shards_of(len(z0), z0.device, loss.process_group, form | alike)
+    numbers = {"step": getattr(loss, "step", None), "log_scale": log_scale}
+    return shards_of(len(z0), _call(loss, **form), z0.device, loss.process_group, **numbers)
+
+
+def reported(loss: nn.Module, z0: Tensor) -> AbstractContextManager[None]:
+    """For all that a loss does before ``over_ranks``: an error in it is an error on the ranks that wait there, too."""
+    if loss.gather == "none":
+        return nullcontext()
+    return Reported(loss.process_group, partial(_meet, loss, z0))
+
+
+def confirmed(loss: nn.Module, z0: Tensor, *, encodes: bool = False) -> AbstractContextManager[None]:
+    """For what can go wrong on one rank after that, and before ranks exchange what they keep: at the block's end all of
+    them go on, or none does.
+
+    It costs an exchange where anything can: the user's encoder, and similarities that overflow, which only the CPU
+    looks at. So the ranks must be of one mind about that, and of one kind of device.
+    """
+    if loss.gather == "none" or not (encodes or (z0.is_cpu and not loss.normalize)):
+        return nullcontext()
+    return Reported(loss.process_group, partial(_meet, loss, z0), _call(loss))
+
+
+def _meet(loss: nn.Module, z0: Tensor, call: Call) -> None:
+    devices = [x.device for x in (getattr(loss, "step", None), z0) if isinstance(x, Tensor)]
+    meet(call, header_device(devices[0] if devices else None, loss.process_group), loss.process_group)
+
+
+def _call(loss: nn.Module, **form: Any) -> Call:
+    options = {name: getattr(loss, name, None) for name in _option_names(type(loss))}
+    return Call.of(type(loss).__name__, options | form)
+
+
+def _option_names(kind: type) -> tuple[str, ...]:
+    """What a loss's constructor takes and ranks must agree on; each is kept under its name. A user's class on top of
+    the loss may take what it likes."""
+    ours = next(each for each in kind.__mro__ if each.__module__.startswith(__package__))
+    code = ours.__init__.__code__  # and not its signature, which takes longer to ask for than the digest to make
+    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    return tuple(name for name in names if name not in OF_A_RANK)
 
 
 def of_all_ranks(anchors: Anchors, shards: Shards | None) -> Anchors:
@@ -54,7 +105,7 @@ def of_all_ranks(anchors: Anchors, shards: Shards | None) -> Anchors:
     if shards is None:
         return anchors
     items = gather_rows(anchors.items[: anchors.items.shape[0] // 2], shards)
-    views = torch.arange(2 * shards.total, device=items.device) // shards.total
+    views = torch.arange(2 * shards.total, dtype=torch.int64, device=items.device) // shards.total
     return Anchors(gather_views(anchors.embeddings, shards), items.repeat(2), views)
 
 
@@ -80,8 +131,17 @@ def stack(z0: Tensor, z1: Tensor, index: Tensor | None, *, normalize: bool) -> A
         index = index.to(z0.device, non_blocking=True)
     b = z0.shape[0]
     embeddings = unit(torch.cat((wide(z0), wide(z1))), normalize)
-    views = torch.arange(2 * b, device=z0.device) // b
+    views = torch.arange(2 * b, dtype=torch.int64, device=z0.device) // b
     return Anchors(embeddings, None if index is None else index.repeat(2), views)
+
+
+def finite_batch(anchors: Anchors) -> Tensor | None:
+    """() bool whether a batch's embeddings, of all ranks where they are gathered, are finite: what a loss keeps of one
+    that is not is nothing, as the optimizer's step is none where torch.amp.GradScaler finds that it has overflowed.
+    None: they are known to be.
+    """
+    embeddings = anchors.embeddings.detach()
+    return None if checks.values_visible(embeddings) else embeddings.isfinite().all()
 
 
 def wide(z: Tensor) -> Tensor:
@@ -89,8 +149,20 @@ def wide(z: Tensor) -> Tensor:
 
 
 def unit(z: Tensor, normalize: bool = True) -> Tensor:
-    """z in float32 (float64 stays), its rows divided by their lengths if asked to."""
-    return torch.nn.functional.normalize(wide(z), dim=1, eps=NORM_FLOOR) if normalize else wide(z)
+    """z in float32 (float64 stays), its rows divided by their lengths if asked to, shorter ones by NORM_FLOOR."""
+    z = wide(z)
+    return torch.nn.functional.normalize(_squarable(z), dim=1, eps=NORM_FLOOR) if normalize else z
+
+
+def _squarable(z: Tensor) -> Tensor:
+    """z (n, d) in the directions of its rows, of which none is so long that its squares overflow."""
+    large, shrink = SHRINKS[z.dtype]
+    if checks.values_visible(z):
+        low, high = torch.aminmax(z.detach())
+        if max(-float(low), float(high)) <= large:
+            return z
+    largest = torch.linalg.vector_norm(z.detach(), torch.inf, dim=1, keepdim=True)
+    return z * torch.ones_like(largest).masked_fill(largest > large, shrink)
 
 
 def compute_dtype(z: Tensor) -> torch.dtype:
@@ -106,6 +178,8 @@ def _check_embeddings(name: str, z: Tensor, dim: int | None) -> None:
     if z.dim() != 2 or z.shape[0] == 0 or z.shape[1] == 0 or (dim is not None and z.shape[1] != dim):
         raise ValueError(f"{name} must have shape (b, {'d' if dim is None else dim}), b >= 1, got {checks.describe(z)}")
     checks.operand_dtype(name, z)
+    if z.device.type == "meta":
+        raise ValueError(f"{name} must have values, got {checks.describe(z)}")
     checks.finite(name, z.detach())
 
 

@@ -11,7 +11,7 @@ from .. import ops
 from ..distributed import Shards, gather_views
 from ..ring import ring_bag, ring_transition
 from ..transition import MHState, apply
-from .negatives import mean_outside
+from .negatives import Samples
 from .pairs import Anchors
 from .visits import of_batch
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 
 class RingVisit(NamedTuple):
-    negatives: Tensor  # (2b, d) each anchor's mean negative, differentiable
+    inside: Tensor  # (2b, d) the part of each anchor's mean negative that is in the batch, differentiable
+    samples: Samples  # of which rows are of the keys of all ranks
     state: MHState  # (2b,) the anchors' chains afterwards
     carry_share: Tensor  # () of the samples: where the visit began
+    acceptance: Tensor  # () NaN: which proposals were taken is on no rank
 
 
 def ring_visit(loss: EMC2Loss, anchors: Anchors, shards: Shards, dtype: torch.dtype) -> RingVisit:
-    """``visit`` with proposals from the batch, and the mean of what it samples; changes nothing of the loss.
+    """``visit`` with proposals from the batch, and the sum of what it samples there; changes nothing of the loss.
 
     The embeddings go round twice, for the walk and for its samples, and their gradients once. Items are gathered: 8
     bytes a key of the whole batch.
@@ -55,11 +57,10 @@ def ring_visit(loss: EMC2Loss, anchors: Anchors, shards: Shards, dtype: torch.dt
         positions = result.samples.long()
         samples = of_batch(loss.carry, 0, positions, torch.ones_like(positions, dtype=keys.dtype), entry.key)
         inside = ring_bag(keys, samples.rows, samples.row_weights, shards)
-        encode = loss.encode if loss.carry == "recompute" else None
-        negatives = mean_outside(inside, samples, loss.bank, encode, loss.normalize)
-        found.append((negatives, *result.state, (positions < 0).float().mean(1)))
-    negatives, key, score, carried = (torch.cat(field) for field in zip(*found, strict=True))
-    return RingVisit(negatives, MHState(key, score), carried.mean())
+        found.append((inside, *samples, *result.state, (positions < 0).float().mean(1)))
+    inside, *samples, key, score, carried = (torch.cat(field) for field in zip(*found, strict=True))
+    share = carried.mean()
+    return RingVisit(inside, Samples(*samples), MHState(key, score), share, torch.full_like(share, torch.nan))
 
 
 def _proposals(loss: EMC2Loss, anchors: Anchors, shards: Shards) -> list[tuple[slice, Tensor, Tensor, Tensor]]:

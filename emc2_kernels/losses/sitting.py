@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..bank import EmbeddingBank
 from ..chains import ChainStore
+from ..kept import FINITE, outside
 from ..slots import SlotStore, last_duplicates
 
 
@@ -23,21 +26,26 @@ class SittingQueries(SlotStore):
         super().__init__(num_items, views)
         self.keep("sums", 0, torch.float32, width=dim)
 
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        yield from outside(f"{prefix}sums", tables["sums"], *FINITE)
+
     def on(self, labels: Tensor) -> Tensor:
         """(k, dim) sums of labels (k,) int64."""
         return self.sums[labels]
 
-    def leave(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank) -> None:
-        """Takes out the chains of slots (k,), before their states and embeddings change."""
-        self._add(slots, chains, bank, -1)
+    def leave(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank, only: Tensor | None = None) -> None:
+        """Takes out the chains of slots (k,), before their states and embeddings change; none where ``only`` () is
+        False."""
+        self._add(slots, chains, bank, -1, only)
 
-    def sit_down(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank) -> None:
+    def sit_down(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank, only: Tensor | None = None) -> None:
         """Puts them in where they are now."""
-        self._add(slots, chains, bank, 1)
+        self._add(slots, chains, bank, 1, only)
 
-    def _add(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank, sign: int) -> None:
-        once = last_duplicates(slots) == torch.arange(slots.shape[0], device=slots.device)
+    def _add(self, slots: Tensor, chains: ChainStore, bank: EmbeddingBank, sign: int, only: Tensor | None) -> None:
+        once = last_duplicates(slots) == torch.arange(slots.shape[0], dtype=torch.int64, device=slots.device)
         keys = chains.key[slots]
         counted = once & (keys >= 0) & (bank.written_at[slots] >= 0)
+        counted = counted if only is None else counted & only
         queries = torch.where(counted[:, None], bank.embeddings[slots].float(), 0)
         self.sums.index_add_(0, keys.clamp_min(0), queries, alpha=sign)

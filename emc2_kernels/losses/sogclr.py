@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,24 @@ from torch import Tensor
 from .. import checks
 from ..backends import NAMES
 from ..distributed import Shards, gather_views
+from ..kept import FINITE, outside
 from ..lse import contrastive_lse, mean_similarity
-from ..slots import SlotStore, last_duplicates
-from .pairs import Anchors, batch_stats, check, compute_dtype, of_all_ranks, over_ranks, stack
+from ..slots import SlotStore
+from .index_watch import IndexWatch
+from .pairs import (
+    Anchors,
+    batch_stats,
+    check,
+    compute_dtype,
+    confirmed,
+    finite_batch,
+    of_all_ranks,
+    over_ranks,
+    reported,
+    stack,
+)
+from .recomputation import refuse_recomputation
+from .temperature import LEAST, fixed_temperature, warn_of_uniform_weights
 
 TEMPERATURE_LR = 0.01
 TEMPERATURE_MOMENTUM = 0.9
@@ -63,7 +79,8 @@ class SogCLRLoss(SlotStore):
 
     Args:
         num_items: items of the data set; ``index`` names them.
-        temperature: > 0; with individual temperatures, that of an item that was not visited yet.
+        temperature: in [2^-63, 2^100]; with individual temperatures, that of an item that was not visited yet. It is
+            not learnt: the kept means are of exponents at it. individual_temperature=True learns one for each item.
         gamma: in (0, 1], the weight of the present batch in u.
         gamma_schedule: "constant", or "cosine": from 1 to ``gamma`` over the first ``gamma_steps`` training-mode calls
             (the paper: over half of the training).
@@ -78,8 +95,12 @@ class SogCLRLoss(SlotStore):
         gather: "none": means and negatives are the process's own. "all": over the keys of all processes; every process
             writes what all have found, so that the state is the same everywhere. See ``NTXentLoss``.
         process_group: that gather means; None: the default group.
-        normalize: L2-normalise the embeddings first, in float32.
+        normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
         backend: of ``contrastive_lse``.
+
+    Warns:
+        UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
+            named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
     State: buffers, in ``state_dict``, with a slot for each item, or with ``bimodal`` for each item * 2 + tower. They
     change in training mode only. Of several rows of a batch with the same item the last one's is kept.
@@ -89,6 +110,7 @@ class SogCLRLoss(SlotStore):
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
 
+    saved_facts = (*SlotStore.saved_facts, "bimodal")
     step: Tensor  # () int64  training-mode calls so far
     log_u: Tensor  # (slots,) float32  -inf: not visited
     item_temperature: Tensor  # (slots,) float32, with individual_temperature
@@ -116,7 +138,7 @@ class SogCLRLoss(SlotStore):
         checks.boolean("bimodal", bimodal)
         super().__init__(num_items, views=2 if bimodal else 1)
         self.bimodal = bimodal
-        self.temperature = checks.one_temperature(temperature)
+        self.temperature = fixed_temperature(temperature)
         self.gamma = checks.number_in("gamma", gamma, 0, 1, open_low=True)
         checks.one_of("gamma_schedule", gamma_schedule, ("constant", "cosine"))
         self.gamma_schedule, self.gamma_steps = gamma_schedule, _gamma_steps(gamma_schedule, gamma_steps)
@@ -124,10 +146,12 @@ class SogCLRLoss(SlotStore):
         checks.one_of("gather", gather, ("none", "all"))
         self.gather, self.process_group = gather, process_group
         checks.boolean("normalize", normalize)
+        warn_of_uniform_weights(self.temperature, normalize)
         checks.one_of("backend", backend, NAMES)
         self.individual_temperature, self.normalize, self.backend = individual_temperature, normalize, backend
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._watch = IndexWatch(num_items)
         self.keep("log_u", -torch.inf, torch.float32)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.log_u.device))
         options = {
             "temperature_lr": temperature_lr,
             "temperature_momentum": temperature_momentum,
@@ -138,7 +162,7 @@ class SogCLRLoss(SlotStore):
             self._learn_temperatures(**options)
         for name, value in options.items():
             if not individual_temperature and value is not None:
-                raise ValueError(f"{name} must be None without individual_temperature=True, got {value!r}")
+                raise ValueError(f"{name} must be None without individual_temperature=True, got {checks.shown(value)}")
 
     def _learn_temperatures(
         self,
@@ -171,16 +195,14 @@ class SogCLRLoss(SlotStore):
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged.
+            RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        check(z0, z1, index, dim=None, num_items=self.num_items)
-        if self.log_u.device != z0.device:
-            expected = f"on {self.log_u.device}, where the loss keeps its state"
-            raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
+        with reported(self, z0):
+            self._check(z0, z1, index, return_stats)
+        if self.training:
+            self._watch.look(index)
         anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = over_ranks(self, z0, index, step=self.step)
+        shards = over_ranks(self, z0, index)
         whole, dtype = of_all_ranks(anchors, shards), compute_dtype(z0)
         slots = self.slots(anchors.items, anchors.views if self.bimodal else 0, z0.device)
         temperature = self.item_temperature[slots] if self.individual_temperature else self.temperature
@@ -191,8 +213,9 @@ class SogCLRLoss(SlotStore):
         negative = found.log_u + found.weight * torch.where(found.has_negatives, lse - lse.detach(), 0)
         loss = ((negative - positive) * (temperature / self.temperature)).mean()
         loss = loss if shards is None else loss * shards.ddp_factor
-        if not self.normalize:  # unit vectors cannot overflow
-            checks.finite("the similarities of z0 and z1", loss.detach())
+        with confirmed(self, z0):
+            if not self.normalize:  # unit vectors cannot overflow
+                checks.finite("the similarities of z0 and z1", loss.detach())
         learns = self.training and self.individual_temperature
         scores = None
         if learns or return_stats:  # the mean s of each anchor's negatives under their softmax
@@ -200,8 +223,18 @@ class SogCLRLoss(SlotStore):
         stats = self._stats(anchors, found, temperature, scores) if return_stats else None
         if self.training:
             with torch.no_grad():
-                self._remember(slots, found, positive, scores, shards)
+                self._remember(slots, found, positive, scores, whole, shards)
         return loss if stats is None else (loss, stats)
+
+    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> None:
+        refuse_recomputation(self)
+        checks.boolean("return_stats", return_stats)
+        if index is None:
+            raise TypeError("index must be an int64 tensor of the batch's items, got None")
+        check(z0, z1, index, dim=None, num_items=self.num_items)
+        if self.log_u.device != z0.device:
+            expected = f"on {self.log_u.device}, where the loss keeps its state"
+            raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
 
     def _over_negatives(
         self,
@@ -263,7 +296,13 @@ class SogCLRLoss(SlotStore):
         return gamma + (1 - gamma) * (1 + (math.pi * progress).cos()) / 2
 
     def _remember(
-        self, slots: Tensor, found: Denominators, positive: Tensor, scores: Tensor | None, shards: Shards | None
+        self,
+        slots: Tensor,
+        found: Denominators,
+        positive: Tensor,
+        scores: Tensor | None,
+        whole: Anchors,
+        shards: Shards | None,
     ) -> None:
         """Writes the anchors' updated state; one modality keeps the mean of an item's two views."""
         rows = slots if self.bimodal else slots[: slots.shape[0] // 2]
@@ -279,15 +318,12 @@ class SogCLRLoss(SlotStore):
             velocity = self.temperature_momentum * kept + (1 - self.temperature_momentum) * of_rows(slope)
             moved = (self.item_temperature[rows] - self.temperature_lr * velocity).clamp(*self.temperature_bounds)
             values |= {"item_velocity": velocity, "item_temperature": moved}
-        updates = found.has_negatives[: rows.shape[0]]
+        updates, finite = found.has_negatives[: rows.shape[0]], finite_batch(whole)
         if shards is not None:
             rows, updates = gather_views(rows, shards), gather_views(updates, shards)
             values = {name: gather_views(value, shards) for name, value in values.items()}
-        last = last_duplicates(rows)
-        for name, value in values.items():
-            buffer = getattr(self, name)
-            buffer[rows] = torch.where(updates[last], value[last].to(buffer.dtype), buffer[rows])
-        self.step += 1
+        self.put(rows, only=updates if finite is None else updates & finite, **values)
+        self.step.add_(1 if finite is None else finite)
 
     def _stats(
         self, anchors: Anchors, found: Denominators, temperature: float | Tensor, scores: Tensor
@@ -299,6 +335,15 @@ class SogCLRLoss(SlotStore):
             "weight_sum": found.weight.sum() / anchors_with,
         }
         return stats | {"temperature": temperature.mean()} if self.individual_temperature else stats
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        bounds = {
+            "log_u": (-math.inf, FINITE[1]),
+            "item_temperature": (math.nextafter(0, 1), FINITE[1]),
+            "item_velocity": FINITE,
+        }
+        for name, table in tables.items():
+            yield from outside(prefix + name, table, *bounds[name])
 
     def extra_repr(self) -> str:
         gamma = f"gamma={self.gamma}, gamma_schedule={self.gamma_schedule!r}, gamma_steps={self.gamma_steps}"
@@ -315,14 +360,15 @@ def _gamma_steps(schedule: str, steps: int | None) -> int | None:
     if schedule == "cosine":
         return checks.at_least("gamma_steps", steps, 1)
     if steps is not None:
-        raise ValueError(f'gamma_steps must be None with gamma_schedule="constant", got {steps!r}')
+        raise ValueError(f'gamma_steps must be None with gamma_schedule="constant", got {checks.shown(steps)}')
     return None
 
 
 def _bounds(bounds: tuple[float, float] | None, temperature: float) -> tuple[float, float]:
     if bounds is None:
-        return temperature / TEMPERATURE_RANGE, temperature * TEMPERATURE_RANGE
+        low = max(temperature / TEMPERATURE_RANGE, LEAST)
+        return low, min(temperature * TEMPERATURE_RANGE, checks.MAX_TEMPERATURE)
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"temperature_bounds must be two numbers, got {checks.describe(bounds)}")
-    low = checks.number_in("temperature_bounds[0]", bounds[0], 0, temperature, open_low=True)
-    return low, checks.number_in("temperature_bounds[1]", bounds[1], temperature, math.inf, open_high=True)
+    low = checks.number_in("temperature_bounds[0]", bounds[0], LEAST, temperature)
+    return low, checks.number_in("temperature_bounds[1]", bounds[1], temperature, checks.MAX_TEMPERATURE)

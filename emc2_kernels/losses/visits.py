@@ -143,7 +143,7 @@ def _walk(loss: EMC2Loss, anchors: Anchors, part: Proposals, start: MHState, ret
     if not recycled:
         weights = torch.ones_like(positions, dtype=embeddings.dtype)
         return _Walked(positions, weights, result.state, result.num_accepted)
-    points = torch.tensor(sample_points(count, burn_in, num_samples), device=positions.device)
+    points = positions.new_tensor(sample_points(count, burn_in, num_samples))
     proposed = (points.expand(len(items), -1)) if drawn is None else drawn[:, points]
     before = torch.cat((torch.full_like(positions[:, :1], -1), positions), 1)[:, points - first]
     move = _move_probability(queries, items, part, state, proposed, before, loss.temperature)
@@ -195,7 +195,7 @@ def _acceptance(anchors: Anchors, parts: list[Proposals], walked: list[_Walked])
     for part in parts:
         items = anchors.items[part.anchors]
         proposed = proposed + (num_proposed(items, part.items) if part.draws is None else part.draws * items.shape[0])
-    return accepted / proposed.clamp_min(1)
+    return accepted.float() / proposed.clamp_min(1)
 
 
 def num_proposed(items: Tensor, key_items: Tensor) -> Tensor:

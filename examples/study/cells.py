@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
+
+from emc2_kernels import files
 
 Value = int | float | str | None
 Row = dict[str, Value]
@@ -64,12 +66,11 @@ def _cell(row: Row, names: Sequence[str]) -> tuple:
 def _write(path: Path, rows: Sequence[Row]) -> None:
     """The whole file, renamed into place: whenever the study is ended, it has whole cells only."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
-    os.replace(beside, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
+    files.write(path, text.getvalue())
 
 
 def _text(value: Value) -> str:

@@ -53,7 +53,7 @@ def prepare_kernel(
     store_key_ptr, store_score_ptr, bank_ptr, written_at_ptr, last_step_ptr,
     anchors_ptr, lengths_ptr, queries_ptr, keys_ptr, items_ptr, chain_ids_ptr, coin_labels_ptr, state_key_ptr,
     state_score_ptr, now_ptr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, LARGE: tl.constexpr, SHRINK: tl.constexpr,
 ):  # fmt: skip
     """Program (i, view) makes one anchor. lengths_ptr None: the embeddings are taken as they are; queries_ptr None: the
     anchors serve; keys_ptr and coin_labels_ptr None: both views are proposed.
@@ -75,8 +75,10 @@ def prepare_kernel(
     else:
         z = tl.load(z1_ptr + i * stride_z1 + dim, mask, other=0.0).to(tl.float32)
     if lengths_ptr is not None:
+        shrink = tl.where(tl.max(tl.abs(z), 0) > LARGE, SHRINK, 1.0)  # else its squares could overflow
+        z *= shrink
         length = tl.sqrt_rn(tl.sum(z * z, 0))
-        tl.store(lengths_ptr + row, length)
+        tl.store(lengths_ptr + row, tl.div_rn(length, shrink))
         z = tl.div_rn(z, tl.maximum(length, floor))
     at = row * D + dim
     tl.store(anchors_ptr + at, z, mask)
@@ -115,6 +117,7 @@ def prepare(
     temperature: float,
     seed: int,
     floor: float | None,
+    shrinks: tuple[float, float],
     both_views: bool,
     dtype: torch.dtype,
 ) -> Batch:
@@ -123,6 +126,7 @@ def prepare(
     Args:
         z0, z1: (b, d), any row stride, last stride 1. index: (b,) int64, any stride; checked on the device.
         floor: least length that embeddings are divided by; None: they are not normalised.
+        shrinks: above which element a row's squares could overflow, and by what it is then multiplied first.
         both_views: all anchors are keys, not one view of each item.
         dtype: to multiply in.
     """
@@ -170,6 +174,8 @@ def prepare(
         "now_ptr": batch.now,
         "D": d,
         "BLOCK_D": row_block(d),
+        "LARGE": shrinks[0],
+        "SHRINK": shrinks[1],
     }
     with on_device(z0):
         PREPARE_KERNEL((b, 2, 1), arguments, {"num_warps": warps(row_block(d))})

@@ -1,0 +1,82 @@
+"""Whether ``index`` can be the numbers of items: class labels in their place are legal values, and train badly."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import checks
+
+REPEATS_CALLS = 100  # of which repeats are counted: class labels show within a few
+BINS = 8191  # by which items are told apart, a prime: those of every k-th item fall into all of them, too
+MOST_ROWS = 128 * BINS  # after which it is known which bins are hit; two epochs of fewer items are enough
+LOG_CHANCE = math.log(1e12)  # a warning is wrong once in so many runs, whatever the sampler draws uniformly
+
+
+class IndexWatch:
+    """Looks at a loss's batches on the CPU, and warns once. Nothing of it is in a checkpoint.
+
+    Both bounds hold for uniform draws with replacement, and so for epochs without, where there are fewer repeats and
+    more items are seen. A process counts on its share of the items alone, where there are several.
+    """
+
+    def __init__(self, num_items: int) -> None:
+        self.num_items = num_items
+        self.calls = self.rows = self.repeats = 0
+        self.expected = 0.0  # repeats, of draws with replacement
+        self.seen: Tensor | None = None  # (bins,) bool, from the first look to the last
+        self.done = False
+
+    def look(self, index: Tensor) -> None:
+        """At the checked index (b,) of a training step; called by a loss's ``forward``."""
+        if torch.compiler.is_compiling() or self.done or not checks.values_visible(index):
+            return
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        share, b = max(self.num_items // ranks, 1), index.shape[0]
+        self.calls += 1
+        self.rows += b
+        if self.calls <= REPEATS_CALLS:
+            ordered = index.sort().values  # unique() takes several times as long
+            self.repeats += int((ordered[1:] == ordered[:-1]).sum())
+            self.expected += _expected_repeats(b, share)
+            if _beyond_chance(self.repeats, self.expected):
+                self._warn(
+                    f"{self.repeats} of {self.rows} rows repeat an item of their batch, where uniform draws from "
+                    f"{self.num_items} items would about {self.expected:.1g} times"
+                )
+                return
+        if self.seen is None:
+            with torch.inference_mode(False):  # else no later step could write to it
+                self.seen = torch.zeros(min(self.num_items, BINS), dtype=torch.bool, device="cpu")
+        self.seen[index % BINS] = True
+        if self.rows >= min(2 * self.num_items, MOST_ROWS):
+            seen, bins = int(self.seen.sum()), min(share, BINS)
+            missed = bins - seen
+            if 2 * missed > bins and _beyond_chance(missed, bins * math.exp(-self.rows * (share // bins) / share)):
+                what = "items" if self.num_items <= BINS else f"remainders of items modulo {BINS}"
+                self._warn(f"{self.rows} rows of a data set of {self.num_items} items had {seen} different {what}")
+            self.done, self.seen = True, None
+
+    def _warn(self, what: str) -> None:
+        self.done, self.seen = True, None
+        seems = "index seems to name classes and not the items of the data set, for each of which state is kept"
+        warnings.warn(f"{seems}: {what}", stacklevel=6)  # past look, forward and torch's two frames of a call
+
+
+def _expected_repeats(b: int, items: int) -> float:
+    """Of b draws with replacement, draw j repeats an earlier one with a chance of at most min(1, j / items)."""
+    certain = max(b - items, 0)
+    drawn = b - certain
+    return drawn * (drawn - 1) / (2 * items) + certain
+
+
+def _beyond_chance(found: int, expected: float) -> bool:
+    """Chernoff's bound on a sum of chances that are independent, or favour each other's failure, as empty bins do; the
+    bounds of all calls add up."""
+    if found <= expected:
+        return False
+    return found * (math.log(found / expected) - 1) + expected > LOG_CHANCE + math.log(REPEATS_CALLS)

@@ -1,0 +1,66 @@
+"""Every loss and option: without gradient, as Lightning's validate() and test() call it, with training mode in between;
+and several calls before one backward pass."""
+
+import pytest
+import torch
+from helpers import RUNNABLE, assert_identical, snapshot
+from test_finite_state import LOSSES, batch, encode
+
+from emc2_kernels.losses import TABLE, CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
+
+ITEMS, D = 12, 6
+MORE = {
+    "NT-Xent": NTXentLoss,
+    "NT-Xent, learnt": lambda: NTXentLoss(learn_temperature=True),
+    "CLIP": ClipLoss,
+    "CLIP, learnt, unnormalised": lambda: ClipLoss(learn_temperature=True, normalize=False),
+    "EMC2, recompute": lambda: EMC2Loss(ITEMS, D, carry="recompute", encode=encode),
+    "EMC2, bank, two_sided": lambda: EMC2Loss(ITEMS, D, proposals="bank", carry="two_sided", estimator="recycled"),
+    "iSogCLR, bimodal": lambda: SogCLRLoss(ITEMS, individual_temperature=True, bimodal=True, normalize=False),
+    "cache, recompute": lambda: CachedSoftmaxLoss(ITEMS, D, carry="recompute", encode=encode),
+}
+if "triton" in RUNNABLE:
+    MORE["EMC2, fused"] = lambda: EMC2Loss(ITEMS, D, backend="triton")
+EVERY = LOSSES | MORE
+pytestmark = pytest.mark.filterwarnings("ignore:.*collapses when it trains from scratch")
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference", "no_grad"])
+@pytest.mark.parametrize("name", EVERY)
+def test_without_gradient_values_statistics_and_state_are_the_same(name, mode):
+    loss, other = EVERY[name](), EVERY[name]()
+    for step, training in enumerate((True, False, True)):
+        for return_stats in (True,) if "fused" in name else (False, True):  # the interpreter takes a second each
+            z0, z1, index = batch(step)
+            expected = other.train(training)(z0, z1, index, return_stats=return_stats)
+            with mode():
+                found = loss.train(training)(z0.detach(), z1.detach(), index, return_stats=return_stats)
+            value, wanted = (out[0] if return_stats else out for out in (found, expected))
+            assert not value.requires_grad and wanted.requires_grad
+            assert_identical(found, expected)
+    assert_identical(snapshot(loss), snapshot(other))
+    value = loss.train()(*batch(9))  # and a step of training after it
+    value.backward()
+    assert_identical(value, other.train()(*batch(9)))
+    assert not any(kept.is_inference() for kept in loss.state_dict().values())
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "fused" not in name])
+def test_several_calls_before_one_backward_pass_add_their_gradients(name):
+    """No call writes to what an earlier one has saved."""
+
+    def gradients(add):
+        loss, data = EVERY[name](), [batch(step) for step in range(3)]
+        values = [loss(*some) for some in data]
+        if add:
+            sum(values).backward()
+        else:
+            for value in values:
+                value.backward()
+        return [leaf.grad for z0, z1, _ in data for leaf in (z0, z1)] + [leaf.grad for leaf in loss.parameters()]
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
+def test_every_loss_is_tried_here():
+    assert {type(make()) for make in EVERY.values()} == {method.loss for method in TABLE.values()}
