@@ -82,8 +82,13 @@ WRONG = {
         {"log_proposal": with_rows(torch.zeros(M), 2, torch.nan)},
         "log_proposal must be finite, got 1 values",
     ),
-    "a temperature of 0": (draw, {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, "temperature must be > 0"),
-    "a negative temperature": (step, {"temperature": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "temperature must be > 0"),
+    "a temperature of 0": (draw, {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, "temperature must be in ["),
+    "a temperature that float32 cannot divide by": (
+        step,
+        {"temperature": torch.tensor([1.0, 2.0**-121, 1.0, 1.0])},
+        "temperature must be in [",
+    ),
+    "a negative temperature": (step, {"temperature": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "temperature must be in ["),
 }
 
 

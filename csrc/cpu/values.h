@@ -11,6 +11,7 @@
 namespace emc2 {
 
 constexpr int64_t kChains = int64_t{1} << 40;  // the counter has 40 bits for them
+constexpr float kMinTemperature = 0x1p-120f, kMaxTemperature = 0x1p100f;  // as in emc2_kernels/checks.py
 constexpr int64_t kMaxProposals = int64_t{1} << 33;  // 32 bits for blocks of two positions
 
 inline void require(bool holds, const char* what) {
@@ -32,8 +33,8 @@ inline void require_within(const int64_t* values, int64_t count, int64_t end, co
 }
 
 inline void require_temperatures(const float* values, int64_t count) {
-  const auto legal = [](float value) { return value > 0.0f && value < INFINITY; };
-  require(!values || all_of(values, count, legal), "temperature: a value that is not > 0 and finite");
+  const auto legal = [](float value) { return value >= kMinTemperature && value <= kMaxTemperature; };
+  require(!values || all_of(values, count, legal), "temperature: a value that float32 cannot divide by");
 }
 
 inline void require_sound(const Schedule& schedule) {
