@@ -75,6 +75,8 @@ def _check_mh_step(*arguments):
     checks.state((key, score), walk.queries)
     if key_labels is not None:
         checks.vector("key_labels", key_labels, walk.keys.shape[0], torch.int64, walk.queries.device)
+    if arguments[-2] and not walk.is_sweep:  # whose log-sum-exp nothing would write
+        raise ValueError("return_lse must be False without a sweep, which sees every key, got True")
 
 
 def _mh_transition(*arguments):

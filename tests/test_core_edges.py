@@ -258,10 +258,10 @@ def test_products_of_every_width(dtype, proposal):
 
 
 def test_draws_among_large_scores():
-    """A float32 of 10^5 has steps of 0.008: what bounds the noise from above must not round below it."""
+    """A float32 of 10^6 has steps of 0.06: what bounds the noise from above must not round below it."""
     chains = torch.arange(20_000) * 2**20
     options = {"temperature": 1.0, "seed": 3, "step": 4, "chain_ids": chains}
-    scores = torch.tensor([1e5, 1e5, 1e5])
+    scores = torch.full((30,), 1e6)  # four keys at once are held against the best of those before them
     found = emc2.gumbel_sample(torch.ones(len(chains), 1), scores[:, None], backend="cpu", **options)
-    values = rng.gumbel(chains, range(3), seed=3, step=4, sample=0, dtype=torch.float64) + scores.double()
+    values = rng.gumbel(chains, range(30), seed=3, step=4, sample=0, dtype=torch.float64) + scores.double()
     assert torch.equal(found[:, 0], values.argmax(1))

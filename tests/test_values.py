@@ -82,26 +82,10 @@ WRONG = {
         {"log_proposal": with_rows(torch.zeros(M), 2, torch.nan)},
         "log_proposal must be finite, got 1 values",
     ),
-    "a temperature of 0": (
-        draw,
-        {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])},
-        "temperature must be in [7.52e-37, 1.27e+30]",
-    ),
-    "a tiny temperature": (
-        step,
-        {"temperature": torch.tensor([1.0, 1e-37, 1.0, 1.0])},
-        "temperature must be in [7.52e-37, 1.27e+30]",
-    ),
-    "a huge temperature": (
-        draw,
-        {"temperature": torch.tensor([1.0, 1.0, 1e31, 1.0])},
-        "temperature must be in [7.52e-37, 1.27e+30]",
-    ),
-    "a negative temperature": (
-        step,
-        {"temperature": torch.tensor([1.0, -1.0, 1.0, 1.0])},
-        "temperature must be in [7.52e-37, 1.27e+30]",
-    ),
+    "a temperature of 0": (draw, {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, "temperature must be in ["),
+    "a tiny temperature": (step, {"temperature": torch.tensor([1.0, 2.0**-121, 1.0, 1.0])}, "temperature must be in ["),
+    "a huge temperature": (draw, {"temperature": torch.tensor([1.0, 1.0, 2.0**101, 1.0])}, "temperature must be in ["),
+    "a negative temperature": (step, {"temperature": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "temperature must be in ["),
 }
 
 
@@ -173,6 +157,7 @@ WRONG_SHAPES = {
     "burn-in to the end": ({"burn_in": M}, "burn_in"),
     "fewer proposals than there are": ({"total_proposals": M - 1}, "total_proposals"),
     "more proposals than are numbered": ({"total_proposals": 2**33 + 1}, "total_proposals"),
+    "a log-sum-exp of draws": ({"num_draws": M, "return_lse": True}, "return_lse"),
     "draws without end": ({"num_draws": 2**40, "total_proposals": 2**40}, "num_proposals"),
 }
 

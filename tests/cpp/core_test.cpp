@@ -432,9 +432,9 @@ void bad_values_are_refused() {
   for (const emc2::Schedule& schedule : wrong) {
     CHECK(walk(schedule, 0, 0), "a schedule of %lld proposals is taken", static_cast<long long>(schedule.total));
   }
-  const float temperatures[] = {1.0f, 0.0f, std::nanf(""), kInfinity, -1.0f};
-  for (int64_t i = 0; i < 5; ++i) {
-    CHECK(refuses([&] { emc2::require_temperatures(temperatures + i, 1); }) == (i > 0), "temperature %g",
+  const float temperatures[] = {1.0f, 0x1p-120f, 0x1p100f, 0x1p-121f, 0.0f, std::nanf(""), kInfinity, -1.0f};
+  for (int64_t i = 0; i < 8; ++i) {
+    CHECK(refuses([&] { emc2::require_temperatures(temperatures + i, 1); }) == (i > 2), "temperature %g",
           temperatures[i]);
   }
   for (const int64_t samples : {int64_t{0}, int64_t{1} << 16}) {
