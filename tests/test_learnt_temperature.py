@@ -164,3 +164,12 @@ def test_copies_learn_by_themselves():
     other = copy.deepcopy(loss)
     other(*pairs(0, 1)).backward()
     assert loss.log_scale.grad is None and other.log_scale.grad.shape == (1,)
+
+
+@pytest.mark.parametrize("loss_of", [NTXentLoss, ClipLoss])
+def test_made_on_the_meta_device_it_begins_where_it_was_told(loss_of):
+    with torch.device("meta"):
+        loss = loss_of(temperature=0.2, learn_temperature=True)
+    loss.to_empty(device="cpu").reset_parameters()
+    assert_identical(loss.state_dict(), loss_of(temperature=0.2, learn_temperature=True).state_dict())  # exact
+    loss_of().reset_parameters()  # there are none

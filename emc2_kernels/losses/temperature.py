@@ -78,8 +78,15 @@ class TemperedLoss(nn.Module):
         if learn_temperature and self._fixed * self.max_scale < 1:
             expected = f"at least 1 / max_scale = {1 / self.max_scale} with learn_temperature=True"
             raise ValueError(f"temperature must be {expected}, got {self._fixed}")
-        log_scale = torch.full((1,), -math.log(self._fixed), dtype=torch.float32, device=None)
-        self.register_parameter("log_scale", nn.Parameter(log_scale) if learn_temperature else None)
+        log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32, device=None)) if learn_temperature else None
+        self.register_parameter("log_scale", log_scale)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to where learning starts: for a loss that was made on the meta device, after ``to_empty``."""
+        if self.log_scale is not None:
+            self.log_scale.fill_(-math.log(self._fixed))
 
     @property
     def temperature(self) -> float | Tensor:
