@@ -188,7 +188,6 @@ def finite(name: str, value: Tensor) -> None:
 
 def temperature(value: Any, rows: int, device: torch.device, least: float = MIN_TEMPERATURE) -> None:
     """A number, a 0-d tensor or a (rows,) tensor, from ``least`` to MAX_TEMPERATURE."""
-    expected = f"in [{least:.3g}, {MAX_TEMPERATURE:.3g}], where float32 can divide by it"
     if isinstance(value, Tensor):
         tensor("temperature", value)
         if not value.dtype.is_floating_point:
@@ -200,12 +199,12 @@ def temperature(value: Any, rows: int, device: torch.device, least: float = MIN_
         if value.numel() and values_visible(value):
             low, high = (float(bound) for bound in torch.aminmax(value.detach()))
             if not least <= low <= high <= MAX_TEMPERATURE:
-                raise ValueError(f"temperature must be {expected}, got values from {low} to {high}")
+                raise ValueError(f"temperature must be {_range(least)}, got values from {low} to {high}")
         return
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"temperature must be a number or a tensor, got {describe(value)}")
     if not least <= value <= MAX_TEMPERATURE:
-        raise ValueError(f"temperature must be {expected}, got {shown(value)}")
+        raise ValueError(f"temperature must be {_range(least)}, got {shown(value)}")
 
 
 def number_or_rows(value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
@@ -306,3 +305,7 @@ def state(value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     wide = like.dtype == torch.float64 and score.dtype == torch.float64
     vector("state.score", score, like.shape[0], torch.float64 if wide else torch.float32, like.device)
     return key, score
+
+
+def _range(least: float) -> str:
+    return f"in [{least:.3g}, {MAX_TEMPERATURE:.3g}], where float32 can divide by it"

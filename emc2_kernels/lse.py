@@ -112,6 +112,8 @@ def _check(queries, keys, temperature, temperatures, query_ids, key_ids, *_):
     keys, key_ids = (queries, query_ids) if keys is None else (keys, key_ids)
     checks.operands(queries, keys)
     checks.row_temperatures(temperature if temperatures is None else temperatures, queries)
+    if temperatures is not None:  # what a graph that was traced could not see
+        checks.temperature(temperatures, queries.shape[0], queries.device)
     checks.ids(queries, keys, query_ids, key_ids)
 
 

@@ -116,15 +116,22 @@ _PLAIN = frozenset((Tensor, int, float, bool, str, type(None)))
 def nothing_to_dispatch(arguments: tuple) -> bool:
     """Whether torch would only pass the call on: no graph being traced, no mode, transform, subclass or profiler, and
     every tensor has memory with its values in it, which those of "meta" and views with the negative bit have not."""
-    return _PLAIN.issuperset(map(type, arguments)) and not (
+    if (
         torch.compiler.is_compiling()
-        or arguments[0].is_meta
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
-        or any([x.is_neg() for x in arguments if type(x) is Tensor])
-    )
+    ):
+        return False
+    for x in arguments:
+        kind = type(x)
+        if kind is Tensor:
+            if x.is_neg():
+                return False
+        elif kind not in _PLAIN:
+            return False
+    return not arguments[0].is_meta
 
 
 def registered(

@@ -70,6 +70,8 @@ class SlotStore(Kept):
         given = [value.detach().to(getattr(self, name).dtype) for name, value in values.items()]
         parts = [part for part in (only, *map(_writable_rows, given)) if part is not None]
         writable = reduce(torch.logical_and, parts).expand(slots.shape[0]) if parts else None
+        if writable is not None and checks.values_visible(writable) and bool(writable.all()):
+            writable = None
         if self.owners is not None:
             slots = slots if writable is None else torch.where(writable, slots, -1)
             (slots, given), writable = self.owners.send(slots, given, self._call("write", tuple(values))), None
@@ -109,6 +111,8 @@ class SlotStore(Kept):
             view = view.to(device)
         elif not 0 <= checks.integer("view", view) < self.views:
             raise ValueError(f"view must be in [0, {self.views}), got {view}")
+        if not checks.values_visible(index):  # a negative one would be counted from the end: another item's slot
+            index = torch.where(index < 0, self.num_items, index)
         return index.to(device) * self.views + view
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotStore:

@@ -8,6 +8,7 @@ import torch
 from helpers import differences, snapshot
 from rank_losses import ITEMS, relative, state_error
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -80,6 +81,12 @@ def train(rank, size, kind, name):
             return model.loss(*encoder(views.flatten(0, 1)).chunk(2), index)
     elif kind == "fully sharded":
         forward = fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+        if "log_scale" in dict(model.loss.named_parameters()):  # from a checkpoint where it has shape ()
+            with torch.no_grad():
+                whole.loss.log_scale.mul_(0.5)
+            state = whole.state_dict()
+            state["loss.log_scale"] = state["loss.log_scale"].view(())
+            set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
     else:
         forward = DistributedDataParallel(model)
     optimizers = [torch.optim.SGD(some.parameters(), lr=0.1) for some in (whole, model)]

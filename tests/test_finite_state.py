@@ -75,6 +75,27 @@ def test_a_batch_that_is_not_finite_is_forgotten(name, value):
     assert all(type(kept) is torch.Tensor for kept in loss.state_dict().values())
 
 
+LONG = {
+    "EMC2": lambda: EMC2Loss(ITEMS, D, carry="cached", normalize=False, bank_dtype=torch.float32),
+    "EMC2, bank": lambda: EMC2Loss(ITEMS, D, proposals="bank", num_proposals=8, normalize=False),
+    "iSogCLR": lambda: SogCLRLoss(ITEMS, individual_temperature=True, normalize=False),
+    "cache": lambda: CachedSoftmaxLoss(ITEMS, D, normalize=False),
+}
+
+
+@pytest.mark.parametrize("value", [3e19, 3e38], ids=str)
+@pytest.mark.parametrize("name", LONG)
+def test_a_batch_whose_scores_overflow_is_forgotten(name, value):
+    loss = LONG[name]()
+    for step in range(3):
+        loss(*batch(step, Opaque))
+    before = snapshot(loss)
+    loss(*spoilt(3, value, cls=Opaque))
+    assert_unchanged(loss, before)
+    loss(*batch(4, Opaque))
+    assert loss.step == 4 and not any(kept.isnan().any() for kept in snapshot(loss).values())
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_step_that_the_scaler_skips_is_forgotten(name):
     """An encoder and a compiled loss under GradScaler: weights, scale and state, with a bad batch and without one."""

@@ -10,7 +10,7 @@ import torch
 from helpers import assert_identical, assert_unchanged, normal, snapshot
 from torch import nn
 
-from emc2_kernels import ChainStore, EmbeddingBank, losses
+from emc2_kernels import ChainStore, EmbeddingBank, MHState, losses
 
 ITEMS, DIM, B = 10, 8, 4
 LOSSES = {
@@ -96,9 +96,9 @@ WRONG = {
         (with_value(torch.inf), "must hold values in [-inf, "),
     ],
     "item_temperature": [
-        (with_value(0.0), "must hold values in [5e-324, "),
-        (with_value(-0.1), "must hold values in [5e-324, "),
-        (with_value(torch.inf), "must hold values in [5e-324, "),
+        (with_value(0.0), "must hold values in [7.52316384526264e-37, "),
+        (with_value(-0.1), "must hold values in [7.52316384526264e-37, "),
+        (with_value(torch.inf), "must hold values in [7.52316384526264e-37, "),
     ],
     "item_velocity": [(with_value(torch.nan), "must hold values in [-1.7")],
 }
@@ -281,3 +281,17 @@ def test_what_a_user_adds_to_a_loss_is_cast_as_asked():
     loss.head = nn.Linear(DIM, DIM)
     loss.half()
     assert loss.head.weight.dtype == torch.float16 and loss.chains.score.dtype == torch.float32
+
+
+@pytest.mark.parametrize("index", [-1, -ITEMS, ITEMS], ids=str)
+@pytest.mark.parametrize("method", ["read", "write"])
+def test_an_item_that_is_not_there_is_no_other_item_where_nobody_looks(method, index):
+    """Negative ones would be counted from the end."""
+    store = ChainStore(ITEMS)
+    store.write(torch.arange(ITEMS), 0, MHState(torch.arange(ITEMS), torch.zeros(ITEMS)))
+    before = snapshot(store)
+    state = (MHState(torch.tensor([5]), torch.ones(1)),) if method == "write" else ()
+    torch.compiler.reset()
+    with pytest.raises(IndexError):
+        torch.compile(getattr(store, method), backend="eager")(torch.tensor([index]), 0, *state)
+    assert_unchanged(store, before)

@@ -170,6 +170,10 @@ def test_copies_learn_by_themselves():
 def test_made_on_the_meta_device_it_begins_where_it_was_told(loss_of):
     with torch.device("meta"):
         loss = loss_of(temperature=0.2, learn_temperature=True)
-    loss.to_empty(device="cpu").reset_parameters()
-    assert_identical(loss.state_dict(), loss_of(temperature=0.2, learn_temperature=True).state_dict())  # exact
+    new = loss_of(temperature=0.2, learn_temperature=True)
+    assert_identical(loss.to_empty(device="cpu").state_dict(), new.state_dict())  # exact
+    with torch.no_grad():
+        loss.log_scale.fill_(3.0)
+    loss.reset_parameters()
+    assert_identical(loss.state_dict(), new.state_dict())  # exact
     loss_of().reset_parameters()  # there are none

@@ -47,6 +47,10 @@ def draw(**changes):
     return gumbel_sample(QUERIES, KEYS, **options)
 
 
+def log_sum(**changes):
+    return contrastive_lse(QUERIES, KEYS, **changes)
+
+
 def transition(**changes):
     return mh_transition(QUERIES, KEYS, **({"temperature": 0.2, "seed": 1, "step": 2} | changes))
 
@@ -85,6 +89,16 @@ WRONG = {
     "a temperature of 0": (draw, {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, "temperature must be in ["),
     "a tiny temperature": (step, {"temperature": torch.tensor([1.0, 2.0**-121, 1.0, 1.0])}, "temperature must be in ["),
     "a huge temperature": (draw, {"temperature": torch.tensor([1.0, 1.0, 2.0**101, 1.0])}, "temperature must be in ["),
+    "a log-sum-exp's temperature": (
+        log_sum,
+        {"temperature": with_rows(torch.ones(N), 2, 1e-38)},
+        "temperature must be in [",
+    ),
+    "a log-sum-exp's NaN": (
+        log_sum,
+        {"temperature": with_rows(torch.ones(N), 2, torch.nan)},
+        "temperature must be in [",
+    ),
     "a negative temperature": (step, {"temperature": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "temperature must be in ["),
 }
 

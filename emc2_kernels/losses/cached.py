@@ -164,8 +164,8 @@ class CachedSoftmaxLoss(Kept):
         """
         with reported(self, z0):
             self._check(z0, z1, index, return_stats)
-        if self.training:
-            self._watch.look(index)
+            if self.training:
+                self._watch.look(index)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         shards = over_ranks(self, z0, index)
         whole = of_all_ranks(anchors, shards)
@@ -176,7 +176,7 @@ class CachedSoftmaxLoss(Kept):
         with torch.no_grad():
             oldest = self._oldest(labels)
             fresh = self._encode_share(oldest, anchors.embeddings, z0) if self.refresh_count else None
-        written, finite = torch.cat((oldest, labels)), finite_batch(whole)
+        written, finite = torch.cat((oldest, labels)), finite_batch(whole, self.temperature)
         with self._restored_on_error(written):
             with torch.no_grad():
                 if fresh is not None:

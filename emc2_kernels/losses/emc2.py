@@ -223,8 +223,8 @@ class EMC2Loss(Kept):
         """
         with reported(self, z0):
             self._check(z0, z1, index, return_stats)
-        if self.training:
-            self._watch.look(index)
+            if self.training:
+                self._watch.look(index)
         if fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
@@ -313,7 +313,7 @@ class EMC2Loss(Kept):
         Args:
             whole: the anchors of all ranks; unused in a ring. state: (2b,) of this rank's.
         """
-        state, finite = MHState(state.key, state.score.float()), finite_batch(whole)
+        state, finite = MHState(state.key, state.score.float()), finite_batch(whole, self.temperature)
         if self.gather == "ring" and finite is not None:
             finite = true_on_all(finite, shards)
         if self.sharded:  # what a rank has goes to the owners, and to nobody else

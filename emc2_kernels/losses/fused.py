@@ -3,7 +3,7 @@
 A walk that is long, or split over the GPU, is two.
 
 The plain path in ``emc2.py`` says what is computed; this one computes the same, on the same random numbers. At batch 32
-nearly all of the plain path's time is that of starting some 130 small kernels. Nothing here waits for the device.
+nearly all of the plain path's time is that of starting some 200 small kernels. Nothing here waits for the device.
 """
 
 from __future__ import annotations

@@ -63,7 +63,10 @@ class IndexWatch:
 
     def _warn(self, what: str) -> None:
         self.done, self.seen = True, None
-        seems = "index seems to name classes and not the items of the data set, for each of which state is kept"
+        seems = (
+            "index seems to name classes, and not the items of the data set, for each of which state is kept (or a "
+            "part of the items alone is visited, or one several times in a batch)"
+        )
         warnings.warn(f"{seems}: {what}", stacklevel=6)  # past look, forward and torch's two frames of a call
 
 

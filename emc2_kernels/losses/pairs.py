@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -135,13 +136,15 @@ def stack(z0: Tensor, z1: Tensor, index: Tensor | None, *, normalize: bool) -> A
     return Anchors(embeddings, None if index is None else index.repeat(2), views)
 
 
-def finite_batch(anchors: Anchors) -> Tensor | None:
-    """() bool whether a batch's embeddings, of all ranks where they are gathered, are finite: what a loss keeps of one
-    that is not is nothing, as the optimizer's step is none where torch.amp.GradScaler finds that it has overflowed.
-    None: they are known to be.
+def finite_batch(anchors: Anchors, temperature: float) -> Tensor | None:
+    """() bool whether a batch's embeddings, of all ranks where they are gathered, and their scores are finite: what a
+    loss keeps of one that is not is nothing, as the optimizer's step is none where torch.amp.GradScaler finds that it
+    has overflowed. None: they are known to be.
     """
     embeddings = anchors.embeddings.detach()
-    return None if checks.values_visible(embeddings) else embeddings.isfinite().all()
+    if checks.values_visible(embeddings):
+        return None
+    return (embeddings.square().sum() / temperature).isfinite()  # no score is larger
 
 
 def wide(z: Tensor) -> Tensor:
@@ -151,16 +154,20 @@ def wide(z: Tensor) -> Tensor:
 def unit(z: Tensor, normalize: bool = True) -> Tensor:
     """z in float32 (float64 stays), its rows divided by their lengths if asked to, shorter ones by NORM_FLOOR."""
     z = wide(z)
-    return torch.nn.functional.normalize(_squarable(z), dim=1, eps=NORM_FLOOR) if normalize else z
+    if not normalize:
+        return z
+    if not checks.values_visible(z):
+        z = _squarable(z)
+    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    if checks.values_visible(z) and not math.isfinite(length.detach().sum()):
+        z = _squarable(z)
+        length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return z / length.clamp_min(NORM_FLOOR)
 
 
 def _squarable(z: Tensor) -> Tensor:
     """z (n, d) in the directions of its rows, of which none is so long that its squares overflow."""
     large, shrink = SHRINKS[z.dtype]
-    if checks.values_visible(z):
-        low, high = torch.aminmax(z.detach())
-        if max(-float(low), float(high)) <= large:
-            return z
     largest = torch.linalg.vector_norm(z.detach(), torch.inf, dim=1, keepdim=True)
     return z * torch.ones_like(largest).masked_fill(largest > large, shrink)
 

@@ -199,8 +199,8 @@ class SogCLRLoss(SlotStore):
         """
         with reported(self, z0):
             self._check(z0, z1, index, return_stats)
-        if self.training:
-            self._watch.look(index)
+            if self.training:
+                self._watch.look(index)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         shards = over_ranks(self, z0, index)
         whole, dtype = of_all_ranks(anchors, shards), compute_dtype(z0)
@@ -318,7 +318,7 @@ class SogCLRLoss(SlotStore):
             velocity = self.temperature_momentum * kept + (1 - self.temperature_momentum) * of_rows(slope)
             moved = (self.item_temperature[rows] - self.temperature_lr * velocity).clamp(*self.temperature_bounds)
             values |= {"item_velocity": velocity, "item_temperature": moved}
-        updates, finite = found.has_negatives[: rows.shape[0]], finite_batch(whole)
+        updates, finite = found.has_negatives[: rows.shape[0]], finite_batch(whole, self.temperature)
         if shards is not None:
             rows, updates = gather_views(rows, shards), gather_views(updates, shards)
             values = {name: gather_views(value, shards) for name, value in values.items()}
@@ -339,7 +339,7 @@ class SogCLRLoss(SlotStore):
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
         bounds = {
             "log_u": (-math.inf, FINITE[1]),
-            "item_temperature": (math.nextafter(0, 1), FINITE[1]),
+            "item_temperature": (checks.MIN_TEMPERATURE, checks.MAX_TEMPERATURE),
             "item_velocity": FINITE,
         }
         for name, table in tables.items():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from .. import checks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 UNUSUAL = 10.0  # a temperature above it is warned of
 LEAST = 2.0**-63  # of a loss: its derivative in the temperature is divided by the square, and a statistic is made of it
@@ -96,8 +100,27 @@ class TemperedLoss(nn.Module):
         wide = self.log_scale if self.log_scale.dtype == torch.float64 else self.log_scale.float()
         return _AtMost.apply(wide, math.log(self.max_scale)).neg().exp().squeeze()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperedLoss:
+        unmade = self.log_scale is not None and self.log_scale.is_meta
+        super()._apply(fn, recurse)
+        if unmade and not self.log_scale.is_meta:  # what ``to_empty`` gives it is any memory's content
+            self.reset_parameters()
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *of_module: Any) -> None:
-        name = prefix + "log_scale"
-        if self.log_scale is not None and name in state_dict and state_dict[name].dim() == 0:
-            state_dict[name] = state_dict[name].view(1)
+        loaded, mine = state_dict.get(prefix + "log_scale"), self.log_scale
+        if mine is not None and isinstance(loaded, Tensor) and loaded.dim() == 0:
+            loaded = loaded.view(1)
+            if hasattr(mine, "placements"):  # torch cuts a state over ranks for fully_shard, but no 0-d tensor of it
+                loaded = _distributed_as(loaded, mine)
+            state_dict[prefix + "log_scale"] = loaded
         super()._load_from_state_dict(state_dict, prefix, *of_module)
+
+
+def _distributed_as(loaded: Tensor, parameter: DTensor) -> DTensor:
+    """A tensor that each rank has whole, as its parameter lies over the ranks."""
+    from torch.distributed.tensor import distribute_tensor  # late: it takes longer to import than all the rest
+
+    if hasattr(loaded, "redistribute"):
+        return loaded.redistribute(parameter.device_mesh, parameter.placements)
+    return distribute_tensor(loaded, parameter.device_mesh, parameter.placements, src_data_rank=None)

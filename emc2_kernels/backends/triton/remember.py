@@ -24,8 +24,8 @@ def remember_kernel(
     """Program (i, view) writes the slot of one anchor, unless a later row has the same item.
 
     last_ptr: the last row with each row's item; None: looked for here. The step comes from ``now_ptr``, because program
-    0 advances ``step_ptr`` while others run. value_ptr: the batch's loss. Where an embedding is not finite it is not
-    either, and then nothing is written, as in the plain path.
+    0 advances ``step_ptr`` while others run. value_ptr: the batch's loss. Where an embedding or a score that counts is
+    not finite it is not either, and then nothing is written.
     """
     i, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     item = tl.load(items_ptr + i)
