@@ -156,10 +156,8 @@ def unit(z: Tensor, normalize: bool = True) -> Tensor:
     z = wide(z)
     if not normalize:
         return z
-    if not checks.values_visible(z):
-        z = _squarable(z)
-    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    if checks.values_visible(z) and not math.isfinite(length.detach().sum()):
+    length = torch.linalg.vector_norm(z, dim=1, keepdim=True) if checks.values_visible(z) else None
+    if length is None or not math.isfinite(length.detach().sum()):  # a row may be too long to be squared
         z = _squarable(z)
         length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     return z / length.clamp_min(NORM_FLOOR)
