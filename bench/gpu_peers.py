@@ -3,6 +3,7 @@
 Like those in peers.py, each is an object that makes one step when it is called and owns its buffers.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import emc2_kernels as emc2
+
+# One batch comes again and again, as no training would have it.
+warnings.filterwarnings("ignore", message="index seems to name classes")
 
 
 class Replay:

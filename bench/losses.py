@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from emc2_kernels.losses import CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLos
 
 TEMPERATURE = 0.1
 HOW = memory.HOW["cpu"]
+
+# One batch comes again and again, as no training would have it.
+warnings.filterwarnings("ignore", message="index seems to name classes")
 
 
 class PlainNTXent(nn.Module):

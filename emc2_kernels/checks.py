@@ -179,7 +179,7 @@ def within(name: str, value: Tensor, lowest: int, end: int, *, on_gpu: bool = Fa
 
 
 def finite(name: str, value: Tensor) -> None:
-    if not (value.numel() and values_visible(value)) or math.isfinite(value.sum()):
+    if not (value.numel() and values_visible(value)) or math.isfinite(value.detach().sum()):
         return
     if not bool(torch.isfinite(value).all()):  # else large values have summed up to infinity
         count = int((~torch.isfinite(value)).sum())
