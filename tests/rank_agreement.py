@@ -118,6 +118,25 @@ def bad_argument(case, what, rank, last):
     return [met(lambda: call(loss, rank, **(BAD[what]() if last else {}))), ready(loss, before, rank)]
 
 
+WATCHING = ["emc2 all", "isogclr all", "cached all"]
+
+
+def warned(case, rank, last):
+    """One rank's index looks like classes, where warnings are errors."""
+
+    def look(_):
+        raise UserWarning("index seems to name classes")
+
+    loss = gathering(*case.split())
+    call(loss, rank)
+    before = snapshot(loss)
+    if last:
+        loss._watch.look = look
+    error = met(lambda: call(loss, rank))
+    loss._watch.__dict__.pop("look", None)
+    return [error, ready(loss, before, rank)]
+
+
 def bad_temperature(rank, last):
     loss = gathering("ntxent", learn_temperature=True)
     if last:
@@ -242,6 +261,7 @@ def checks(rank, size):
     found |= {f"other loss: {' '.join(pair)}": partial(other_loss, pair, rank, last) for pair in PAIRS}
     for what in BAD:
         found |= {f"bad {what}: {case}": partial(bad_argument, case, what, rank, last) for case in GATHERING}
+    found |= {f"warned: {case}": partial(warned, case, rank, last) for case in WATCHING}
     found["bad log_scale"] = partial(bad_temperature, rank, last)
     for training in (True, False):
         found |= {f"overflow {training}: {case}": partial(overflow, case, training, rank, last) for case in OVERFLOWING}

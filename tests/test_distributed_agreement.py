@@ -57,6 +57,13 @@ def test_a_bad_argument_on_one_rank_is_an_error_on_all(over_ranks, case, what, b
     assert all(ready)
 
 
+@pytest.mark.parametrize("case", rank_agreement.WATCHING)
+def test_a_warning_that_is_an_error_on_one_rank_ends_the_others(over_ranks, case):
+    errors, ready = zip(*over_ranks(2, f"warned: {case}"), strict=True)
+    told(errors, "index seems to name classes")
+    assert all(ready)
+
+
 def test_a_learnt_temperature_that_is_no_number_is_named_on_all_ranks(over_ranks):
     told(over_ranks(2, "bad log_scale"), "temperature must be .+, got values from nan to nan")
 
