@@ -29,11 +29,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow
-	$(RUN) tests/instruction_sets.py
+	$(RUN) tests/support/instruction_sets.py
 
 # Exits with 1 where a test hangs on the processor or on luck.
 test-isa: $(INSTALLED)
-	$(RUN) tests/instruction_sets.py
+	$(RUN) tests/support/instruction_sets.py
 
 bench: $(INSTALLED)
 	$(RUN) bench/throughput.py

@@ -6,11 +6,11 @@
 
 from . import batching, checkpoint, losses
 from .backends import backends
-from .bank import EmbeddingBank
-from .chains import ChainStore
 from .gumbel import gumbel_sample, softmax_sample
 from .lse import contrastive_lse
 from .mh import mh_step, mh_transition
+from .stores.bank import EmbeddingBank
+from .stores.chains import ChainStore
 from .transition import MHResult, MHState, Transition, apply, compose, init_state
 
 __version__ = "0.1.0"

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import checks, ops, rng
 from .backends import NAMES, resolve
-from .backends.reference_lse import masked_scores
-from .backends.scores import Scores
+from .backends.params import ScoreParams
+from .backends.reference.lse import masked_scores
 from .ops import LIBRARY
 
 MAX_SAMPLES = 1 << 16  # the sample's number has 16 bits of the random counter
@@ -129,7 +129,7 @@ def softmax_sample(
     number, temperatures = checks.number_or_rows(temperature, queries)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         scores = masked_scores(
-            Scores(queries, keys, number if temperatures is None else temperatures, query_ids, key_ids)
+            ScoreParams(queries, keys, number if temperatures is None else temperatures, query_ids, key_ids)
         )
         drawable = (scores > -torch.inf).any(1, keepdim=True)
         probabilities = torch.softmax(torch.where(drawable, scores, 0), 1)  # multinomial refuses a row of zeros
@@ -153,7 +153,7 @@ def _check_num_samples(num_samples: int) -> int:
 def _sample(*arguments):
     queries, keys, temperature, temperatures, seed, seed_tensor, step, step_tensor = arguments[:8]
     chain_ids, query_ids, key_ids, num_samples, backend = arguments[8:]
-    scores = Scores(queries, keys, temperature if temperatures is None else temperatures, query_ids, key_ids)
+    scores = ScoreParams(queries, keys, temperature if temperatures is None else temperatures, query_ids, key_ids)
     return resolve(backend, queries, op="gumbel").gumbel_sample(
         scores,
         chain_ids,

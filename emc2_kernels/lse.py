@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import checks
+from .autograd import functorch_active, no_double_backward
 from .backends import NAMES, resolve
-from .backends.scores import Scores
-from .once import not_twice, under_func
+from .backends.params import ScoreParams
 from .ops import LIBRARY, nothing_to_dispatch, registered
 
 _SCORES = "Tensor queries, Tensor? keys, float temperature, Tensor? temperatures, Tensor? query_ids, Tensor? key_ids"
@@ -60,7 +60,7 @@ def contrastive_lse(
     arguments = queries, keys, number, temperatures, query_ids, key_ids, backend
     if nothing_to_dispatch(arguments):
         call = _Eager.apply
-    elif under_func():
+    elif functorch_active():
         call = _Transformed.apply
     else:
         call = torch.ops.emc2_kernels.contrastive_lse.default
@@ -90,12 +90,12 @@ def mean_similarity(
         return -temperatures * (temperatures * gradients[2])  # the square alone could overflow
 
 
-def _scores(queries, keys, temperature, temperatures, query_ids, key_ids) -> Scores:
+def _scores(queries, keys, temperature, temperatures, query_ids, key_ids) -> ScoreParams:
     """Of an operator's arguments. Without keys the queries are the keys, with their ids."""
     temperature = temperature if temperatures is None else temperatures
     if keys is None:
-        return Scores.among(queries, temperature, query_ids)
-    return Scores(queries, keys, temperature, query_ids, key_ids)
+        return ScoreParams.among(queries, temperature, query_ids)
+    return ScoreParams(queries, keys, temperature, query_ids, key_ids)
 
 
 def _forward(*arguments):
@@ -153,7 +153,9 @@ def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple:
     d_queries, d_keys, d_temperatures = lse_gradients(
         queries, keys, ctx.temperature, temperatures, query_ids, key_ids, grad.detach(), lse.detach(), ctx.backend
     )
-    d_queries, d_keys, d_temperatures = not_twice(NO_SECOND_DERIVATIVE, d_queries, d_keys, d_temperatures, of=sources)
+    d_queries, d_keys, d_temperatures = no_double_backward(
+        NO_SECOND_DERIVATIVE, d_queries, d_keys, d_temperatures, of=sources
+    )
     d_keys, d_temperatures = None if keys is None else d_keys, None if temperatures is None else d_temperatures
     return d_queries, d_keys, None, d_temperatures, None, None, None
 

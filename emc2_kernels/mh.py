@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks, ops
 from .backends import NAMES
-from .backends.walk import check_positions, check_schedule
+from .backends.params import check_positions, check_schedule
 from .ops import detached
 from .transition import MHResult, MHState, Transition
 

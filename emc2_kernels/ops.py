@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import resolve
-from .backends.walk import Walk
+from .backends.params import WalkParams
 
 LIBRARY = torch.library.Library("emc2_kernels", "DEF")
 
@@ -51,10 +51,10 @@ def detached(value: Tensor | None) -> Tensor | None:
     return value.detach() if value is not None and value.requires_grad else value
 
 
-def _walk(arguments: tuple) -> Walk:
+def _walk(arguments: tuple) -> WalkParams:
     """The first 18 arguments of an operator, numbers and tensors merged."""
     queries, keys, temperature, temperatures, seed, seed_tensor, step, step_tensor = arguments[:8]
-    return Walk(
+    return WalkParams(
         queries,
         keys,
         temperature if temperatures is None else temperatures,

@@ -1,5 +1,5 @@
 // The CUDA kernels as Python sees them: addresses, sizes and a stream in, nothing computed here. An address of 0 is a
-// null pointer. emc2_kernels/backends/cuda.py is the only caller; torch's allocator keeps memory that a stream still
+// null pointer. emc2_kernels/backends/cuda/mh.py is the only caller; torch's allocator keeps memory that a stream still
 // uses.
 #include <pybind11/pybind11.h>
 

@@ -1,5 +1,5 @@
 // The native core as Python sees it: addresses and sizes in, nothing computed here. An address of 0 is a null pointer.
-// emc2_kernels/backends/cpu.py is the only caller; it keeps the tensors behind the addresses alive.
+// emc2_kernels/backends/cpu/mh.py is the only caller; it keeps the tensors behind the addresses alive.
 #include <pybind11/pybind11.h>
 
 #include "../csrc/cpu/draws.h"

@@ -13,5 +13,5 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def over_ranks(tmp_path_factory):
-    """over_ranks(size, check): what each of so many ranks has returned from a check of tests/ranks.py."""
+    """over_ranks(size, check): what each of so many ranks has returned from a check of tests/support/ranks.py."""
     return functools.partial(ranks.found, folder=ranks.shared_folder(tmp_path_factory))

@@ -223,7 +223,7 @@ def test_the_pipe_of_a_sweeps_binary_is_a_limit(monkeypatch):
 
 def test_the_binary_is_that_of_the_sweep_that_a_call_launches(monkeypatch):
     pytest.importorskip("triton")
-    from emc2_kernels.backends.triton import run
+    from emc2_kernels.backends.triton import mh as run
 
     def binary(text):
         return SimpleNamespace(asm={"cubin": text})
@@ -258,7 +258,7 @@ def test_bytes_through_the_l2_are_counted_from_the_launch():
 
 
 def test_work_is_that_of_the_shipped_settings():
-    settings = pytest.importorskip("emc2_kernels.backends.triton.settings")
+    settings = pytest.importorskip("emc2_kernels.backends.triton.tuning")
     chosen, n = settings.sweep(settings.device(0)[0], True, 512, 32768), 32768
     work = gpu_rows.sweep_work("triton", n, n, 512, lambda: None)
     assert work.l2_bytes == gpu_limits.sweep_l2_bytes(n, n, 512, 2, chosen.block_m, chosen.block_d, ids=False)

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 import emc2_kernels as emc2
 from emc2_kernels import ops
-from emc2_kernels.losses import EMC2Loss, fused, pairs
+from emc2_kernels.losses import EMC2Loss
+from emc2_kernels.losses import anchors as pairs
+from emc2_kernels.losses import emc2_fused as fused
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench")]  # scripts, no package
@@ -393,18 +395,18 @@ def test_half_of_the_chains_have_states_of_all_kinds():
 
 
 def test_shapes_take_both_of_a_kernels_ways_on_an_h100():
-    from emc2_kernels.backends.triton import settings
+    from emc2_kernels.backends.triton import tuning
 
     def splits(shape, block):
-        return settings.splits(-(-shape[0][0] // block), -(-shape[0][1] // 128), 132)
+        return tuning.splits(-(-shape[0][0] // block), -(-shape[0][1] // 128), 132)
 
     for half, d in ((True, 128), (True, 512), (True, 100), (False, 128)):
-        block = settings.sweep(9, half, d, gpu_families.FILLS[0][0]).block_m
+        block = tuning.sweep(9, half, d, gpu_families.FILLS[0][0]).block_m
         assert splits(gpu_families.FILLS, block) == 1
-        assert splits(gpu_families.SPLIT, settings.sweep(9, half, d, 3000).block_m) in range(2, 12)
-        assert splits(gpu_families.FILLS, settings.lse(9, half).block_m) == 1
-    assert settings.splits(3001, -(-300 // settings.gathered(9).block_k), 4 * 132) == 1
-    assert settings.splits(40, -(-1000 // settings.gathered(9).block_k), 4 * 132) > 1
+        assert splits(gpu_families.SPLIT, tuning.sweep(9, half, d, 3000).block_m) in range(2, 12)
+        assert splits(gpu_families.FILLS, tuning.lse(9, half).block_m) == 1
+    assert tuning.splits(3001, -(-300 // tuning.gathered(9).block_k), 4 * 132) == 1
+    assert tuning.splits(40, -(-1000 // tuning.gathered(9).block_k), 4 * 132) > 1
 
 
 class NothingOnTheDefaultDevice(TorchFunctionMode):

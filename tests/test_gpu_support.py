@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emc2_kernels import rng
-from emc2_kernels.backends import reference
+from emc2_kernels.backends.reference import mh as reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))  # test files, no package
 
@@ -47,7 +47,7 @@ def test_the_column_walk_is_the_oracles_walk(proposal):
 MUTANTS = {
     "the positive is proposed": (reference, "_where_proposable", lambda walk, positions, scores: scores),
     "another generator": (rng, "NUM_ROUNDS", 10),
-    "a sample late": (reference.Walk, "sample_points", lambda walk: [walk.burn_in] * walk.num_samples),
+    "a sample late": (reference.WalkParams, "sample_points", lambda walk: [walk.burn_in] * walk.num_samples),
     "accepts not counted": (reference, "_count_accepts", lambda prefixes, steps, state: state.key.int() * 0),
 }
 
@@ -119,7 +119,7 @@ def test_few_processes_run_at_a_time():
 
 def test_a_guard_asks_for_the_memory_that_is_taken():
     """Of every state of a large sweep: Triton's scratch memory and the samples."""
-    walk = pytest.importorskip("emc2_kernels.backends.triton.walk")
+    walk = pytest.importorskip("emc2_kernels.backends.triton.transition")
     n = gpu_support.MANY_SAMPLES
     taken = 4 * walk.WORDS.value * walk.room_for(n, splits=1, num_samples=n, segments=8) + 4 * n * n
     assert taken < 1e9 * gpu_support.MANY_SAMPLES_GB < 1.2 * taken

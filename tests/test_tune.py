@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import tune
 import tune_candidates
 
-from emc2_kernels.backends.triton import settings
+from emc2_kernels.backends.triton import tuning
 
 interpreted = pytest.mark.skipif(not gpu.interpreting(), reason="the real thing runs on a GPU")
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ TOYS = {shape.kind: shape for shape in tune_candidates.TOYS}
 
 
 def toys(kind):
-    return tune_candidates.candidates(settings, TOYS[kind], 8, rehearsal=True)
+    return tune_candidates.candidates(tuning, TOYS[kind], 8, rehearsal=True)
 
 
 @interpreted
@@ -34,12 +34,12 @@ def test_the_shipped_row_and_the_fastest_are_measured(kind, monkeypatch, capsys)
     monkeypatch.setattr(tune, "FINALISTS", 1)
     shipped, fits, broken = toys(kind)
     tried = [shipped._replace(num_warps=1), broken, fits]  # a row that does not win is in the final, too
-    before = getattr(settings, kind)
-    tuner = tune.Tuner(TOYS[kind], CPU, settings)
+    before = getattr(tuning, kind)
+    tuner = tune.Tuner(TOYS[kind], CPU, tuning)
     walk, used = tuner.call, []
 
     def call():
-        used.append(getattr(settings, kind)())
+        used.append(getattr(tuning, kind)())
         return walk()
 
     def timer(call, repeats):
@@ -48,7 +48,7 @@ def test_the_shipped_row_and_the_fastest_are_measured(kind, monkeypatch, capsys)
 
     tuner.call = call
     rows = tuner.measure(tried, time.monotonic() + 60, timer)
-    assert getattr(settings, kind) is before
+    assert getattr(tuning, kind) is before
     assert [(tuple(row["settings"]), row["shipped"], row["median"], row["count"]) for row in rows] == [
         (tuple(fits[:-1]), False, 0.1, 3), (tuple(tried[0][:-1]), True, 0.2, 3),
     ]  # fmt: skip
@@ -68,9 +68,9 @@ class Clock:
 
 
 def on_a_clock(monkeypatch, budget, count=6):
-    monkeypatch.setattr(tune, "make_call", lambda shape, device: lambda: settings.sweep().block_m)
-    tuner, clock = tune.Tuner(TOYS["sweep"], CPU, settings), Clock()
-    tried = [settings.Sweep(block_m, 64, 4, 2, None, "") for block_m in range(count)]
+    monkeypatch.setattr(tune, "make_call", lambda shape, device: lambda: tuning.sweep().block_m)
+    tuner, clock = tune.Tuner(TOYS["sweep"], CPU, tuning), Clock()
+    tried = [tuning.Sweep(block_m, 64, 4, 2, None, "") for block_m in range(count)]
     return tuner.measure(tried, budget, clock.timer, lambda: clock.now), clock
 
 
@@ -88,7 +88,7 @@ def test_the_budget_ends_the_measuring_and_what_was_measured_stays(monkeypatch):
 
 
 def test_shares_cover_every_candidate_once():
-    everything = tune.jobs(tune_candidates.SHAPES, settings, rehearsal=False)
+    everything = tune.jobs(tune_candidates.SHAPES, tuning, rehearsal=False)
     assert [place for place, _ in everything] == sorted(place for place, _ in everything)
     for count in (1, 3, 16):
         shares = [tune.share(everything, f"{i}/{count}") for i in range(count)]
@@ -111,31 +111,31 @@ def test_candidates_are_few_and_distinct():
     counts = []
     for shape in tune_candidates.SHAPES:
         for generation in (8, 9, 10):
-            found = tune_candidates.candidates(settings, shape, generation)
-            assert found[0][:-1] == tune_candidates.shipped(settings, shape, generation)[:-1]
+            found = tune_candidates.candidates(tuning, shape, generation)
+            assert found[0][:-1] == tune_candidates.shipped(tuning, shape, generation)[:-1]
             assert 4 < len(found) == len(set(found)) <= 13
             if shape.kind in ("sweep", "lse"):
                 assert all(staged(shape, one) <= 227 << 10 for one in found[1:])
         counts.append(len(found))
     assert sum(counts) <= 90  # at ten seconds each on sixteen cores: a minute
-    whole = tune_candidates.candidates(settings, tune_candidates.SHAPES[2], 9)
+    whole = tune_candidates.candidates(tuning, tune_candidates.SHAPES[2], 9)
     assert any(one.block_m == 128 and one.block_d == 128 for one in whole)  # of the gradient: owners stay
 
 
 def test_a_candidate_that_fails_is_said_to_and_the_next_is_tried(monkeypatch, capsys):
     def call():
-        if settings.sweep().block_m == 1:
+        if tuning.sweep().block_m == 1:
             raise RuntimeError("out of resource: shared memory\nmore")
 
     monkeypatch.setattr(tune, "make_call", lambda shape, device: call)
-    mine = [(0, settings.Sweep(block_m, 64, 4, 2, None, "")) for block_m in (1, 2)]
-    assert tune.compile_share(mine, [TOYS["sweep"]], CPU, settings) == 0
+    mine = [(0, tuning.Sweep(block_m, 64, 4, 2, None, "")) for block_m in (1, 2)]
+    assert tune.compile_share(mine, [TOYS["sweep"]], CPU, tuning) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
         {"shape": 0, "settings": [1, 64, 4, 2, None], "error": "RuntimeError: out of resource: shared memory"},
         {"shape": 0, "settings": [2, 64, 4, 2, None], "error": None},
     ]
     monkeypatch.setattr(tune, "is_alive", lambda device: False)
-    assert tune.compile_share(mine, [TOYS["sweep"]], CPU, settings) == tune.CONTEXT_LOST
+    assert tune.compile_share(mine, [TOYS["sweep"]], CPU, tuning) == tune.CONTEXT_LOST
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 

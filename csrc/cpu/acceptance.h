@@ -1,7 +1,7 @@
 // The acceptance draws of a group of chains, one chain a lane.
 //
 // Rounds 1 and 2 of Philox mix the chain and the block only by exclusive-or, so all their multiplies belong to the row
-// or to the column and leave the inner loop: five rounds of seven remain. tests/test_philox.py holds this equal to the
+// or to the column and leave the inner loop: five rounds of seven remain. tests/ops/test_philox.py holds this equal to the
 // plain generator.
 #pragma once
 

@@ -1,6 +1,6 @@
 // Values that come by address are looked at once, before anything is read by them and before anything is written: a
 // position past the keys would read foreign memory, a schedule without samples would divide by zero. What is refused
-// here is said again, with its place, by emc2_kernels/backends/walk.py.
+// here is said again, with its place, by emc2_kernels/backends/params.py.
 #pragma once
 
 #include <cmath>

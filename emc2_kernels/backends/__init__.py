@@ -12,28 +12,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import gpu, native
-from .build import Unavailable
-from .walk import Walk
+from . import gpu
+from .cpu import build as cpu_build
+from .extension import Unavailable
+from .params import WalkParams
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(NamedTuple):
-    """Its modules have the functions of the reference's, with their signatures."""
+    """Module ``backends.<name>.<operation>`` has the functions of the reference's, with their signatures."""
 
-    module: str  # the walk: step, transition, view_coin
+    operations: tuple[str, ...]  # of OPERATIONS, those that it has
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...] | None  # None: any
     why_unavailable: Callable[[], str | None]  # on this machine; None: it can run
-    prefers: Callable[[Walk], bool] = lambda walk: True  # whether "auto" should give it this walk
+    prefers: Callable[[WalkParams], bool] = lambda walk: True  # whether "auto" should give it this walk
     also: Callable[[], tuple[str, ...]] = tuple  # devices that it takes when asked for by name
-    lse: str | None = None  # module: contrastive_lse, contrastive_lse_backward; None: it has none
-    gumbel: str | None = None  # module: gumbel_sample
     uncompiled: tuple[str, ...] = ()  # operations that run even where why_unavailable speaks: they need no compiler
-
-    def module_of(self, op: str) -> str | None:
-        return {"walk": self.module, "lse": self.lse, "gumbel": self.gumbel}[op]
 
     def why_not(self, op: str | None = None) -> str | None:
         """Why it cannot do this operation on this machine (None: any), as far as is known without building it. Whatever
@@ -46,28 +42,14 @@ class Backend(NamedTuple):
             return _told(error)
 
 
+OPERATIONS = ("mh", "lse", "gumbel")  # mh: step, transition, view_coin
+
 # Fastest first: "auto" takes the first that can run the operands.
 TABLE = {
-    "cuda": Backend("cuda", ("cuda",), HALF_AND_SINGLE, gpu.why_no_cuda_kernels, gpu.prefers_cuda_kernels),
-    "triton": Backend(
-        "triton",
-        ("cuda",),
-        HALF_AND_SINGLE,
-        gpu.why_no_triton,
-        also=gpu.interpreted_devices,
-        lse="triton.lse",
-        gumbel="triton.gumbel",
-    ),
-    "cpu": Backend(
-        "cpu",
-        ("cpu",),
-        HALF_AND_SINGLE,
-        native.why_unavailable,
-        lse="cpu_lse",
-        gumbel="cpu_gumbel",
-        uncompiled=("lse",),
-    ),
-    "reference": Backend("reference", None, None, lambda: None, lse="reference_lse", gumbel="reference_gumbel"),
+    "cuda": Backend(("mh",), ("cuda",), HALF_AND_SINGLE, gpu.why_no_cuda_kernels, gpu.prefers_cuda_kernels),
+    "triton": Backend(OPERATIONS, ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices),
+    "cpu": Backend(OPERATIONS, ("cpu",), HALF_AND_SINGLE, cpu_build.why_unavailable, uncompiled=("lse",)),
+    "reference": Backend(OPERATIONS, None, None, lambda: None),
 }
 NAMES = ("auto", *TABLE)
 
@@ -79,24 +61,24 @@ def backends() -> dict[str, str]:
 
 @cache
 def _module(name: str, op: str) -> ModuleType:
-    return import_module(f".{TABLE[name].module_of(op)}", __name__)
+    return import_module(f".{name}.{op}", __name__)
 
 
 def _suits(backend: Backend, op: str, device: str, dtype: torch.dtype, by_name: bool = False) -> bool:
     """Whether the backend takes such operands. Integer operands (item ids) suit every backend."""
-    if backend.module_of(op) is None:
+    if op not in backend.operations:
         return False
     device_ok = backend.devices is None or device in backend.devices or (by_name and device in backend.also())
     return device_ok and (backend.dtypes is None or dtype in backend.dtypes or dtype == torch.int64)
 
 
-def resolve(name: str, operand: Tensor, walk: Walk | None = None, op: str = "walk") -> ModuleType:
+def resolve(name: str, operand: Tensor, walk: WalkParams | None = None, op: str = "mh") -> ModuleType:
     """The module that runs ``name`` on operands like this one.
 
     "auto" is the fastest that can and, of those, the first that prefers this walk.
 
     Args:
-        op: "walk", "lse" or "gumbel".
+        op: of OPERATIONS.
 
     Raises:
         ValueError: the named backend takes neither this device nor this dtype.
@@ -114,8 +96,8 @@ def resolve(name: str, operand: Tensor, walk: Walk | None = None, op: str = "wal
 def _named(name: str, device: str, dtype: torch.dtype, op: str) -> ModuleType:
     """What has been found to run is not asked again at each call; what cannot run raises each time."""
     backend = TABLE[name]
-    if backend.module_of(op) is None:
-        those = ", ".join(repr(other) for other in TABLE if TABLE[other].module_of(op) is not None)
+    if op not in backend.operations:
+        those = ", ".join(repr(other) for other in TABLE if op in TABLE[other].operations)
         raise ValueError(f"backend must be 'auto' or one of {those} for this operation, got {name!r}")
     if not _suits(backend, op, device, dtype, by_name=True):
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
@@ -174,4 +156,4 @@ def _told(error: Exception) -> str:
     return str(error) if type(error) in (Unavailable, RuntimeError) else f"{type(error).__name__}: {error}"
 
 
-_BUILDS: dict[str, Callable[[], object]] = {"cpu": native.library, "cuda": gpu.cuda_kernels}
+_BUILDS: dict[str, Callable[[], object]] = {"cpu": cpu_build.library, "cuda": gpu.cuda_kernels}

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from .walk import Walk
+from .params import WalkParams
 
 # Where the CUDA kernels and Triton's meet. Not measured yet (`bench/gpu.py` prints both sides).
 SMALL_SWEEP = 1024  # rows, keys
@@ -55,17 +55,17 @@ def why_no_cuda_kernels() -> str | None:
         return "this torch was built without CUDA"
     reason = why_no_gpu()
     if reason is None:
-        from . import native_cuda
+        from .cuda import build
 
-        reason = native_cuda.why_unavailable(architecture())
+        reason = build.why_unavailable(architecture())
     return reason
 
 
 def cuda_kernels() -> ModuleType:
     """The CUDA kernels for the current device; builds them if they are not in the cache."""
-    from . import native_cuda
+    from .cuda import build
 
-    return native_cuda.library(architecture())
+    return build.library(architecture())
 
 
 def architecture(device_index: int | None = None) -> int:
@@ -74,7 +74,7 @@ def architecture(device_index: int | None = None) -> int:
     return 10 * major + minor
 
 
-def prefers_cuda_kernels(walk: Walk) -> bool:
+def prefers_cuda_kernels(walk: WalkParams) -> bool:
     """Whether the CUDA kernels are the fast way, beside Triton's sweep on matrix units and its splits.
 
     A warp walks a whole chain there, so few chains of many proposals would leave the GPU idle.
@@ -94,7 +94,7 @@ def why_no_triton() -> str | None:
 def _why_triton_does_not_import() -> str | None:
     """Tried only where there is something to run it on. A broken installation raises anything."""
     try:
-        import_module(".triton", __package__)
+        import_module(".triton.mh", __package__)
     except ModuleNotFoundError as error:
         if error.name == "triton":
             return "Triton is not installed: pip install triton"

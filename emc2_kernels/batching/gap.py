@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..losses.pairs import unit
+from ..losses.anchors import unit
 from ..lse import contrastive_lse
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from .. import checks
-from ..agreement import Call, header_device
-from ..distributed import meet
+from ..distributed.agreement import Call, header_device
+from ..distributed.shards import meet
 from .graph import MAX_PER_ROW, SCOPES, GraphFacts, similarity_graph
 from .order import consecutive_order
 

@@ -13,9 +13,8 @@ from torch import nn
 
 from .. import checks
 from .cached import CachedSoftmaxLoss
-from .clip import ClipLoss
 from .emc2 import EMC2Loss
-from .ntxent import NTXentLoss
+from .ntxent import ClipLoss, NTXentLoss
 from .sogclr import SogCLRLoss
 
 __all__ = [

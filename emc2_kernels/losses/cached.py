@@ -13,32 +13,22 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
-from ..bank import EmbeddingBank
-from ..distributed import Shards, gather_rows
+from ..distributed.shards import Shards, gather_rows
 from ..gumbel import MAX_SAMPLES, gumbel_sample
-from ..kept import Kept
+from ..stores.bank import EmbeddingBank
+from ..stores.strict_state import StrictState
+from .anchors import Anchors, batch_stats, check, confirmed, finite_batch, of_all_ranks, over_ranks, reported, stack
 from .correction import BatchMeans, correction, warn_of_collapse
 from .encoding import Encode, check_encode, encoded
 from .index_watch import IndexWatch
 from .negatives import by_label, mean_negative
-from .pairs import (
-    Anchors,
-    batch_stats,
-    check,
-    confirmed,
-    finite_batch,
-    of_all_ranks,
-    over_ranks,
-    reported,
-    stack,
-)
 from .recomputation import refuse_recomputation
 from .temperature import fixed_temperature, warn_of_uniform_weights
 
 DEFAULT_REFRESH = 0.01
 
 
-class CachedSoftmaxLoss(Kept):
+class CachedSoftmaxLoss(StrictState):
     """The gradient of the global contrastive loss, with negatives drawn from a cache of the whole data set.
 
     The cache is an ``EmbeddingBank``: each view's latest embedding. A training-mode forward pass brings it up to date

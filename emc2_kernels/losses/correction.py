@@ -24,15 +24,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..bank import EmbeddingBank
-from ..kept import FINITE, outside
 from ..lse import contrastive_lse
-from ..slots import SlotStore
+from ..stores.bank import EmbeddingBank
+from ..stores.strict_state import FINITE, outside
+from ..stores.table import SlotTable
+from .anchors import Anchors
 from .negatives import Samples
-from .pairs import Anchors
 
 
-class BatchMeans(SlotStore):
+class BatchMeans(SlotTable):
     """For each label, the mean of the keys of the batch with which its embedding was kept."""
 
     means: Tensor  # (num_items * 2, dim)

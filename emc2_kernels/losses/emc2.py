@@ -11,19 +11,14 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
-from ..bank import EmbeddingBank
-from ..chains import ChainStore
-from ..distributed import Shards, each_rank, gather_views, true_on_all
-from ..kept import Kept, outside
-from ..slots import fitted_tables
+from ..distributed.shards import Shards, each_rank, gather_views, true_on_all
+from ..stores.bank import EmbeddingBank
+from ..stores.chains import ChainStore
+from ..stores.strict_state import StrictState, outside
+from ..stores.table import fitted_tables
 from ..transition import MHState
-from . import fused
-from .correction import BatchMeans, correction, warn_of_collapse
-from .emc2_options import COLLAPSING, check_proposals, check_ranks, check_samples, resolved_carry
-from .encoding import Encode
-from .index_watch import IndexWatch
-from .negatives import mean_negative, mean_outside
-from .pairs import (
+from . import emc2_fused
+from .anchors import (
     Anchors,
     batch_stats,
     check,
@@ -35,16 +30,21 @@ from .pairs import (
     reported,
     stack,
 )
+from .correction import BatchMeans, correction, warn_of_collapse
+from .emc2_options import COLLAPSING, check_proposals, check_ranks, check_samples, resolved_carry
+from .emc2_ring import RingVisit, ring_visit
+from .emc2_sampler import Visit, num_proposed, visit
+from .encoding import Encode
+from .index_watch import IndexWatch
+from .negatives import mean_negative, mean_outside
 from .recomputation import refuse_recomputation
-from .ring_visits import RingVisit, ring_visit
 from .sitting import SittingQueries
 from .temperature import fixed_temperature, warn_of_uniform_weights
-from .visits import Visit, num_proposed, visit
 
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
 
 
-class EMC2Loss(Kept):
+class EMC2Loss(StrictState):
     """The gradient of the global contrastive loss, whose negatives come from a softmax over the whole data set.
 
     Each of the ``num_items * 2`` views has a Metropolis-Hastings chain over the other items' views, carried from visit
@@ -225,7 +225,7 @@ class EMC2Loss(Kept):
             self._check(z0, z1, index, return_stats)
             if self.training:
                 self._watch.look(index)
-        if fused.takes(self, z0, z1):
+        if emc2_fused.takes(self, z0, z1):
             return self._fused(z0, z1, index, return_stats)
         anchors = stack(z0, z1, index, normalize=self.normalize)
         shards = over_ranks(self, z0, index)
@@ -267,7 +267,7 @@ class EMC2Loss(Kept):
 
     def _fused(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> Tensor | tuple[Tensor, dict]:
         """The same in a handful of kernels, on a GPU."""
-        made = fused.surrogate(self, z0, z1, index, return_stats)
+        made = emc2_fused.surrogate(self, z0, z1, index, return_stats)
         if not return_stats:
             return made.value
         items, result = made.batch.items, made.result

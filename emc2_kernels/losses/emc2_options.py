@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import checks
-from ..distributed import GATHERS
+from ..distributed.shards import GATHERS
 from .encoding import Encode, check_encode
 
 CARRIES = ("cached", "corrected", "two_sided", "recompute", "drop")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .pairs import unit
+from .anchors import unit
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 

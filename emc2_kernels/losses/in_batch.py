@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import checks
-from ..distributed import Shards, gather_views
+from ..autograd import functorch_active, no_double_backward
+from ..distributed.ring import ring_lse, ring_similarity
+from ..distributed.shards import Shards, gather_views
 from ..lse import NO_SECOND_DERIVATIVE, contrastive_lse, lse_gradients, lse_values, mean_similarity
-from ..once import not_twice, under_func
-from ..ring import ring_lse, ring_similarity
 
 if TYPE_CHECKING:
-    from .pairs import Anchors
+    from .anchors import Anchors
 
 
 class InBatch(NamedTuple):
@@ -74,7 +74,7 @@ class _Value(torch.autograd.Function):
         d_embeddings[b:].addcmul_(embeddings[:b], pull[:, None], value=-1)
         if learnt is not None:
             d_temperature = d_temperature.add_((pull * positive).sum()).to(learnt.dtype)
-        return *not_twice(NO_SECOND_DERIVATIVE, d_embeddings, d_temperature), None
+        return *no_double_backward(NO_SECOND_DERIVATIVE, d_embeddings, d_temperature), None
 
 
 def _lse_gradient(
@@ -145,7 +145,7 @@ def in_batch(
         ids %= embeddings.shape[0] // 2
         ids += 0 if shards is None else shards.first
     batch = _Batch(ids, bimodal, dtype, backend)
-    if shards is not None or under_func():
+    if shards is not None or functorch_active():
         lse, similarity = _log_sums(embeddings, temperature, batch, gather, shards, return_similarity)
         view_0, view_1 = embeddings.view(2, lse.shape[1], -1).unbind()
         excess = lse - (view_0 * view_1).sum(1) / temperature

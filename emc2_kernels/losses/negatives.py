@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..bank import EmbeddingBank
+from ..stores.bank import EmbeddingBank
 from .encoding import Encode, encode_distinct, rows_of_labels
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
-from ..distributed import GATHERS
+from ..distributed.shards import GATHERS
+from .anchors import batch_stats, check, compute_dtype, over_ranks, reported, stack
 from .in_batch import in_batch
-from .pairs import batch_stats, check, compute_dtype, over_ranks, reported, stack
 from .temperature import TemperedLoss, warn_of_uniform_weights
 
 
@@ -116,3 +116,21 @@ class NTXentLoss(TemperedLoss):
         learnt = self.log_scale is not None
         shown = f"learnt, at most {self.max_scale} as a scale" if learnt else f"{self.temperature}"
         return f"temperature={shown}, normalize={self.normalize}"
+
+
+class ClipLoss(NTXentLoss):
+    """The contrastive loss of two modalities: image rows against text keys, and text rows against image keys.
+
+    z0 are the images, z1 the texts. The mean, over the 2b anchors, of -s+ + log sum exp(s) over the other tower's keys:
+    the mean of the two cross entropies of b x b scores, neither of which is kept (memory is O(b d)). With ``index``,
+    other keys of an anchor's item are masked.
+
+    Arguments are those of ``NTXentLoss``. Open-source CLIP starts from temperature=0.07 with learn_temperature=True.
+
+    Example:
+        >>> loss = ClipLoss(learn_temperature=True)
+        >>> optimizer = torch.optim.AdamW([*towers.parameters(), *loss.parameters()])
+        >>> loss(image_tower(images), text_tower(texts)).backward()
+    """
+
+    bimodal = True

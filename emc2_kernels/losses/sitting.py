@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..bank import EmbeddingBank
-from ..chains import ChainStore
-from ..kept import FINITE, outside
-from ..slots import SlotStore, last_duplicates
+from ..stores.bank import EmbeddingBank
+from ..stores.chains import ChainStore
+from ..stores.strict_state import FINITE, outside
+from ..stores.table import SlotTable, last_duplicates
 
 
-class SittingQueries(SlotStore):
+class SittingQueries(SlotTable):
     """For each label, the sum of the kept embeddings of the chains whose state it is, kept up to date by differences.
 
     The key side of the global gradient is, for key j, the sum over chains i of p_i(j) q_i; the chains that sit on j are

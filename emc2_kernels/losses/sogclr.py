@@ -12,12 +12,11 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
-from ..distributed import Shards, gather_views
-from ..kept import FINITE, outside
+from ..distributed.shards import Shards, gather_views
 from ..lse import contrastive_lse, mean_similarity
-from ..slots import SlotStore
-from .index_watch import IndexWatch
-from .pairs import (
+from ..stores.strict_state import FINITE, outside
+from ..stores.table import SlotTable
+from .anchors import (
     Anchors,
     batch_stats,
     check,
@@ -29,6 +28,7 @@ from .pairs import (
     reported,
     stack,
 )
+from .index_watch import IndexWatch
 from .recomputation import refuse_recomputation
 from .temperature import LEAST, fixed_temperature, warn_of_uniform_weights
 
@@ -47,7 +47,7 @@ class Denominators(NamedTuple):
     weight: Tensor  # (2b,) exp(log_mean - log_u), what the anchor's weights sum to; 0 without negatives
 
 
-class SogCLRLoss(SlotStore):
+class SogCLRLoss(SlotTable):
     """The global contrastive loss log E exp(s - s+), whose inner mean over the data set is kept for each item.
 
     At each visit an anchor's running mean follows its batch, u <- (1 - gamma) u + gamma * mean over negatives of
@@ -110,7 +110,7 @@ class SogCLRLoss(SlotStore):
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
 
-    saved_facts = (*SlotStore.saved_facts, "bimodal")
+    saved_facts = (*SlotTable.saved_facts, "bimodal")
     step: Tensor  # () int64  training-mode calls so far
     log_u: Tensor  # (slots,) float32  -inf: not visited
     item_temperature: Tensor  # (slots,) float32, with individual_temperature

@@ -2,14 +2,10 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/, with the oracle
-
 from gpu_support import DEVICE, ON_GPU, REHEARSAL, share_of
 
 import emc2_kernels as emc2

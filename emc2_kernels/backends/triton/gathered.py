@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .finish import emit, finish
+from .epilogue import emit, finish
 from .launch import NUMBERS
 from .philox import ACCEPTANCE, chain_words, seed_words, step_word, words
-from .positions import chain_of, proposed_position, temperature_of
-from .walk import (
+from .proposals import chain_of, proposed_position, temperature_of
+from .transition import (
     NEVER,
     compose,
     compose_fields,

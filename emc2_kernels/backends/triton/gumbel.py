@@ -14,16 +14,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference_gumbel import check_values
-from ..scores import Scores
-from ..walk import Walk
-from . import settings
-from .gumbel_combine import combine, lowest_of_best
+from ..params import ScoreParams, WalkParams
+from ..reference.gumbel import check_values
+from . import tuning
 from .launch import NUMBERS, Kernel, dimensions, on_device, power_of_two, precision, walk_arguments
 from .philox import GUMBEL, chain_words, gumbel_log2, seed_words, step_word, words, zeros_like
-from .positions import chain_of, temperature_of
+from .proposals import chain_of, temperature_of
 from .scores import LOG2_E, SEGMENTS, STEPS, TILE, load_rows, multiply, sixteen_steps
-from .walk import NEVER
+from .transition import NEVER
+
+ELEMENTS = 1024  # of a program
+
+_PAST_ALL = tl.constexpr(2**31 - 1)  # there are fewer keys
+
+
+@triton.jit
+def lowest_of_best(values, numbers):
+    """(rows,) largest value of (rows, places) and the lowest of its numbers; -1 where no place has one.
+
+    Two commutative reductions: ``tl.reduce`` takes its operands in any order.
+    """
+    best = tl.max(values, 1)
+    lowest = tl.min(tl.where((values == best[:, None]) & (numbers >= 0), numbers, _PAST_ALL), 1)
+    return best, tl.where(lowest == _PAST_ALL, -1, lowest)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def gumbel_combine_kernel(
+    values_ptr, numbers_ptr, positions_ptr, n: tl.int64, splits: tl.int64, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
+):
+    """positions (n,) of values and numbers (n, splits)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.arange(0, WIDTH)
+    ok = (row < n)[:, None] & (split < splits)[None, :]
+    at = row[:, None] * splits + split[None, :]
+    values, numbers = tl.load(values_ptr + at, ok, other=NEVER), tl.load(numbers_ptr + at, ok, other=-1)
+    _best, number = lowest_of_best(values, numbers)
+    tl.store(positions_ptr + row, number.to(tl.int64), row < n)
+
+
+COMBINE_KERNEL = Kernel(gumbel_combine_kernel)
+
+
+def combine(values: Tensor, numbers: Tensor, positions: Tensor) -> None:
+    """Writes positions (n, R) int64 from values and numbers (n, R, splits)."""
+    count, splits = positions.numel(), values.shape[2]
+    width = power_of_two(splits)
+    rows = max(1, ELEMENTS // width)
+    arguments = {
+        "values_ptr": values,
+        "numbers_ptr": numbers,
+        "positions_ptr": positions,
+        "n": count,
+        "splits": splits,
+        "BLOCK_M": rows,
+        "WIDTH": width,
+    }
+    COMBINE_KERNEL((-(-count // rows), 1, 1), arguments, {"num_warps": 4})
+
 
 SAMPLES_AT_ONCE = 2  # of a program: four spill 120 to 560 bytes of a thread with Triton 3.6 and 3.9
 
@@ -139,7 +187,7 @@ GUMBEL_KERNEL = Kernel(gumbel_kernel)
 
 
 def gumbel_sample(
-    scores: Scores, chain_ids: Tensor | None, seed: int | Tensor, step: int | Tensor, num_samples: int
+    scores: ScoreParams, chain_ids: Tensor | None, seed: int | Tensor, step: int | Tensor, num_samples: int
 ) -> Tensor:
     """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``."""
     (n, d), m = scores.queries.shape, scores.keys.shape[0]
@@ -148,17 +196,17 @@ def gumbel_sample(
     positions = scores.queries.new_empty(n, num_samples, dtype=torch.int64)
     if n == 0 or m == 0:
         return positions.fill_(-1)
-    generation, processors = settings.device(scores.queries.device.index or 0)
-    chosen = settings.sweep(generation, scores.queries.dtype != torch.float32, d, n)
+    generation, processors = tuning.device(scores.queries.device.index or 0)
+    chosen = tuning.sweep(generation, scores.queries.dtype != torch.float32, d, n)
     at_once = min(SAMPLES_AT_ONCE, power_of_two(num_samples))
     blocks, chunks, tiles = -(-n // chosen.block_m), -(-num_samples // at_once), -(-m // TILE.value)
-    length = -(-tiles // settings.splits(blocks * chunks, tiles, processors))
+    length = -(-tiles // tuning.splits(blocks * chunks, tiles, processors))
     splits = -(-tiles // length)  # none of them empty
     halves = (n, num_samples, splits) if splits > 1 else None
     values = scores.queries.new_empty(halves, dtype=torch.float32) if halves else None
     numbers = scores.queries.new_empty(halves, dtype=torch.int32) if halves else None
     ids = scores.query_ids, scores.key_ids
-    walk = Walk(*scores[:3], seed, step, chain_ids, *ids, None, None, None, 0, num_samples, 0, m)
+    walk = WalkParams(*scores[:3], seed, step, chain_ids, *ids, None, None, None, 0, num_samples, 0, m)
     own = {
         "split_length": length * TILE.value,
         "positions_ptr": positions,

@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from .. import gpu
-from ..walk import Walk
-from .walk import WORDS
+from ..params import WalkParams
+from .transition import WORDS
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ALIGNMENT = 16  # bytes, on which Triton compiles wide loads
@@ -94,7 +94,7 @@ def random_arguments(seed: int | Tensor, step: int | Tensor) -> Arguments:
     }
 
 
-def walk_arguments(walk: Walk) -> Arguments:
+def walk_arguments(walk: WalkParams) -> Arguments:
     """What the kernels are told of a walk, whatever its proposals."""
     per_row = isinstance(walk.temperature, Tensor)
     return random_arguments(walk.seed, walk.step) | {

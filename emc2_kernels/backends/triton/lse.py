@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import Scores
-from . import settings
-from .finish import LN_2
+from ..params import ScoreParams
+from . import tuning
+from .epilogue import LN_2
 from .launch import NUMBERS, Kernel, dense, dimensions, on_device, precision
-from .lse_gradient import contrastive_lse_backward
-from .positions import temperature_of
+from .lse_backward import contrastive_lse_backward
+from .proposals import temperature_of
 from .scores import LOG2_E, TILE, load_rows, multiply
-from .walk import NEVER
+from .transition import NEVER
 
 __all__ = ["contrastive_lse", "contrastive_lse_backward"]
 
@@ -64,13 +64,13 @@ def lse_kernel(
 LSE_KERNEL = Kernel(lse_kernel)
 
 
-def contrastive_lse(scores: Scores) -> Tensor:
+def contrastive_lse(scores: ScoreParams) -> Tensor:
     """(n,) float32; see ``reference_lse``."""
     (n, d), m = scores.queries.shape, scores.keys.shape[0]
-    generation, processors = settings.device(scores.queries.device.index or 0)
-    chosen = settings.lse(generation, scores.queries.dtype != torch.float32)
+    generation, processors = tuning.device(scores.queries.device.index or 0)
+    chosen = tuning.lse(generation, scores.queries.dtype != torch.float32)
     blocks, tiles = -(-n // chosen.block_m), -(-m // TILE.value)
-    splits = settings.splits(max(1, blocks), tiles, processors)
+    splits = tuning.splits(max(1, blocks), tiles, processors)
     parts = scores.queries.new_empty(n, splits, dtype=torch.float32)
     per_row = isinstance(scores.temperature, Tensor)
     arguments = {

@@ -14,12 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .finish import LN_2, emit, finish, log_sum_exp
+from .epilogue import LN_2, emit, finish, log_sum_exp
 from .launch import NUMBERS
 from .philox import ACCEPTANCE, chain_words, seed_words, step_word, words, zeros_like
-from .positions import SWEEP, chain_of, temperature_of
+from .proposals import SWEEP, chain_of, temperature_of
 from .scores import LOG2_E, SEGMENTS, STEPS, TILE, load_rows, multiply, sixteen_steps
-from .walk import (
+from .transition import (
     NEVER,
     compose,
     identity,

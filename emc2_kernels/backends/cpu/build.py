@@ -1,0 +1,84 @@
+"""The compiled core: built on first use with the machine's C++ compiler (``build.py`` says where it is kept).
+
+What is compiled for one processor may not run on another: the cache's key covers the sources, the flags, Python, torch
+and the processor's features.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..extension import Extension, cache_root, compile_and_link, digest_of, find_compiler, source_root, words_of
+
+MODULE = "emc2_native"
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-Wno-psabi")
+
+
+def architecture_flags() -> list[str]:
+    """Which instruction sets: ``$EMC2_ARCH``, as for CMake; by default this processor's. Empty: what all of its kind
+    have."""
+    return words_of("EMC2_ARCH", "-march=native")
+
+
+def sources() -> list[Path]:
+    root = source_root()
+    return sorted(root.glob("csrc/cpu/*.cpp")) + [root / "python_bindings" / "module.cpp"]
+
+
+def compiler() -> list[str]:
+    """The C++ compiler: ``$CXX``, or the first of c++, g++ and clang++ that is there.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    return find_compiler("C++ compiler", "CXX", ("c++", "g++", "clang++"), "g++")
+
+
+def why_unavailable() -> str | None:
+    """None where the core can be had, as far as can be told without building it."""
+    return _extension.why_unavailable()
+
+
+@cache  # asked at every step
+def library() -> ModuleType:
+    """The compiled core; builds it if it is not in the cache.
+
+    Raises:
+        Unavailable: there is no compiler, or it failed; the message has the compiler's output.
+    """
+    return _extension.library()
+
+
+@cache
+def _library_path() -> Path:
+    root = source_root()
+    files = (*sources(), *root.glob("csrc/*.h"), *root.glob("csrc/cpu/*.h"))
+    parts = (*FLAGS, *architecture_flags(), sys.implementation.cache_tag, torch.__version__, _processor())
+    key = digest_of(files, parts)
+    return cache_root() / key / f"{MODULE}.so"
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return f"{platform.machine()} {platform.processor()} {features}"
+
+
+def _compile(compiler: list[str], target: Path) -> None:
+    *core, binding = sources()
+    # Hidden: pybind11 wants its own names to stay in the module.
+    flags = [*FLAGS, *architecture_flags(), "-fPIC", "-fvisibility=hidden"]
+    compile_and_link([*compiler, *flags], ["-shared"], core, binding, target)
+
+
+_extension = Extension(MODULE, "CPU kernels", 15, "CXX", _library_path, compiler, _compile)

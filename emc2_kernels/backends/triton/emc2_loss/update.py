@@ -1,0 +1,90 @@
+"""What a loss keeps of a batch: its chains' new states and the latest embeddings; of duplicates, the last row's."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....stores.table import last_duplicates
+from ..launch import NUMBERS, Kernel, on_device
+from .forward import Batch, Stores
+from .rows import row_block, store_rounded
+
+SCAN_ROWS = 2048  # up to which each program looks through the rows behind its own; beyond, one sort serves all
+BLOCK_B = 512  # that it looks at at a time
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def remember_kernel(
+    items_ptr, last_ptr, anchors_ptr, new_key_ptr, new_score_ptr, now_ptr, value_ptr, b: tl.int64,
+    store_key_ptr, store_score_ptr, bank_ptr, written_at_ptr, last_step_ptr, step_ptr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Program (i, view) writes the slot of one anchor, unless a later row has the same item.
+
+    last_ptr: the last row with each row's item; None: looked for here. The step comes from ``now_ptr``, because program
+    0 advances ``step_ptr`` while others run. value_ptr: the batch's loss. Where an embedding or a score that counts is
+    not finite it is not either, and then nothing is written.
+    """
+    i, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    item = tl.load(items_ptr + i)
+    now = tl.load(now_ptr)
+    finite = tl.abs(tl.load(value_ptr)) < float("inf")
+    if last_ptr is not None:
+        is_last = tl.load(last_ptr + i) == i
+    else:
+        later = tl.zeros((BLOCK_B,), tl.int32)
+        for begin in range(i + 1, b, BLOCK_B):
+            other = begin + tl.arange(0, BLOCK_B)
+            later += (tl.load(items_ptr + other, other < b, other=-1) == item).to(tl.int32)
+        is_last = tl.sum(later, 0) == 0
+    if is_last & finite:
+        row, slot = view * b + i, item * 2 + view
+        dim = tl.arange(0, BLOCK_D)
+        embedding = tl.load(anchors_ptr + row * D + dim, dim < D, other=0.0)
+        kept = embedding.to(bank_ptr.dtype.element_ty).to(tl.float32)
+        fits = tl.max((tl.abs(kept) == float("inf")).to(tl.int32), 0) == 0  # in the bank's dtype
+        store_rounded(bank_ptr + slot * D + dim, embedding, dim < tl.where(fits, D, 0))
+        score = tl.load(new_score_ptr + row)
+        moves = score < float("inf")  # a product that overflowed is no state to go on from
+        tl.store(store_key_ptr + slot, tl.load(new_key_ptr + row), moves)
+        tl.store(store_score_ptr + slot, score, moves)
+        tl.store(written_at_ptr + slot, now, fits)
+    if (i == 0) & (view == 0) & finite:
+        tl.store(last_step_ptr, now)
+        tl.store(step_ptr, now + 1)
+
+
+REMEMBER_KERNEL = Kernel(remember_kernel)
+
+
+def remember(batch: Batch, new_key: Tensor, new_score: Tensor, stores: Stores, value: Tensor) -> None:
+    """Writes the states (2b,) and embeddings of a batch, and advances the step: one launch, and a sort if large.
+
+    Args:
+        value: () float32, the loss. If it is not finite, nothing is written.
+    """
+    rows, d = batch.anchors.shape
+    b = rows // 2
+    arguments = {
+        "items_ptr": batch.items,
+        "last_ptr": None if b <= SCAN_ROWS else last_duplicates(batch.items[:b]),
+        "anchors_ptr": batch.anchors,
+        "new_key_ptr": new_key,
+        "new_score_ptr": new_score,
+        "now_ptr": batch.now,
+        "value_ptr": value,
+        "b": b,
+        "store_key_ptr": stores.chain_key,
+        "store_score_ptr": stores.chain_score,
+        "bank_ptr": stores.bank,
+        "written_at_ptr": stores.written_at,
+        "last_step_ptr": stores.last_step,
+        "step_ptr": stores.step,
+        "D": d,
+        "BLOCK_D": row_block(d),
+        "BLOCK_B": BLOCK_B,
+    }
+    with on_device(new_key):
+        REMEMBER_KERNEL((b, 2, 1), arguments, {"num_warps": 4})

@@ -1,0 +1,1 @@
+"""Batches and stores over the ranks of a process group, by torch.distributed."""

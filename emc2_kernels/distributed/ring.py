@@ -1,0 +1,243 @@
+"""Sums over the keys of all ranks with one shard of keys at a time: the shards travel round, the queries stay.
+
+Memory is O(b d) on each rank. A shard's exchange runs while the shard before it is worked on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .. import checks
+from ..autograd import no_double_backward
+from ..lse import lse_gradients, lse_values, mean_similarity
+from ..mh import mh_transition
+from ..transition import Transition, compose
+from .shards import Shards
+
+NO_SECOND_DERIVATIVE = "a sum over a ring of ranks has no second derivative"
+
+
+class _Exchange:
+    """Tensors on their way to the next rank, and the previous rank's on their way here."""
+
+    def __init__(self, tensors: list[Tensor], source: int, shards: Shards) -> None:
+        """source: rank whose shard, of its number of rows, the tensors are."""
+        group, ranks = shards.group, len(shards.sizes)
+        here, there = shards.sizes[source], shards.sizes[(source - 1) % ranks]
+        self.arriving = [t.new_empty(t.shape[0] // here * there, *t.shape[1:]) for t in tensors]
+        next_rank, previous = ((shards.rank + side) % ranks for side in (1, -1))
+        if group is not None:
+            next_rank, previous = (dist.get_global_rank(group, rank) for rank in (next_rank, previous))
+        self._sent = [tensor.contiguous() for tensor in tensors]  # alive until they have arrived
+        calls = [dist.P2POp(dist.isend, tensor, next_rank, group) for tensor in self._sent]
+        calls += [dist.P2POp(dist.irecv, tensor, previous, group) for tensor in self.arriving]
+        self._works = dist.batch_isend_irecv(calls) if calls else []
+
+    def wait(self) -> list[Tensor]:
+        for work in self._works:
+            work.wait()
+        return self.arriving
+
+
+def around(tensors: list[Tensor], shards: Shards) -> Iterator[tuple[int, list[Tensor]]]:
+    """Every rank's tensors in turn, this rank's first, then those of the ranks before it.
+
+    Args:
+        tensors: of this rank, each with a whole multiple of its shard's rows.
+    """
+    ranks = len(shards.sizes)
+    for hop in range(ranks):
+        source = (shards.rank - hop) % ranks
+        exchange = _Exchange(tensors, source, shards) if hop + 1 < ranks else None
+        yield source, tensors
+        if exchange is not None:
+            tensors = exchange.wait()
+
+
+def sum_around(
+    tensors: list[Tensor], shards: Shards, contribution: Callable[[int, list[Tensor]], list[Tensor]]
+) -> list[Tensor]:
+    """Every rank looks at every rank's tensors, and what they contribute to a shard is added up where it belongs.
+
+    Args:
+        contribution: (rank, its tensors) -> what this rank adds to that rank's sums, each with a whole multiple of the
+            shard's rows.
+
+    Returns:
+        The sums of this rank's shard. They travel with the shard, a hop behind, and are added up in one fixed order.
+    """
+    sums: list[Tensor] = []
+    under_way = None
+    for source, shard in around(tensors, shards):
+        sums = contribution(source, shard)
+        if under_way is not None:
+            sums = [own.add_(others) for own, others in zip(sums, under_way.wait(), strict=True)]
+        if len(shards.sizes) > 1:  # after the last hop, home
+            under_way = _Exchange(sums, source, shards)
+    return sums if under_way is None else under_way.wait()
+
+
+class _RingLse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        queries: Tensor,
+        keys: Tensor,
+        temperature: float | Tensor,
+        ids: tuple[Tensor, Tensor],
+        shards: Shards,
+        backend: str,
+    ) -> Tensor:
+        number, temperatures = checks.number_or_rows(temperature, queries)
+        lse = None
+        for _, (some, some_ids) in around([keys, ids[1]], shards):
+            part = lse_values(queries, some, number, temperatures, ids[0], some_ids, backend)
+            lse = part if lse is None else torch.logaddexp(lse, part)
+        ctx.shards, ctx.backend = shards, backend
+        ctx.number = None if isinstance(temperature, Tensor) else temperature
+        ctx.save_for_backward(queries, keys, *ids, lse, temperature if ctx.number is None else None)
+        return lse
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, query_ids, key_ids, lse, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        number, temperatures = checks.number_or_rows(learnt if ctx.number is None else ctx.number, queries)
+        # In float32 at least: sums of half precision, rounded at every hop, are 1% wrong after 64 of them.
+        d_queries = torch.zeros_like(queries, dtype=lse.dtype)
+        d_temperature = None if learnt is None else torch.zeros_like(learnt)
+
+        def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
+            of = (queries, shard[0], number, temperatures, query_ids, shard[1], grad.detach(), lse, ctx.backend)
+            for_queries, for_keys, for_rows = lse_gradients(*of)
+            d_queries.add_(for_queries)
+            if d_temperature is not None:
+                d_temperature.add_(for_rows.sum())
+            return [for_keys.to(lse.dtype)]
+
+        (d_keys,) = sum_around([keys, key_ids], ctx.shards, contribution)
+        gradients = d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature
+        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), None, None, None
+
+
+def ring_lse(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    shards: Shards,
+    backend: str = "auto",
+) -> Tensor:
+    """``contrastive_lse`` of this rank's queries over the keys of all ranks, differentiable in queries, keys and a 0-d
+    temperature. A rank's keys get the sum of all ranks' gradients.
+
+    Args:
+        queries: (n, d). keys: (m, d) of this rank, where m is a whole multiple of its shard's rows.
+        query_ids, key_ids: (n,), (m,) int64. A key with the row's id is left out, on whichever rank it is.
+    """
+    return _RingLse.apply(queries, keys, temperature, (query_ids, key_ids), shards, backend)
+
+
+def ring_similarity(
+    lse: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor,
+    query_ids: Tensor,
+    key_ids: Tensor,
+    shards: Shards,
+    backend: str = "auto",
+) -> Tensor:
+    """``mean_similarity`` over the keys of all ranks: (n,), detached."""
+    total = torch.zeros_like(lse)
+    for _, (some, some_ids) in around([keys.detach(), key_ids], shards):
+        options = {"temperature": temperature, "query_ids": query_ids, "key_ids": some_ids, "backend": backend}
+        total += mean_similarity(lse, queries, some, **options)
+    return total
+
+
+def ring_transition(queries: Tensor, keys: Tensor, *, key_ids: Tensor, shards: Shards, **walk: Any) -> Transition:
+    """``mh_transition`` of this rank's queries over the keys of all ranks, view by view and rank by rank.
+
+    A rank sees the shards in another order, its own first and then those before it; walks compose, so that does not
+    matter: what it has walked is kept as two values for each view, of the ranks up to this one and of those behind it.
+
+    Args:
+        queries: (n, d). keys: (v b, d) of this rank, v views of its shard's b rows.
+        key_ids: (v B,) of the keys of all ranks.
+        walk: the other arguments of ``mh_transition``.
+    """
+    views = keys.shape[0] // shards.sizes[shards.rank]
+    up_to_here: list[Transition | None] = [None] * views
+    behind: list[Transition | None] = [None] * views
+    for source, (some,) in around([keys], shards):
+        for view, block in enumerate(some.unflatten(0, (views, -1))):
+            first = view * shards.total + sum(shards.sizes[:source])
+            ids = key_ids[first : first + block.shape[0]]
+            walked = mh_transition(
+                queries, block, key_ids=ids, first_proposal=first, total_proposals=views * shards.total, **walk
+            )
+            side = up_to_here if source <= shards.rank else behind
+            side[view] = walked if side[view] is None else compose(walked, side[view])  # ranks come in falling order
+    in_order = [side[view] for view in range(views) for side in (up_to_here, behind) if side[view] is not None]
+    return reduce(compose, in_order)
+
+
+class _RingBag(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, keys: Tensor, rows: Tensor, weights: Tensor, shards: Shards) -> Tensor:
+        ctx.shards, ctx.views = shards, keys.shape[0] // shards.sizes[shards.rank]
+        ctx.save_for_backward(rows, weights)
+        total = keys.new_zeros(rows.shape[0], keys.shape[1])
+        for source, (some,) in around([keys], shards):
+            local, share = _of_rank(source, rows, weights, ctx.views, shards)
+            total += torch.nn.functional.embedding_bag(local, some, mode="sum", per_sample_weights=share)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows, weights), shards = ctx.saved_tensors, ctx.shards
+
+        def contribution(source: int, _: list[Tensor]) -> list[Tensor]:
+            local, share = _of_rank(source, rows, weights, ctx.views, shards)
+            return [_bag_gradient(grad.detach(), local, share, ctx.views * shards.sizes[source])]
+
+        (d_keys,) = sum_around([], shards, contribution)
+        return *no_double_backward(NO_SECOND_DERIVATIVE, d_keys), None, None, None
+
+
+def _bag_gradient(grad: Tensor, rows: Tensor, weights: Tensor, num_keys: int) -> Tensor:
+    """(num_keys, d) of a bag's keys, from torch's own backward pass, which makes no (n, S, d) array and asks a GPU for
+    no count."""
+    with torch.enable_grad():
+        keys = grad.new_zeros(num_keys, grad.shape[1]).requires_grad_()
+        bag = torch.nn.functional.embedding_bag(rows, keys, mode="sum", per_sample_weights=weights)
+    return torch.autograd.grad(bag, keys, grad)[0]
+
+
+def _of_rank(source: int, rows: Tensor, weights: Tensor, views: int, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Rows of the keys of all ranks as rows of one rank's, and the weights of those that are among them, else 0."""
+    size, first = shards.sizes[source], sum(shards.sizes[:source])
+    view = torch.div(rows, shards.total, rounding_mode="floor")
+    place = rows - view * shards.total - first
+    inside = (place >= 0) & (place < size) & (view < views)
+    return torch.where(inside, view * size + place, 0), torch.where(inside, weights, 0)
+
+
+def ring_bag(keys: Tensor, rows: Tensor, weights: Tensor, shards: Shards) -> Tensor:
+    """(n, d) weighted sums of keys of all ranks, differentiable in the keys; each rank's get all ranks' gradients.
+
+    Args:
+        keys: (v b, d) of this rank, v views of its shard's b rows.
+        rows: (n, S) int64 rows of all ranks' keys, view by view and rank by rank. weights: (n, S) in the keys' dtype.
+    """
+    return _RingBag.apply(keys, rows, weights, shards)

@@ -1,0 +1,110 @@
+"""The chains of a data set: one for each (item, view), carried from visit to visit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import checks
+from ..transition import MHState
+from .bank import EmbeddingBank
+from .strict_state import FINITE, outside
+from .table import SlotTable
+
+
+class ChainStore(SlotTable):
+    """States of ``num_items * views`` chains; chain id = item * views + view. They are in ``state_dict``.
+
+    One chain for each view, because the two views of an item have different targets (EMC2's public code shares one, and
+    carries a score that was computed for the other view).
+
+    Args:
+        process_group, sharded: see ``SlotTable``.
+    """
+
+    key: Tensor  # (num_items * views,) int64  -1: not started
+    score: Tensor  # (num_items * views,) float32
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        views: int = 2,
+        device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        sharded: bool = False,
+    ) -> None:
+        super().__init__(num_items, views, process_group=process_group, sharded=sharded)
+        self.keep("key", -1, torch.int64, device)
+        self.keep("score", -torch.inf, torch.float32, device)
+
+    def read(
+        self,
+        index: Tensor,
+        view: int | Tensor,
+        queries: Tensor | None = None,
+        bank: EmbeddingBank | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> MHState:
+        """States of b chains, rescored where a bank is given.
+
+        A kept score is stale: the anchor has been augmented anew and the encoder has moved. With ``queries`` (b, d),
+        ``bank`` and ``temperature`` the score becomes <query, bank entry of the chain's key> / temperature; chains that
+        have not started, or whose key the bank does not hold, keep theirs.
+
+        Args:
+            index: (b,) int64 items. view: 0 .. views - 1, one number or (b,) int64.
+
+        Raises:
+            ValueError, TypeError: an index or view out of range, or only some of the three rescoring arguments.
+        """
+        with self.reported():
+            slots = self.slots(index, view, self.key.device)
+            rescored = self._check_rescoring(slots.shape[0], queries, bank, temperature)
+        state = MHState(*self.rows(slots, "key", "score"))
+        if not rescored:
+            return state
+        with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+            held, embeddings = bank.find(state.key)
+            similarity = (queries.float() * embeddings.float()).sum(-1)
+            return state._replace(score=torch.where(held, similarity / temperature, state.score))
+
+    def _check_rescoring(self, rows: int, queries: Any, bank: Any, temperature: Any) -> bool:
+        """Whether it is asked for."""
+        given = [argument is not None for argument in (queries, bank, temperature)]
+        if not any(given):
+            return False
+        if not all(given):
+            raise ValueError("queries, bank and temperature go together: rescoring needs all three, got only some")
+        if not isinstance(bank, EmbeddingBank):
+            raise TypeError(f"bank must be an EmbeddingBank, got {checks.describe(bank)}")
+        checks.matrix("queries", queries)
+        if queries.shape != (rows, bank.dim):
+            raise ValueError(f"queries must have shape ({rows}, {bank.dim}), got {checks.describe(queries)}")
+        checks.temperature(temperature, rows, queries.device)
+        return True
+
+    def write(self, index: Tensor, view: int | Tensor, state: MHState, *, only: Tensor | None = None) -> None:
+        """Keeps the states of b chains; of several rows with the same (index, view), the last one's.
+
+        A state whose score is NaN or +inf is not kept: the chain stays where it was.
+
+        Args:
+            only: () bool; False: nothing is written. It is not waited for.
+        """
+        with self.reported():
+            slots = self.slots(index, view, self.key.device)
+            checks.state(state, slots)
+        self.put(slots, only=only, key=state.key, score=state.score)
+
+    def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
+        yield from outside(f"{prefix}key", tables["key"], -1, torch.iinfo(torch.int64).max)
+        yield from outside(f"{prefix}score", tables["score"], -math.inf, FINITE[1])
+
+    def extra_repr(self) -> str:
+        return f"num_items={self.num_items}, views={self.views}"

@@ -1,0 +1,260 @@
+"""Launching through the real Triton, compiler included, with a driver that has no GPU and writes down what it is told.
+
+In a process of its own, in which nothing is interpreted. What the interpreter cannot show: that a launch past Triton's
+own bookkeeping says the same as the launch through it, and when a binary is shared.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+DRIVER = """
+import json
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+launched = []
+
+
+class Utils:
+    def load_binary(self, name, binary, shared, device):
+        return object(), name, 200, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+    def unload_module(self, *anything):
+        pass
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = source.fn.__name__
+
+    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, exit, *arguments):
+        shown = [
+            [list(value.shape), str(value.dtype)] if isinstance(value, torch.Tensor) else value for value in arguments
+        ]
+        launched.append([self.name, [x, y, z], stream, shown])
+
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 77
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+triton.runtime.driver.set_active(Driver())
+"""
+
+STEPS = (
+    DRIVER
+    + """
+import importlib
+import pkgutil
+from emc2_kernels.backends import triton as package
+from emc2_kernels.backends.triton import launch, run, settings
+from emc2_kernels.backends.params import WalkParams
+
+settings.device = lambda index: (9, 132)
+
+
+def step(n, m, offset=0, seed=0, burn_in=0):
+    queries, keys = torch.zeros(n, 32), torch.zeros(m + 1, 32).flatten()[offset : offset + m * 32].view(m, 32)
+    walk = WalkParams(queries, keys, 0.5, seed, 3, None, None, None, None, None, None, burn_in, 2, 0, m)
+    key, score = torch.zeros(n, dtype=torch.int64), torch.zeros(n)
+    run.step(walk, key, score, None, False, False)
+    return len(run.SWEEP_KERNEL.compiled)
+
+
+settings.splits = lambda *sizes: 1
+binaries = [step(48, 64), step(48, 64), step(37, 33, seed=2**64 - 1, burn_in=1), step(1, 16), step(48, 64, offset=1)]
+names = run.SWEEP_KERNEL.names
+whole = len(launched)
+settings.splits = lambda *sizes: 2  # whose second launch is told of no chain ids here
+step(48, 300)
+step(48, 300)
+split = [each[0] for each in launched[whole:]]
+
+submodules = [f"{package.__name__}.{each.name}" for each in pkgutil.iter_modules(package.__path__)]
+members = [each for name in submodules for each in vars(importlib.import_module(name)).values()]
+kernels = {id(each): each for each in members if isinstance(each, launch.Kernel)}
+wide = torch.zeros(64)
+
+
+def variants(kernel, name):
+    "Values of an argument, the first of them its usual one."
+    if name in kernel.constants:
+        return [64, 1, True, False, "ieee"]
+    if name in kernel.strides:
+        return [128, 1, 2, 16, 17, 0, 2**31, 2**31 + 1]
+    if name in kernel.pointers:
+        given = [wide, wide[1:], wide[2:], wide[4:], wide.bfloat16(), wide.bfloat16()[8:], wide.long(), wide.long()[1:]]
+        return [*given, None]
+    return [48, 0, 1, 16, 17, 2**31, 2**40, 0.5]
+
+
+def differences(kernel, key):
+    "Arguments that Triton compiles for apart, though the key takes them for one: two names, or the same twice."
+    binder, found, seen = kernel.function.device_caches[0][-1], [], {}
+    usual = {name: variants(kernel, name)[0] for name in kernel.names}
+    for name in kernel.names:
+        for value in variants(kernel, name):
+            arguments = usual | {name: value}
+            specialized = tuple(binder(*arguments.values(), debug=True)[1])  # by which Triton looks binaries up
+            other = seen.setdefault(key(kernel, arguments), (name, specialized))
+            if other[1] != specialized:
+                found.append([other[0], name])
+    return found
+
+
+def coarser(part):
+    "A key without some of ours."
+    return lambda kernel, arguments: tuple(
+        each for place, each in enumerate(kernel.key(arguments, {"num_warps": 4})) if place != part
+    )
+
+
+fine = {each.function.__name__: differences(each, coarser(None)) for each in kernels.values()}
+sweep = run.SWEEP_KERNEL
+coarse = [len(differences(sweep, coarser(part))) for part in range(1, 1 + len(sweep.pointers) + len(sweep.strides))]
+said = {"binaries": binaries, "names": names, "launched": launched, "split": split, "fine": fine, "coarse": coarse}
+print(json.dumps(said))
+"""
+)
+
+
+def compiling(script):
+    """What a script prints in a process in which nothing is interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script, str(BENCH), str(BENCH.parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return compiling(STEPS)
+
+
+def test_a_launch_past_triton_says_what_one_through_it_does(seen):
+    through, past = seen["launched"][:2]
+    assert past == through
+    name, grid, stream, arguments = past
+    assert name == "sweep_kernel" and grid == [2, 1, 1] and stream == 77
+    assert len(arguments) == len(seen["names"])
+    said = dict(zip(seen["names"], arguments, strict=True))
+    assert (
+        said["n"] == 48
+        and said["m"] == 64
+        and said["stride_key"] == 32
+        and said["d_over_align"] * said["ALIGN_D"] == 32
+    )
+    assert said["samples_ptr"] == [[48, 2], "torch.int32"] and said["labels_ptr"] is None
+
+
+def test_a_binary_serves_all_sizes_and_numbers_but_not_other_alignments(seen):
+    assert seen["binaries"] == [1, 1, 1, 1, 2]
+    other = dict(zip(seen["names"], seen["launched"][2][3], strict=True))
+    assert (other["n"], other["m"], other["burn_in"], other["kept"]) == (37, 33, 1, 32)
+    assert (other["seed_low"], other["seed_high"], other["step"]) == (-1, -1, 3)
+
+
+def test_a_split_walk_is_launched_twice(seen):
+    """Through Triton, and past it."""
+    assert seen["split"] == ["sweep_kernel", "close_kernel"] * 2
+
+
+def test_the_launchers_key_is_as_fine_as_tritons(seen):
+    """Of no two sets of arguments that share a key would Triton have made two binaries; a coarser key is found out."""
+    assert len(seen["fine"]) >= 12
+    assert {name: found for name, found in seen["fine"].items() if found} == {}
+    assert all(found > 0 for found in seen["coarse"])
+
+
+FAMILIES = (
+    DRIVER
+    + """
+import sys
+sys.path[:0] = sys.argv[1:]
+empty, new_empty, empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
+torch.empty = lambda *shape, **options: empty(*shape, **options).zero_()  # no kernel fills it, and no index is rubbish
+torch.Tensor.new_empty = lambda self, *shape, **options: new_empty(self, *shape, **options).zero_()
+torch.empty_like = lambda like, **options: empty_like(like, **options).zero_()
+
+import importlib
+import pkgutil
+import gpu_smoke
+import gpu_trial
+from emc2_kernels.backends import gpu
+from emc2_kernels.backends import triton as package
+from emc2_kernels.backends.triton import launch, settings
+
+gpu.interpreting = lambda: True  # for tensors on the CPU, though nothing is interpreted
+settings.device = lambda index: (9, 132)
+calls = {"through": {}, "past": {}}
+
+
+class Compiled:
+    "In the place of a binary."
+
+    def __init__(self, function):
+        self.function, self.way = function, "past"
+
+    def __getitem__(self, grid):
+        def call(*values, **options):
+            self.function.device_caches[0][-1](*values, **options)  # Triton looks at each
+            counts = calls["through" if options else "past"]
+            counts[self.function.__name__] = counts.get(self.function.__name__, 0) + 1
+            return self
+
+        return call
+
+
+submodules = [f"{package.__name__}.{each.name}" for each in pkgutil.iter_modules(package.__path__)]
+members = [each for name in submodules for each in vars(importlib.import_module(name)).values()]
+kernels = {id(each): each for each in members if isinstance(each, launch.Kernel)}
+for kernel in kernels.values():
+    kernel.function = Compiled(kernel.function)
+
+
+class AsOnAGpu(gpu_trial.Context):
+    def sized(self, real, toy):
+        return toy
+
+
+context = AsOnAGpu(torch.device("cpu"), "triton", "reference")
+for name, family in gpu_smoke.FAMILIES.items():
+    if family.kind == "triton" and name != "log2" and "graph" not in name:
+        for trial in family.trials(context, "triton"):
+            trial.call()
+            trial.call()
+print(json.dumps(calls))
+"""
+)
+
+
+def test_every_family_of_kernels_is_launched_as_on_a_gpu():
+    """All that the host does, twice: through Triton, whose compiler is left out, and past it."""
+    calls = compiling(FAMILIES)
+    assert calls["through"].keys() == calls["past"].keys()
+    families = {"sweep_kernel", "close_kernel", "gathered_kernel", "gumbel_kernel", "lse_kernel", "lse_gradient_kernel"}
+    losses = {"prepare_kernel", "negatives_kernel", "remember_kernel", "gradient_kernel"}
+    assert families | losses <= calls["past"].keys()

@@ -1,0 +1,53 @@
+"""What a step over ranks sends and keeps, against the formulas of bench/scaling.py."""
+
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import rank_traffic
+import ranks
+from rank_traffic import DIM, MANY, B
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))  # scripts, not a package
+
+import scaling
+
+SIZES = pytest.mark.parametrize("size", ranks.SIZES)
+CASES = pytest.mark.parametrize("case", rank_traffic.CASES)
+
+
+@SIZES
+@CASES
+def test_bytes_of_a_step(over_ranks, size, case):
+    expected = scaling.sent(*case.split(), scaling.Batch(B, DIM, size))
+    assert over_ranks(size, f"traffic: {case}") == [list(expected)] * size
+
+
+@SIZES
+@pytest.mark.parametrize("gather", ["all", "ring"])
+def test_bytes_of_a_step_with_sharded_chains(over_ranks, size, gather):
+    """Items are drawn: how many of them are others' is near its mean only."""
+    batch = scaling.Batch(MANY, DIM, size)
+    expected = scaling.sent("emc2", gather, batch, sharded=True, carried=0)
+    forward, backward = zip(*over_ranks(size, f"traffic: sharded {gather}"), strict=True)
+    assert backward == (expected.backward,) * size
+    exchanged = expected.forward - scaling.exchanged(batch, carried=0, kept=2)
+    assert fmean(forward) - exchanged == pytest.approx(expected.forward - exchanged, rel=0.03)
+
+
+@SIZES
+@CASES
+def test_a_ring_makes_no_tensor_that_grows_with_the_ranks(over_ranks, size, case):
+    own = 2 * B * DIM
+    for largest in over_ranks(size, f"largest: {case}"):
+        if case.endswith("ring"):
+            assert largest == own
+        else:  # of CLIP's two log-sum-exps each gathers one tower
+            assert largest == max(own, size * own // (2 if case == "clip all" else 1))
+
+
+@SIZES
+def test_a_ring_rounds_half_precision_no_more_than_gathering_does(over_ranks, size):
+    for ring, gathered in over_ranks(size, "half precision"):
+        assert ring <= 1.02 * gathered <= 1e-2

@@ -1,0 +1,334 @@
+"""contrastive_lse on every backend against plain formulas in float64, under torch's machinery, and its memory."""
+
+import sys
+
+import pytest
+import torch
+from helpers import COMPILED, RUNNABLE, int64, named_error, normal, peak_megabytes, relative_rms, table, with_rows
+
+from emc2_kernels import contrastive_lse
+from emc2_kernels.backends import TABLE, gpu, resolve
+from emc2_kernels.backends.cpu import build as native
+from emc2_kernels.backends.cpu import lse as cpu_lse
+from emc2_kernels.backends.cpu import tiles
+from emc2_kernels.lse import mean_similarity
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # of the relative RMS
+INF, NAN = torch.inf, torch.nan
+# On and beside the edges of the kernels' tiles: 16 rows (made small below), 128 keys, 16 to 32 dimensions.
+SIZES = [(1, 1, 1), (5, 3, 2), (16, 128, 32), (17, 129, 33), (3, 130, 70)]
+
+
+@pytest.fixture(autouse=True)
+def small_poisoned_kernels(monkeypatch):
+    """Small blocks, since the interpreter's time goes by them; what kernels must fill comes with rubbish in it."""
+    tiles.tile_buffer(1 << 19).fill_(NAN)
+    if not gpu.interpreting():
+        return
+    from emc2_kernels.backends.triton import tuning
+
+    monkeypatch.setattr(tuning, "lse", lambda *key: tuning.Lse(16, 16, 4, 1, "for tests"))
+    monkeypatch.setattr(tuning, "lse_gradient", lambda *key: tuning.LseGradient(16, 16, 32, 4, 1, "for tests"))
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*sizes, **options):
+        tensor = new_empty(*sizes, **options)
+        return tensor.fill_(NAN if tensor.is_floating_point() else -77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def unit(seed, n, d, dtype=torch.float32):
+    return torch.nn.functional.normalize(normal(seed, n, d), dim=1).to(dtype)
+
+
+def formula(queries, keys, temperature, query_ids=None, key_ids=None):
+    scores = queries @ keys.T / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
+    if query_ids is not None:
+        scores = scores.masked_fill(query_ids[:, None] == key_ids, -INF)
+    return torch.logsumexp(scores, 1)
+
+
+def value_and_gradients(function, queries, keys, temperature, weights, **options):
+    """The values, and gradients of a weighted sum of them; ``keys`` None: the queries themselves."""
+    leaves = [queries.detach().clone(), None if keys is None else keys.detach().clone(), temperature]
+    leaves = [leaf.requires_grad_() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    given_keys = leaves[0] if keys is None else leaves[1]
+    lse = function(leaves[0], given_keys, temperature=leaves[2], **options)
+    started = lse > -INF
+    (lse[started] * weights[started]).sum().backward()
+    return [lse.detach(), *(leaf.grad for leaf in leaves if isinstance(leaf, torch.Tensor))]
+
+
+def assert_equals_formula(backend, queries, keys, temperature, **ids):
+    weights = torch.linspace(-1, 2, len(queries))
+    actual = value_and_gradients(contrastive_lse, queries, keys, temperature, weights, **ids, backend=backend)
+    wide = [x.double().detach() if isinstance(x, torch.Tensor) else x for x in (queries, keys, temperature)]
+    expected = value_and_gradients(formula, *wide, weights.double(), **ids)
+    assert actual[0].dtype == torch.float32
+    assert torch.equal(actual[0].isfinite(), expected[0].isfinite())
+    finite = expected[0].isfinite()
+    pairs = [(actual[0][finite], expected[0][finite]), *zip(actual[1:], expected[1:], strict=True)]
+    for (result, exact), tolerance in zip(pairs, [1e-5] + [TOLERANCE[queries.dtype]] * 3, strict=False):
+        assert relative_rms(result, exact) <= tolerance or torch.equal(result.double(), exact)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("n", "m", "d"), SIZES)
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_values_and_gradients(backend, n, m, d, dtype):
+    ids = {"query_ids": torch.arange(n) % 7, "key_ids": torch.arange(m) % 5 + 2}
+    temperature = torch.linspace(0.05, 0.5, n) if n % 2 else 0.1
+    assert_equals_formula(backend, unit(0, n, d, dtype), unit(1, m, d, dtype), temperature, **ids)
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["", "temperatures"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_queries_that_are_the_keys(backend, dtype, per_row):
+    ids = torch.arange(150) % 75
+    temperature = torch.linspace(0.05, 0.5, 150) if per_row else 0.1
+    assert_equals_formula(backend, unit(0, 150, 7, dtype), None, temperature, query_ids=ids, key_ids=ids)
+    assert_equals_formula(backend, unit(0, 37, 5, dtype), None, 0.2)
+
+
+@pytest.mark.skipif(not gpu.interpreting(), reason="with a GPU, tests/gpu runs the kernels on it")
+def test_keys_split_over_programs(monkeypatch):
+    from emc2_kernels.backends.triton import tuning
+
+    monkeypatch.setattr(tuning, "splits", lambda *sizes: 3)
+    ids = {"query_ids": torch.arange(17), "key_ids": torch.arange(130) % 20}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_equals_formula("triton", unit(0, 17, 20, dtype), unit(1, 130, 20, dtype), torch.full((17,), 0.1), **ids)
+
+
+TILED = {
+    "no ids": lambda n, m: {},
+    "few, the first": lambda n, m: {"query_ids": torch.arange(n), "key_ids": torch.arange(m) // 3},
+    "few, the last": lambda n, m: {"query_ids": torch.arange(n), "key_ids": (m - 1 - torch.arange(m)) // 3},
+    "a third": lambda n, m: {"query_ids": torch.arange(n) % 3, "key_ids": torch.arange(m) % 4},
+    "all but one": lambda n, m: {"query_ids": torch.ones(n).long(), "key_ids": with_rows(torch.ones(m).long(), 7, 2)},
+}
+
+
+@pytest.mark.parametrize("ids", TILED.values(), ids=TILED)
+@pytest.mark.parametrize(("n", "m"), [(300, 700), (1100, 500), (130, 9001)])
+def test_tiles_of_the_cpu(n, m, ids):
+    """Several row blocks, key tiles and a last one that is narrower; exclusions by list and by comparison."""
+    for keys in (unit(1, m, 9), unit(1, m, 9, torch.bfloat16)):
+        assert_equals_formula("cpu", unit(0, n, 9, keys.dtype), keys, 0.07, **ids(n, m))
+
+
+def test_small_and_tiled_cpu_paths_meet(monkeypatch):
+    queries, keys, ids = unit(0, 100, 8), unit(1, 90, 8), {"query_ids": torch.arange(100), "key_ids": torch.arange(90)}
+    for small in (0, 1 << 14):
+        monkeypatch.setattr(cpu_lse, "SMALL", small)
+        assert_equals_formula("cpu", queries, keys, 0.1, **ids)
+
+
+@pytest.mark.parametrize("ids", [False, True], ids=["", "ids"])
+@pytest.mark.parametrize("temperature", [0.3, torch.tensor(0.3), torch.linspace(0.2, 1, 6)], ids=["", "0-d", "rows"])
+def test_gradcheck(temperature, ids):
+    queries, keys = normal(0, 6, 3, dtype=torch.float64), normal(1, 5, 3, dtype=torch.float64)
+    inputs = [queries.requires_grad_(), keys.requires_grad_()]
+    if isinstance(temperature, torch.Tensor):
+        inputs.append(temperature.double().requires_grad_())
+    names = {"query_ids": torch.arange(6) % 4, "key_ids": torch.arange(5) % 3} if ids else {}
+
+    def call(queries, keys, t=temperature):
+        return contrastive_lse(queries, keys, temperature=t, **names)
+
+    assert torch.autograd.gradcheck(call, inputs)
+    if ids:
+        names["key_ids"] = names["query_ids"]
+    assert torch.autograd.gradcheck(lambda q, *t: call(q, q, *t), [inputs[0], *inputs[2:]])
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+class TestDegenerate:
+    def test_rows_apart(self, backend):
+        queries, keys = unit(0, 10, 24)[:, 3:11], unit(1, 40, 8)[::3]
+        assert_equals_formula(backend, queries, keys, 0.1)
+        assert_equals_formula(backend, unit(0, 1, 8).expand(5, 8), keys, 0.1)
+
+    @pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 0), (0, 0)])
+    def test_nothing(self, backend, n, m):
+        for temperature in (0.1, torch.full((n,), 0.1)):
+            results = value_and_gradients(
+                contrastive_lse, unit(0, n, 3), unit(1, m, 3), temperature, torch.ones(n), backend=backend
+            )
+            assert torch.equal(results[0], torch.full((n,), -INF))
+            assert not any(gradient.any() for gradient in results[1:])
+
+    @pytest.mark.parametrize("size", [5, 200])
+    def test_rows_without_keys(self, backend, size):
+        queries, keys = unit(0, size, 4).requires_grad_(), unit(1, size, 4).requires_grad_()
+        temperature = torch.full((size,), 0.1, requires_grad=True)
+        ids = {"query_ids": torch.zeros(size).long(), "key_ids": torch.zeros(size).long()}
+        ids["query_ids"][2] = 1
+        lse = contrastive_lse(queries, keys, temperature=temperature, **ids, backend=backend)
+        lse.backward(torch.ones(size))
+        others = torch.arange(size) != 2
+        assert lse[2].isfinite() and (lse[others] == -INF).all()
+        for gradient in (queries.grad, temperature.grad):
+            assert gradient[2].all() and not gradient[others].any()
+        assert keys.grad.isfinite().all() and keys.grad.any()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    def test_temperature_001_is_finite(self, backend, dtype):
+        assert_equals_formula(backend, unit(0, 20, 16, dtype), unit(0, 20, 16, dtype), 0.01)
+
+    @pytest.mark.parametrize("size", [6, 150])
+    @pytest.mark.parametrize("bad", [INF, -INF, NAN])
+    def test_scores_that_are_not_finite_are_left_out(self, backend, bad, size):
+        """Bad keys and queries change nothing for the others, whose values and gradients are those without them."""
+        queries, keys = unit(0, size, 5), unit(1, size, 5)
+        leaves = [with_rows(queries, (2, 1), bad).requires_grad_(), with_rows(keys, (3, 0), bad).requires_grad_()]
+        leaves.append(torch.full((size,), 0.2, requires_grad=True))
+        lse = contrastive_lse(leaves[0], leaves[1], temperature=leaves[2], backend=backend)
+        lse.backward(torch.ones(size))
+        rows, columns = torch.arange(size) != 2, torch.arange(size) != 3
+        ones = torch.ones(size - 1).double()
+        expected = value_and_gradients(
+            formula, queries[rows].double(), keys[columns].double(), 0.2 * ones, torch.ones(size - 1).double()
+        )
+        assert lse[2] == -INF and not leaves[0].grad[2].any() and not leaves[1].grad[3].any()
+        actual = [lse[rows], leaves[0].grad[rows], leaves[1].grad[columns], leaves[2].grad[rows]]
+        for result, exact in zip(actual, expected, strict=True):
+            assert relative_rms(result, exact) <= 1e-5
+
+    def test_products_that_overflow_are_left_out(self, backend):
+        queries, keys = torch.full((2, 2), 1e20, requires_grad=True), torch.tensor([[1e20, 1e20], [1e-20, 0]])
+        lse = contrastive_lse(queries, keys, temperature=1.0, backend=backend)
+        lse.sum().backward()
+        torch.testing.assert_close(lse, torch.ones(2))
+        torch.testing.assert_close(queries.grad, keys[1].expand(2, 2))
+
+    def test_mean_similarity(self, backend):
+        queries, keys, ids = unit(0, 12, 6), unit(1, 9, 6), {"query_ids": torch.arange(12), "key_ids": torch.arange(9)}
+        ids["key_ids"][:] = 4
+        options = {"temperature": 0.2, **ids, "backend": backend}
+        lse = contrastive_lse(queries, keys, **options)
+        scores = queries @ keys.T
+        expected = ((scores / 0.2).softmax(1) * scores).sum(1) * (torch.arange(12) != 4)
+        torch.testing.assert_close(mean_similarity(lse, queries, keys, **options), expected)
+
+    def test_key_ids_alone_exclude_nothing(self, backend):
+        queries, keys = unit(0, 4, 3), unit(1, 5, 3)
+        alone = contrastive_lse(queries, keys, temperature=0.1, key_ids=torch.arange(5), backend=backend)
+        torch.testing.assert_close(alone, formula(queries, keys, 0.1))
+
+
+def options_of(n, m, all_given):
+    ids = {"query_ids": torch.arange(n) % 3, "key_ids": torch.arange(m) % 4}
+    return {"temperature": torch.full((n,), 0.2), **ids} if all_given else {"temperature": 0.2}
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_compiled_equals_eager(backend):
+    def loss(queries, keys):
+        both = contrastive_lse(queries, keys, **options_of(6, 5, True), backend=backend)
+        return both.sum() + contrastive_lse(queries, queries, temperature=0.2, backend=backend).sum()
+
+    torch.compiler.reset()
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [unit(0, 6, 4).requires_grad_(), unit(1, 5, 4).requires_grad_()]
+        value = call(*leaves)
+        value.backward()
+        results.append([value.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("size", [6, 200])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_autocast_and_inference_mode_change_nothing(backend, size):
+    weights, options = torch.ones(size), options_of(size, size, True) | {"backend": backend}
+    operands = unit(0, size, 4), unit(1, size, 4)
+    temperature = options.pop("temperature")
+    expected = value_and_gradients(contrastive_lse, *operands, temperature.clone(), weights, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = value_and_gradients(contrastive_lse, *operands, temperature.clone(), weights, **options)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    with torch.inference_mode():
+        inferred = contrastive_lse(*operands, temperature=temperature, **options)
+    torch.testing.assert_close(inferred.clone(), expected[0], rtol=0, atol=0)
+    assert contrastive_lse(*operands, temperature=temperature, **options).isfinite().all()  # the buffer still serves
+
+
+def test_a_second_derivative_is_an_error():
+    queries = unit(0, 4, 3).requires_grad_()
+    lse = contrastive_lse(queries, unit(1, 5, 3), temperature=0.2)
+    (gradient,) = torch.autograd.grad(lse.sum(), queries, create_graph=True)
+    with pytest.raises(NotImplementedError, match="contrastive_lse has no second derivative"):
+        (lse.sum() + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_inputs_are_left_alone(backend):
+    queries, keys, grad = unit(0, 150, 4), unit(1, 150, 4), torch.ones(150)
+    before = queries.clone(), keys.clone()
+    leaf = queries.requires_grad_()
+    contrastive_lse(leaf, keys, temperature=0.1, backend=backend).backward(grad)
+    assert torch.equal(queries, before[0]) and torch.equal(keys, before[1]) and (grad == 1).all()
+
+
+def test_the_cpu_needs_no_compiler(monkeypatch):
+    package = sys.modules["emc2_kernels.backends"]
+    no_compiler = TABLE["cpu"]._replace(why_unavailable=lambda: "no C++ compiler")
+    monkeypatch.setitem(TABLE, "cpu", no_compiler)
+    monkeypatch.setattr(native, "library", lambda: pytest.fail("was asked for the compiled core"))
+    for cached in (package._able, package._named):
+        cached.cache_clear()
+    try:
+        for name in ("auto", "cpu"):
+            assert resolve(name, torch.ones(1), op="lse") is cpu_lse
+        with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+            resolve("cpu", torch.ones(1))
+    finally:
+        for cached in (package._able, package._named):
+            cached.cache_clear()
+
+
+ERRORS = {
+    "queries are a list": ({"queries": [[1.0]]}, TypeError, "queries"),
+    "queries are one vector": ({"queries": torch.ones(3)}, ValueError, "queries"),
+    "queries are integers": ({"queries": torch.ones(4, 3).long()}, TypeError, "queries"),
+    "queries are transposed": ({"queries": torch.ones(3, 4).T}, ValueError, "queries"),
+    "keys are narrower": ({"keys": torch.ones(5, 2)}, ValueError, "keys"),
+    "keys have another dtype": ({"keys": torch.ones(5, 3).half()}, TypeError, "keys"),
+    "keys are elsewhere": ({"keys": torch.ones(5, 3, device="meta")}, ValueError, "keys"),
+    "temperature is 0": ({"temperature": 0.0}, ValueError, "temperature"),
+    "temperature is NaN": ({"temperature": torch.tensor(NAN)}, ValueError, "temperature"),
+    "a temperature is negative": ({"temperature": torch.tensor([1.0, 1, 1, -1])}, ValueError, "temperature"),
+    "temperatures are too few": ({"temperature": torch.ones(3)}, ValueError, "temperature"),
+    "query_ids alone": ({"query_ids": int64(0, 1, 2, 3)}, ValueError, "query_ids"),
+    "key_ids are too many": ({"key_ids": torch.arange(6)}, ValueError, "key_ids"),
+    "key_ids are int32": ({"key_ids": torch.arange(5).int()}, TypeError, "key_ids"),
+    "backend is unknown": ({"backend": "fpga"}, ValueError, "backend"),
+    "backend has no such operation": ({"backend": "cuda"}, ValueError, "backend"),
+    "backend takes no float64": (
+        {"queries": torch.ones(4, 3).double(), "keys": torch.ones(5, 3).double(), "backend": "cpu"},
+        ValueError,
+        "backend",
+    ),
+}
+
+
+@table(ERRORS)
+def test_bad_input_is_named(change, exception, regex):
+    with named_error(exception, regex):
+        contrastive_lse(**({"queries": torch.ones(4, 3), "keys": torch.ones(5, 3), "temperature": 0.1} | change))
+
+
+RUNS = {
+    "keys": "contrastive_lse(torch.rand(n, 8).requires_grad_(), torch.rand(n, 8), temperature=0.1).sum().backward()",
+    "NT-Xent": "z = torch.rand(n // 2, 8).requires_grad_(); NTXentLoss()(z, z * 2, return_stats=True)[0].backward()",
+    "CLIP, one item": "z = torch.rand(n, 8).requires_grad_(); ClipLoss()(z, z * 2, torch.ones(n).long()).backward()",
+}
+
+
+@pytest.mark.parametrize("statement", RUNS.values(), ids=RUNS)
+def test_no_array_of_all_scores_is_kept(statement):
+    """8,192 x 8,192 scores would be 268 MB."""
+    assert peak_megabytes(statement, 256, 8192) < 25

@@ -1,0 +1,121 @@
+"""What several test files share: seeded inputs, and module states compared bit by bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from emc2_kernels import backends
+from emc2_kernels.backends import TABLE
+
+
+def _takes_cpu_tensors(name):
+    backend = TABLE[name]
+    return backend.devices is None or "cpu" in (*backend.devices, *backend.also())
+
+
+# Backends for CPU tensors here: Triton's interpreter among them where there is no GPU. COMPILED: without it, since it
+# is slow, and serves one thread only.
+RUNNABLE = [name for name, status in backends().items() if status == "available" and _takes_cpu_tensors(name)]
+COMPILED = [name for name in RUNNABLE if name != "triton"]
+
+
+def normal(seed, *shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def snapshot(module):
+    """A copy of all that a module keeps, as one process would have it: a collective where it lies over ranks."""
+    return {name: _whole(table).clone() for name, table in module.state_dict().items()}
+
+
+def _whole(table):
+    """A sharded store's has a dimension of views, a parameter of FSDP2's has one dimension."""
+    if not hasattr(table, "full_tensor"):
+        return table
+    whole = table.full_tensor()
+    return whole.flatten(0, 1) if whole.dim() > 1 else whole
+
+
+def assert_identical(actual, expected):
+    """Equal structure, dtypes and bits; NaN equals NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_unchanged(module, before):
+    assert_identical(snapshot(module), before)
+
+
+def differences(a, b, path="state"):
+    """Where two nested states differ, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        alike = a.dtype == b.dtype and a.shape == b.shape
+        bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]
+        return [] if alike and torch.equal(*bits) else [path]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [path]
+        return [found for name in a for found in differences(a[name], b[name], f"{path}.{name}")]
+    if isinstance(a, list):
+        if len(a) != len(b):
+            return [path]
+        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{path}[{i}]")]
+    return [] if a == b else [path]
+
+
+def relative_rms(actual, expected):
+    """Root mean square of the error over that of the expected values, in float64."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+def int64(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def table(cases):
+    """Parametrises (change, exception, regex)."""
+    return pytest.mark.parametrize(("change", "exception", "regex"), cases.values(), ids=cases)
+
+
+def named_error(exception, regex):
+    """An error that starts with the argument's name and says what came."""
+    return pytest.raises(exception, match=rf"(?s)^(?=.*\bgot\b){regex}")
+
+
+def with_rows(tensor, row, value):
+    changed = tensor.clone()
+    changed[row] = value
+    return changed
+
+
+def poisoned(tensor):
+    """What a kernel has to overwrite."""
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
+
+
+def peak_megabytes(statement, small, large):
+    """Growth of a fresh process's peak memory over a statement with n = large, after the same with n = small."""
+    bench = Path(__file__).resolve().parents[2] / "bench"
+    lines = "\n".join(f"    {line}" for line in statement.strip().splitlines())
+    code = f"""
+import sys
+sys.path.insert(0, {str(bench)!r})
+import memory, torch
+from emc2_kernels import contrastive_lse
+from emc2_kernels.losses import ClipLoss, NTXentLoss
+def run(n):
+{lines}
+run({small})
+torch.ones(1024, 1024) @ torch.ones(1024, 1024)
+print(memory.peak_growth(lambda: run({large}), torch.device("cpu")))
+"""
+    # Blocks from 64 KiB up go back to the system when freed, else what a smaller run has freed would serve uncounted.
+    settings = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout) / 1e6
