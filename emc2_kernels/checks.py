@@ -207,17 +207,17 @@ def temperature(value: Any, rows: int, device: torch.device, least: float = MIN_
         raise ValueError(f"temperature must be {_range(least)}, got {shown(value)}")
 
 
-def number_or_rows(value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+def one_or_rows(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A checked temperature as the operators take it: a number, or one value for each row of ``like``, differentiable;
     float32, float64 where ``like`` is."""
     if not isinstance(value, Tensor):
-        return float(value), None
+        return float(value)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return 1.0, value.to(dtype).expand(like.shape[0])
+    return value.to(dtype).expand(like.shape[0])
 
 
 def row_temperatures(value: float | Tensor, like: Tensor) -> None:
-    """What ``number_or_rows`` has made, as it comes to an operator; not its values."""
+    """What ``one_or_rows`` has made, as it comes to an operator; not its values."""
     if isinstance(value, Tensor):
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         vector("temperature", value, like.shape[0], dtype, like.device)

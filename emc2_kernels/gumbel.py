@@ -6,19 +6,12 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, rng
-from .backends import NAMES, resolve
-from .backends.params import ScoreParams
+from .backends import NAMES
+from .backends.params import DrawParams, ScoreParams
 from .backends.reference.lse import masked_scores
-from .ops import LIBRARY
+from .dispatch import detached
 
-MAX_SAMPLES = 1 << 16  # the sample's number has 16 bits of the random counter
 MAX_CATEGORIES = 1 << 24  # of torch.multinomial
-
-LIBRARY.define(
-    "gumbel_sample(Tensor queries, Tensor keys, float temperature, Tensor? temperatures, SymInt seed, "
-    "Tensor? seed_tensor, SymInt step, Tensor? step_tensor, Tensor? chain_ids, Tensor? query_ids, Tensor? key_ids, "
-    "SymInt num_samples, str backend) -> Tensor"
-)
 
 
 def gumbel_sample(
@@ -66,20 +59,11 @@ def gumbel_sample(
     checks.temperature(temperature, n, device)
     seed, step = checks.counter("seed", seed, 64, device), checks.counter("step", step, 32, device)
     chain_ids = checks.chain_ids(queries, keys, chain_ids, query_ids, key_ids)
-    num_samples = _check_num_samples(num_samples)
-    number, temperatures = checks.number_or_rows(temperature, queries)
-    return _gumbel_sample(
-        ops.detached(queries),
-        ops.detached(keys),
-        number,
-        ops.detached(temperatures),
-        *ops.integer_or_tensor(seed),
-        *ops.integer_or_tensor(step),
-        chain_ids,
-        query_ids,
-        key_ids,
-        num_samples,
-        backend,
+    draw = DrawParams(chain_ids, seed, step, checks.integer("num_samples", num_samples))
+    draw.check_num_samples()
+    temperature = detached(checks.one_or_rows(temperature, queries))
+    return ops.gumbel_sample(
+        ScoreParams(detached(queries), detached(keys), temperature, query_ids, key_ids), draw, backend
     )
 
 
@@ -117,7 +101,7 @@ def softmax_sample(
     checks.temperature(temperature, n, device)
     seed, step = checks.counter("seed", seed, 64, device), checks.counter("step", step, 32, device)
     checks.ids(queries, keys, query_ids, key_ids)
-    num_samples = _check_num_samples(num_samples)
+    DrawParams(None, seed, step, num_samples).check_num_samples()
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {checks.describe(generator)}")
     if m > MAX_CATEGORIES:
@@ -126,11 +110,9 @@ def softmax_sample(
         return torch.full((n, num_samples), -1, dtype=torch.int64, device=device)
     if generator is None:
         generator = torch.Generator(device).manual_seed(_generator_seed(seed, step))
-    number, temperatures = checks.number_or_rows(temperature, queries)
+    temperature = checks.one_or_rows(temperature, queries)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        scores = masked_scores(
-            ScoreParams(queries, keys, number if temperatures is None else temperatures, query_ids, key_ids)
-        )
+        scores = masked_scores(ScoreParams(queries, keys, temperature, query_ids, key_ids))
         drawable = (scores > -torch.inf).any(1, keepdim=True)
         probabilities = torch.softmax(torch.where(drawable, scores, 0), 1)  # multinomial refuses a row of zeros
         return torch.where(drawable, torch.multinomial(probabilities, num_samples, True, generator=generator), -1)
@@ -141,39 +123,3 @@ def _generator_seed(seed: int | Tensor, step: int | Tensor) -> int:
     seed, step = (int(value) for value in (seed, step))
     low, high = rng.words(zero, zero, stream=rng.POSITION, seed=seed, step=step)[0, :2].tolist()
     return high << 32 | low
-
-
-def _check_num_samples(num_samples: int) -> int:
-    number = checks.at_least("num_samples", num_samples, 1)
-    if number >= MAX_SAMPLES:
-        raise ValueError(f"num_samples must be below 2^16, got {number}")
-    return number
-
-
-def _sample(*arguments):
-    queries, keys, temperature, temperatures, seed, seed_tensor, step, step_tensor = arguments[:8]
-    chain_ids, query_ids, key_ids, num_samples, backend = arguments[8:]
-    scores = ScoreParams(queries, keys, temperature if temperatures is None else temperatures, query_ids, key_ids)
-    return resolve(backend, queries, op="gumbel").gumbel_sample(
-        scores,
-        chain_ids,
-        seed if seed_tensor is None else seed_tensor,
-        step if step_tensor is None else step_tensor,
-        num_samples,
-    )
-
-
-def _check(queries, keys, temperature, temperatures, *arguments):
-    chain_ids, query_ids, key_ids, num_samples, _ = arguments[4:]
-    checks.operands(queries, keys)
-    checks.row_temperatures(temperature if temperatures is None else temperatures, queries)
-    checks.chain_ids(queries, keys, chain_ids, query_ids, key_ids)
-    _check_num_samples(num_samples)
-
-
-_gumbel_sample = ops.registered("gumbel_sample", _sample, _check)
-
-
-@torch.library.register_fake("emc2_kernels::gumbel_sample", lib=LIBRARY)
-def _sample_fake(queries, *arguments):
-    return queries.new_empty(queries.shape[0], arguments[-2], dtype=torch.int64)

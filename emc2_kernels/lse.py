@@ -6,18 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import checks
+from . import checks, ops
 from .autograd import functorch_active, no_double_backward
-from .backends import NAMES, resolve
+from .backends import NAMES
 from .backends.params import ScoreParams
-from .ops import LIBRARY, nothing_to_dispatch, registered
+from .dispatch import LIBRARY, nothing_to_dispatch
 
-_SCORES = "Tensor queries, Tensor? keys, float temperature, Tensor? temperatures, Tensor? query_ids, Tensor? key_ids"
-LIBRARY.define(f"contrastive_lse({_SCORES}, str backend) -> Tensor")
-LIBRARY.define(
-    f"contrastive_lse_backward({_SCORES}, Tensor grad, Tensor lse, str backend)"
-    " -> (Tensor queries, Tensor keys, Tensor temperatures)"
-)
+NO_SECOND_DERIVATIVE = "contrastive_lse has no second derivative"
 
 
 def contrastive_lse(
@@ -51,134 +46,89 @@ def contrastive_lse(
     """
     checks.operands(queries, keys)
     checks.one_of("backend", backend, NAMES)
-    n = queries.shape[0]
-    checks.temperature(temperature, n, queries.device)
+    checks.temperature(temperature, queries.shape[0], queries.device)
     checks.ids(queries, keys, query_ids, key_ids)
-    number, temperatures = checks.number_or_rows(temperature, queries)
-    if keys is queries and query_ids is key_ids:  # one gradient instead of two, and scores that are symmetric
-        keys = None
-    arguments = queries, keys, number, temperatures, query_ids, key_ids, backend
-    if nothing_to_dispatch(arguments):
-        call = _Eager.apply
-    elif functorch_active():
-        call = _Transformed.apply
-    else:
-        call = torch.ops.emc2_kernels.contrastive_lse.default
-    return call(*arguments)
+    temperature = checks.one_or_rows(temperature, queries)
+    # One operand with one set of ids: one gradient instead of two, and scores that are symmetric.
+    symmetric = keys is queries and query_ids is key_ids
+    return differentiable_lse(ScoreParams(queries, keys, temperature, query_ids, key_ids, symmetric), backend)
 
 
-def mean_similarity(
-    lse: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    *,
-    temperature: float | Tensor,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """(n,) mean of <q_i, k_j> under the softmax that ``contrastive_lse`` has summed, detached; 0 for a row of no keys.
+def differentiable_lse(scores: ScoreParams, backend: str) -> Tensor:
+    """``contrastive_lse`` of arguments that have been checked."""
+    if nothing_to_dispatch(scores):
+        return _Eager.apply(*scores, backend)
+    if functorch_active():
+        return _Transformed.apply(*scores, backend)
+    return ops.contrastive_lse.overload(*ops.contrastive_lse.flatten((scores, backend)))
+
+
+@torch.no_grad()
+def mean_similarity(lse: Tensor, scores: ScoreParams, backend: str) -> Tensor:
+    """(n,) mean of <q_i, k_j> under the softmax that ``contrastive_lse`` has summed to ``lse``, detached; 0 for a row
+    of no keys. Arguments have been checked.
 
     It is -temperature^2 times the derivative of ``lse`` in the temperature, and is made like one.
     """
-    with torch.no_grad():
-        like = temperature if isinstance(temperature, Tensor) else lse.new_full((), temperature)
-        number, temperatures = checks.number_or_rows(like.detach(), queries)
-        operands = queries.detach(), None if keys is queries and query_ids is key_ids else keys.detach()
-        ones, lse = torch.ones_like(lse), lse.detach()
-        gradients = lse_gradients(*operands, number, temperatures, query_ids, key_ids, ones, lse, backend)
-        return -temperatures * (temperatures * gradients[2])  # the square alone could overflow
-
-
-def _scores(queries, keys, temperature, temperatures, query_ids, key_ids) -> ScoreParams:
-    """Of an operator's arguments. Without keys the queries are the keys, with their ids."""
-    temperature = temperature if temperatures is None else temperatures
-    if keys is None:
-        return ScoreParams.among(queries, temperature, query_ids)
-    return ScoreParams(queries, keys, temperature, query_ids, key_ids)
-
-
-def _forward(*arguments):
-    *scores, backend = arguments
-    return resolve(backend, scores[0], op="lse").contrastive_lse(_scores(*scores))
-
-
-def _backward(*arguments):
-    *scores, grad, lse, backend = arguments
-    return resolve(backend, scores[0], op="lse").contrastive_lse_backward(grad, lse, _scores(*scores))
-
-
-def _check(queries, keys, temperature, temperatures, query_ids, key_ids, *_):
-    keys, key_ids = (queries, query_ids) if keys is None else (keys, key_ids)
-    checks.operands(queries, keys)
-    checks.row_temperatures(temperature if temperatures is None else temperatures, queries)
-    if temperatures is not None:  # what a graph that was traced could not see
-        checks.temperature(temperatures, queries.shape[0], queries.device)
-    checks.ids(queries, keys, query_ids, key_ids)
-
-
-# For calls that torch need not differentiate: the operators' arguments, checked already.
-lse_values = registered("contrastive_lse", _forward, _check, differentiable=True)
-lse_gradients = registered("contrastive_lse_backward", _backward, _check)
-
-
-def _score_dtype(queries: Tensor) -> torch.dtype:
-    return torch.float64 if queries.dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("emc2_kernels::contrastive_lse", lib=LIBRARY)
-def _forward_fake(queries, *_):
-    return queries.new_empty(queries.shape[0], dtype=_score_dtype(queries))
-
-
-@torch.library.register_fake("emc2_kernels::contrastive_lse_backward", lib=LIBRARY)
-def _backward_fake(queries, keys, temperature, temperatures, *_):
-    d_temperatures = queries.new_empty(0 if temperatures is None else queries.shape[0], dtype=_score_dtype(queries))
-    d_keys = queries.new_empty(0 if keys is None else keys.shape)
-    return queries.new_empty(queries.shape), d_keys, d_temperatures
+    temperature = scores.temperature
+    rows = temperature.detach() if isinstance(temperature, Tensor) else lse.new_full((), temperature).expand_as(lse)
+    scores = scores._replace(queries=scores.queries.detach(), keys=scores.keys.detach(), temperature=rows)
+    gradients = ops.contrastive_lse_backward(scores, torch.ones_like(lse), lse.detach(), backend)
+    return -rows * (rows * gradients[2])  # the square alone could overflow
 
 
 def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    queries, keys, ctx.temperature, temperatures, query_ids, key_ids, ctx.backend = inputs
-    ctx.save_for_backward(output, queries, keys, temperatures, query_ids, key_ids)
+    queries, keys, temperature, query_ids, key_ids, ctx.symmetric, ctx.backend = inputs
+    ctx.number = None if isinstance(temperature, Tensor) else temperature
+    rows = temperature if ctx.number is None else None
+    ctx.save_for_backward(output, queries, keys, rows, query_ids, key_ids)
 
 
-NO_SECOND_DERIVATIVE = "contrastive_lse has no second derivative"
-
-
-def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple:
+def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of queries, keys and temperature; then None for each of the other inputs."""
     lse, *operands = ctx.saved_tensors
-    queries, keys, temperatures, query_ids, key_ids = (x if x is None else x.detach() for x in operands)
-    sources = (grad, *operands[:3])
-    d_queries, d_keys, d_temperatures = lse_gradients(
-        queries, keys, ctx.temperature, temperatures, query_ids, key_ids, grad.detach(), lse.detach(), ctx.backend
-    )
-    d_queries, d_keys, d_temperatures = no_double_backward(
-        NO_SECOND_DERIVATIVE, d_queries, d_keys, d_temperatures, of=sources
-    )
-    d_keys, d_temperatures = None if keys is None else d_keys, None if temperatures is None else d_temperatures
-    return d_queries, d_keys, None, d_temperatures, None, None, None
-
-
-torch.library.register_autograd("emc2_kernels::contrastive_lse", _differentiate, setup_context=_keep, lib=LIBRARY)
+    queries, keys, rows, query_ids, key_ids = (x if x is None else x.detach() for x in operands)
+    temperature = rows if ctx.number is None else ctx.number
+    scores = ScoreParams(queries, keys, temperature, query_ids, key_ids, ctx.symmetric)
+    made = ops.contrastive_lse_backward(scores, grad.detach(), lse.detach(), ctx.backend)
+    d_queries, d_keys, d_rows = no_double_backward(NO_SECOND_DERIVATIVE, *made, of=(grad, *operands[:3]))
+    return d_queries, None if ctx.symmetric else d_keys, None if rows is None else d_rows, None, None, None, None
 
 
 class _Eager(torch.autograd.Function):
-    """The same, where the dispatcher has nothing to do."""
+    """Where the dispatcher has nothing to do."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: Tensor | float | str | None) -> Tensor:
-        output = _forward(*inputs)
+        output = ops.contrastive_lse.function(ScoreParams(*inputs[:-1]), inputs[-1])
         _keep(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_differentiate)
+    backward = staticmethod(_gradients)
 
 
 class _Transformed(torch.autograd.Function):
     """The same for torch.func's transforms, which refuse an operator's registered gradient as well as a Function with
     one method for both parts; of two methods, torch takes 10 us more for each call."""
 
-    forward = staticmethod(_forward)
+    @staticmethod
+    def forward(*inputs: Tensor | float | str | None) -> Tensor:
+        return ops.contrastive_lse.function(ScoreParams(*inputs[:-1]), inputs[-1])
+
     setup_context = staticmethod(_keep)
-    backward = staticmethod(_differentiate)
+    backward = staticmethod(_gradients)
+
+
+def _keep_of_operator(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    scores, backend = ops.contrastive_lse.unflatten(inputs)
+    _keep(ctx, (*scores, backend), output)
+
+
+def _gradients_of_operator(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    d_queries, d_keys, *rest = _gradients(ctx, grad)
+    return d_queries, d_keys, None, *rest  # the temperature's number has none
+
+
+torch.library.register_autograd(
+    ops.contrastive_lse.name, _gradients_of_operator, setup_context=_keep_of_operator, lib=LIBRARY
+)

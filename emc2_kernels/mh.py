@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import checks, ops
 from .backends import NAMES
-from .backends.params import check_positions, check_schedule
-from .ops import detached
+from .backends.params import WalkParams, check_positions, check_schedule
+from .dispatch import detached
 from .transition import MHResult, MHState, Transition
 
 
@@ -72,7 +72,7 @@ def mh_step(
             the CPU only.
         RuntimeError: the named backend cannot run here.
     """
-    walk = _walk_arguments(
+    walk = _checked_walk(
         queries, keys, temperature, seed, step, chain_ids, query_ids, key_ids, proposal, num_proposals, log_proposal,
         burn_in, num_samples, 0, None, backend,
     )  # fmt: skip
@@ -83,14 +83,9 @@ def mh_step(
     checks.boolean("return_lse", return_lse)
     if return_lse and not (isinstance(proposal, str) and proposal == "sweep"):
         raise ValueError('return_lse needs proposal="sweep", which sees every key, got another proposal')
+    key_labels = key_ids if key_labels is None else key_labels
     samples, key, score, threshold, *asked_for = ops.mh_step(
-        *walk,
-        key,
-        detached(score),
-        key_ids if key_labels is None else key_labels,
-        return_accepts,
-        return_lse,
-        backend,
+        walk, key, detached(score), key_labels, return_accepts, return_lse, backend
     )
     num_accepted = asked_for.pop(0) if return_accepts else None
     lse = asked_for.pop(0) if return_lse else None
@@ -134,18 +129,17 @@ def mh_transition(
     Raises:
         As ``mh_step``.
     """
-    walk = _walk_arguments(
+    walk = _checked_walk(
         queries, keys, temperature, seed, step, chain_ids, query_ids, key_ids, proposal, num_proposals, log_proposal,
         burn_in, num_samples, first_proposal, total_proposals, backend,
     )  # fmt: skip
-    return Transition(*ops.mh_transition(*walk, backend))
+    return Transition(*ops.mh_transition(walk, backend))
 
 
-def _walk_arguments(
+def _checked_walk(
     queries, keys, temperature, seed, step, chain_ids, query_ids, key_ids, proposal, num_proposals, log_proposal,
     burn_in, num_samples, first_proposal, total_proposals, backend,
-) -> tuple:  # fmt: skip
-    """The operators' common arguments, in their order."""
+) -> WalkParams:  # fmt: skip
     checks.operands(queries, keys)
     checks.one_of("backend", backend, NAMES)
     n, device = queries.shape[0], queries.device
@@ -157,22 +151,10 @@ def _walk_arguments(
         log_proposal = detached(log_proposal)
     positions, num_draws, count = _proposals(queries, keys, proposal, num_proposals)
     schedule = _schedule(count, burn_in, num_samples, first_proposal, total_proposals)
-    number, temperatures = checks.number_or_rows(temperature, queries)
-    return (
-        detached(queries),
-        detached(keys),
-        number,
-        detached(temperatures),
-        *ops.integer_or_tensor(seed),
-        *ops.integer_or_tensor(step),
-        chain_ids,
-        query_ids,
-        key_ids,
-        positions,
-        num_draws,
-        log_proposal,
-        *schedule,
-    )
+    return WalkParams(
+        detached(queries), detached(keys), detached(checks.one_or_rows(temperature, queries)), seed, step, chain_ids,
+        query_ids, key_ids, positions, num_draws, log_proposal, *schedule,
+    )  # fmt: skip
 
 
 def _proposals(

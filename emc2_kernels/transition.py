@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks
+from .dispatch import operator
 
 
 class MHState(NamedTuple):
@@ -80,6 +81,18 @@ def compose(first: Transition, then: Transition) -> Transition:
     )
 
 
+def _check_label_at(position: Tensor, key_labels: Tensor) -> None:
+    checks.vector("transition.position", position, None, torch.int64, key_labels.device)
+    checks.vector("key_labels", key_labels, None, torch.int64, key_labels.device)
+
+
+@operator("Tensor", check=_check_label_at, fake=lambda position, _: torch.empty_like(position))
+def label_at(position: Tensor, key_labels: Tensor) -> Tensor:
+    """(n,) int64 labels at positions (n,), 0 .. m - 1; where a position is -1 the label means nothing."""
+    checks.within("transition.position, a position in key_labels,", position, -1, key_labels.shape[0], on_gpu=True)
+    return key_labels[position.clamp_min(0)] if key_labels.numel() else position.clone()
+
+
 def apply(transition: Transition, state: MHState, key_labels: Tensor | None = None) -> MHResult:
     """Let chains enter a walk: ``mh_step`` is ``apply(mh_transition(...), state, key_labels)``.
 
@@ -103,7 +116,7 @@ def apply(transition: Transition, state: MHState, key_labels: Tensor | None = No
     label = position
     if key_labels is not None:
         checks.vector("key_labels", key_labels, None, torch.int64, position.device)
-        label = ops.labels_of(position, key_labels)
+        label = label_at(position, key_labels)
     after = MHState(
         torch.where(moves, label, torch.where(started, state.key, -1)),
         torch.where(moves, transition.score[:, -1], score),

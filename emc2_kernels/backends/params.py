@@ -1,4 +1,5 @@
-"""What a backend is asked for: one walk, its defaults filled in, shapes and dtypes checked.
+"""What a backend is asked for: a walk, the scores of all keys, or draws from them; defaults filled in, shapes and
+dtypes checked. The operators' schemas are made of these fields (dispatch.py), csrc/params.h has their names.
 
 Values in tensors have not been looked at: those of a compiled graph nobody can see before the operator runs. Who reads
 them looks: the compiled cores and the kernels at what they read, ``check_values`` for all that is left to torch.
@@ -14,6 +15,7 @@ from torch import Tensor
 from .. import checks
 
 MAX_PROPOSALS = 1 << 33  # of a walk: the draws' blocks have 32 bits, two positions each
+MAX_SAMPLES = 1 << 16  # of gumbel_sample: a sample's number has 16 bits of the random counter
 
 
 class WalkParams(NamedTuple):
@@ -134,8 +136,8 @@ def sample_points(total: int, burn_in: int, num_samples: int) -> list[int]:
 
 
 class ScoreParams(NamedTuple):
-    """s_ij = <q_i, k_j> / temperature_i, arguments checked. A key with the row's id, or whose score is not finite, is
-    left out."""
+    """The scores s_ij = <q_i, k_j> / temperature_i of n rows and m keys, for the primitives that look at every key. A
+    key with the row's id, or whose score is not finite, is left out."""
 
     queries: Tensor  # (n, d)
     keys: Tensor  # (m, d)
@@ -151,8 +153,41 @@ class ScoreParams(NamedTuple):
         """Of queries that are the keys."""
         return cls(queries, queries, temperature, ids, ids, symmetric=True)
 
-    def of_rows(self, rows: slice) -> ScoreParams:
+    def slice_rows(self, rows: slice) -> ScoreParams:
         """Some rows against all keys."""
         per_row = ("queries", "temperature", "query_ids")
         some = {name: value[rows] for name in per_row if isinstance(value := getattr(self, name), Tensor)}
         return self._replace(symmetric=False, **some)
+
+    def check_shapes(self) -> None:
+        """Of what comes to the operators by themselves.
+
+        Raises:
+            ValueError, TypeError: as ``contrastive_lse``.
+        """
+        checks.operands(self.queries, self.keys)
+        checks.row_temperatures(self.temperature, self.queries)
+        checks.ids(self.queries, self.keys, self.query_ids, self.key_ids)
+
+    def check(self) -> None:
+        """Temperatures too, which a graph that was traced could not see."""
+        self.check_shapes()
+        checks.temperature(self.temperature, self.queries.shape[0], self.queries.device)
+
+
+class DrawParams(NamedTuple):
+    """Draws of keys from each row's softmax."""
+
+    chain_ids: Tensor | None  # (n,) int64; None: the row number
+    seed: int | Tensor
+    step: int | Tensor
+    num_samples: int  # R
+
+    def check_num_samples(self) -> None:
+        if checks.at_least("num_samples", self.num_samples, 1) >= MAX_SAMPLES:
+            raise ValueError(f"num_samples must be below 2^16, got {self.num_samples}")
+
+
+def score_dtype(queries: Tensor) -> torch.dtype:
+    """Of scores, states and log-sum-exps."""
+    return torch.float64 if queries.dtype == torch.float64 else torch.float32

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .. import checks
+from .. import checks, ops
 from ..autograd import no_double_backward
-from ..lse import lse_gradients, lse_values, mean_similarity
-from ..mh import mh_transition
+from ..backends.params import ScoreParams, WalkParams
+from ..lse import mean_similarity
 from ..transition import Transition, compose
 from .shards import Shards
 
@@ -95,10 +94,9 @@ class _RingLse(torch.autograd.Function):
         shards: Shards,
         backend: str,
     ) -> Tensor:
-        number, temperatures = checks.number_or_rows(temperature, queries)
-        lse = None
+        rows, lse = checks.one_or_rows(temperature, queries), None
         for _, (some, some_ids) in around([keys, ids[1]], shards):
-            part = lse_values(queries, some, number, temperatures, ids[0], some_ids, backend)
+            part = ops.contrastive_lse(ScoreParams(queries, some, rows, ids[0], some_ids), backend)
             lse = part if lse is None else torch.logaddexp(lse, part)
         ctx.shards, ctx.backend = shards, backend
         ctx.number = None if isinstance(temperature, Tensor) else temperature
@@ -108,14 +106,15 @@ class _RingLse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, query_ids, key_ids, lse, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
-        number, temperatures = checks.number_or_rows(learnt if ctx.number is None else ctx.number, queries)
+        rows = checks.one_or_rows(learnt if ctx.number is None else ctx.number, queries)
         # In float32 at least: sums of half precision, rounded at every hop, are 1% wrong after 64 of them.
         d_queries = torch.zeros_like(queries, dtype=lse.dtype)
         d_temperature = None if learnt is None else torch.zeros_like(learnt)
 
         def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
-            of = (queries, shard[0], number, temperatures, query_ids, shard[1], grad.detach(), lse, ctx.backend)
-            for_queries, for_keys, for_rows = lse_gradients(*of)
+            scores = ScoreParams(queries, shard[0], rows, query_ids, shard[1])
+            of_shard = ops.contrastive_lse_backward(scores, grad.detach(), lse, ctx.backend)
+            for_queries, for_keys, for_rows = of_shard
             d_queries.add_(for_queries)
             if d_temperature is not None:
                 d_temperature.add_(for_rows.sum())
@@ -129,63 +128,57 @@ class _RingLse(torch.autograd.Function):
 def ring_lse(
     queries: Tensor,
     keys: Tensor,
-    *,
     temperature: float | Tensor,
-    query_ids: Tensor,
-    key_ids: Tensor,
+    ids: tuple[Tensor, Tensor],
     shards: Shards,
-    backend: str = "auto",
+    backend: str,
 ) -> Tensor:
     """``contrastive_lse`` of this rank's queries over the keys of all ranks, differentiable in queries, keys and a 0-d
     temperature. A rank's keys get the sum of all ranks' gradients.
 
     Args:
         queries: (n, d). keys: (m, d) of this rank, where m is a whole multiple of its shard's rows.
-        query_ids, key_ids: (n,), (m,) int64. A key with the row's id is left out, on whichever rank it is.
+        ids: (n,) of the queries, (m,) int64 of this rank's keys. A key with the row's id is left out, on whichever rank
+            it is.
     """
-    return _RingLse.apply(queries, keys, temperature, (query_ids, key_ids), shards, backend)
+    return _RingLse.apply(queries, keys, temperature, ids, shards, backend)
 
 
 def ring_similarity(
     lse: Tensor,
     queries: Tensor,
     keys: Tensor,
-    *,
     temperature: float | Tensor,
-    query_ids: Tensor,
-    key_ids: Tensor,
+    ids: tuple[Tensor, Tensor],
     shards: Shards,
-    backend: str = "auto",
+    backend: str,
 ) -> Tensor:
     """``mean_similarity`` over the keys of all ranks: (n,), detached."""
-    total = torch.zeros_like(lse)
-    for _, (some, some_ids) in around([keys.detach(), key_ids], shards):
-        options = {"temperature": temperature, "query_ids": query_ids, "key_ids": some_ids, "backend": backend}
-        total += mean_similarity(lse, queries, some, **options)
+    total, rows = torch.zeros_like(lse), checks.one_or_rows(temperature, queries)
+    for _, (some, some_ids) in around([keys.detach(), ids[1]], shards):
+        total += mean_similarity(lse, ScoreParams(queries, some, rows, ids[0], some_ids), backend)
     return total
 
 
-def ring_transition(queries: Tensor, keys: Tensor, *, key_ids: Tensor, shards: Shards, **walk: Any) -> Transition:
+def ring_transition(walk: WalkParams, shards: Shards, backend: str) -> Transition:
     """``mh_transition`` of this rank's queries over the keys of all ranks, view by view and rank by rank.
 
     A rank sees the shards in another order, its own first and then those before it; walks compose, so that does not
     matter: what it has walked is kept as two values for each view, of the ranks up to this one and of those behind it.
 
     Args:
-        queries: (n, d). keys: (v b, d) of this rank, v views of its shard's b rows.
-        key_ids: (v B,) of the keys of all ranks.
-        walk: the other arguments of ``mh_transition``.
+        walk: a sweep whose keys (v b, d) are this rank's, v views of its shard's b rows, and whose key ids (v B,) and
+            number of proposals are those of all ranks.
     """
-    views = keys.shape[0] // shards.sizes[shards.rank]
+    views = walk.keys.shape[0] // shards.sizes[shards.rank]
     up_to_here: list[Transition | None] = [None] * views
     behind: list[Transition | None] = [None] * views
-    for source, (some,) in around([keys], shards):
+    for source, (some,) in around([walk.keys], shards):
         for view, block in enumerate(some.unflatten(0, (views, -1))):
             first = view * shards.total + sum(shards.sizes[:source])
-            ids = key_ids[first : first + block.shape[0]]
-            walked = mh_transition(
-                queries, block, key_ids=ids, first_proposal=first, total_proposals=views * shards.total, **walk
-            )
+            ids = walk.key_ids[first : first + block.shape[0]]
+            of_shard = walk._replace(keys=block, key_ids=ids, first_proposal=first)
+            walked = Transition(*ops.mh_transition(of_shard, backend))
             side = up_to_here if source <= shards.rank else behind
             side[view] = walked if side[view] is None else compose(walked, side[view])  # ranks come in falling order
     in_order = [side[view] for view in range(views) for side in (up_to_here, behind) if side[view] is not None]
@@ -199,7 +192,7 @@ class _RingBag(torch.autograd.Function):
         ctx.save_for_backward(rows, weights)
         total = keys.new_zeros(rows.shape[0], keys.shape[1])
         for source, (some,) in around([keys], shards):
-            local, share = _of_rank(source, rows, weights, ctx.views, shards)
+            local, share = _rows_on_rank(source, rows, weights, ctx.views, shards)
             total += torch.nn.functional.embedding_bag(local, some, mode="sum", per_sample_weights=share)
         return total
 
@@ -208,7 +201,7 @@ class _RingBag(torch.autograd.Function):
         (rows, weights), shards = ctx.saved_tensors, ctx.shards
 
         def contribution(source: int, _: list[Tensor]) -> list[Tensor]:
-            local, share = _of_rank(source, rows, weights, ctx.views, shards)
+            local, share = _rows_on_rank(source, rows, weights, ctx.views, shards)
             return [_bag_gradient(grad.detach(), local, share, ctx.views * shards.sizes[source])]
 
         (d_keys,) = sum_around([], shards, contribution)
@@ -224,7 +217,7 @@ def _bag_gradient(grad: Tensor, rows: Tensor, weights: Tensor, num_keys: int) ->
     return torch.autograd.grad(bag, keys, grad)[0]
 
 
-def _of_rank(source: int, rows: Tensor, weights: Tensor, views: int, shards: Shards) -> tuple[Tensor, Tensor]:
+def _rows_on_rank(source: int, rows: Tensor, weights: Tensor, views: int, shards: Shards) -> tuple[Tensor, Tensor]:
     """Rows of the keys of all ranks as rows of one rank's, and the weights of those that are among them, else 0."""
     size, first = shards.sizes[source], sum(shards.sizes[:source])
     view = torch.div(rows, shards.total, rounding_mode="floor")

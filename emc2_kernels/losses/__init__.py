@@ -15,13 +15,14 @@ from .. import checks
 from .cached import CachedSoftmaxLoss
 from .emc2 import EMC2Loss
 from .ntxent import ClipLoss, NTXentLoss
-from .sogclr import SogCLRLoss
+from .sogclr import ISogCLRLoss, SogCLRLoss
 
 __all__ = [
     "TABLE",
     "CachedSoftmaxLoss",
     "ClipLoss",
     "EMC2Loss",
+    "ISogCLRLoss",
     "Method",
     "NTXentLoss",
     "SogCLRLoss",
@@ -31,26 +32,22 @@ __all__ = [
 
 class Method(NamedTuple):
     loss: type[nn.Module]
-    fixed: dict[str, Any]  # options that the name stands for
+    hidden: tuple[str, ...] = ()  # options of the class that its name says already
 
     def options(self) -> dict[str, inspect.Parameter]:
         """What ``get`` takes for it."""
-        parameters = inspect.signature(self.loss).parameters
-        return {name: parameter for name, parameter in parameters.items() if name not in self.fixed}
+        parameters = inspect.signature(self.loss.__init__).parameters
+        return {name: parameter for name, parameter in parameters.items() if name not in ("self", *self.hidden)}
 
-
-_ONE_TEMPERATURE = {"individual_temperature": False} | dict.fromkeys(
-    ("temperature_lr", "temperature_momentum", "temperature_bounds", "rho")
-)
 
 TABLE = {
-    "emc2": Method(EMC2Loss, {}),
-    "sogclr": Method(SogCLRLoss, _ONE_TEMPERATURE),
-    "isogclr": Method(SogCLRLoss, {"individual_temperature": True}),
-    "ntxent": Method(NTXentLoss, {}),
-    "simclr": Method(NTXentLoss, {}),
-    "clip": Method(ClipLoss, {}),
-    "cached": Method(CachedSoftmaxLoss, {}),
+    "emc2": Method(EMC2Loss),
+    "sogclr": Method(SogCLRLoss, ("individual_temperature",)),
+    "isogclr": Method(ISogCLRLoss, ("individual_temperature",)),
+    "ntxent": Method(NTXentLoss),
+    "simclr": Method(NTXentLoss),
+    "clip": Method(ClipLoss),
+    "cached": Method(CachedSoftmaxLoss),
 }
 
 
@@ -58,7 +55,7 @@ def get(name: str, **options: Any) -> nn.Module:
     """The loss of that name.
 
     Args:
-        name: a key of ``TABLE``; "isogclr" is SogCLR with individual temperatures, "simclr" another name of "ntxent".
+        name: a key of ``TABLE``; "simclr" is another name of "ntxent".
         options: the constructor's arguments, by name.
 
     Raises:
@@ -74,4 +71,4 @@ def get(name: str, **options: Any) -> nn.Module:
     missing = [option for option, p in takes.items() if p.default is p.empty and option not in options]
     if missing:
         raise TypeError(f"{missing[0]} must be given for the loss {name!r}, got {', '.join(options) or 'no options'}")
-    return method.loss(**method.fixed, **options)
+    return method.loss(**options)

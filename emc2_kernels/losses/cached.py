@@ -6,29 +6,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
-from ..backends import NAMES
+from .. import checks, ops
+from ..backends.params import DrawParams, ScoreParams
+from ..distributed.keys import LocalKeys
 from ..distributed.shards import Shards, gather_rows
-from ..gumbel import MAX_SAMPLES, gumbel_sample
-from ..stores.bank import EmbeddingBank
-from ..stores.strict_state import StrictState
-from .anchors import Anchors, batch_stats, check, confirmed, finite_batch, of_all_ranks, over_ranks, reported, stack
-from .correction import BatchMeans, correction, warn_of_collapse
-from .encoding import Encode, check_encode, encoded
-from .index_watch import IndexWatch
-from .negatives import by_label, mean_negative
-from .recomputation import refuse_recomputation
-from .temperature import fixed_temperature, warn_of_uniform_weights
+from .anchors import Anchors, finite_batch
+from .ranks import batch_keys, confirmed, reported, shards_of_batch
+from .sampled import Encode, SampledLoss, encoded, samples_by_label
+from .temperature import warn_of_uniform_weights
 
 DEFAULT_REFRESH = 0.01
 
 
-class CachedSoftmaxLoss(StrictState):
+class CachedSoftmaxLoss(SampledLoss):
     """The gradient of the global contrastive loss, with negatives drawn from a cache of the whole data set.
 
     The cache is an ``EmbeddingBank``: each view's latest embedding. A training-mode forward pass brings it up to date
@@ -49,11 +45,10 @@ class CachedSoftmaxLoss(StrictState):
         refresh: share of the cache's 2 * num_items entries that are encoded again at each step, rounded up; needs
             ``encode``. Without it the batches alone refresh the cache, and refresh must be 0 or left alone.
         num_samples: R, negatives of an anchor.
-        carry: where a sample is not in the batch, "cached" takes the cache's embedding, detached, so the key's side of
-            the gradient is lost; "corrected" (which "auto" stands for) has its drift and the lost side estimated from
-            the keys of the batch (losses/correction.py); "recompute" encodes it again, each distinct one once, with
-            gradient, and waits for a GPU to know which. A sample that is in the batch is the batch's embedding, with
-            gradient.
+        carry: where a sample is not in the batch, "corrected" (which "auto" stands for) takes the cache's embedding,
+            with its drift and the lost key's side of the gradient estimated from the keys of the batch
+            (losses/correction.py); "recompute" encodes it again, each distinct one once, with gradient, and waits for a
+            GPU to know which. A sample that is in the batch is the batch's embedding, with gradient.
         encode: encode(items (k,), views (k,)) -> (k, dim) embeddings, as the loss takes them. To refresh it is called
             without gradient, in whatever mode the encoder is in.
         gather: "none": the cache is the process's own. "all": every process writes what all have, so that the cache is
@@ -67,7 +62,6 @@ class CachedSoftmaxLoss(StrictState):
         backend: of ``gumbel_sample``.
 
     Warns:
-        UserWarning: carry="cached": training from scratch collapses, all embeddings to one point.
         UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
             named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
@@ -78,9 +72,6 @@ class CachedSoftmaxLoss(StrictState):
         >>> loss = CachedSoftmaxLoss(len(dataset), 128, temperature=0.2, encode=encode_items)
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
-
-    saved_facts = ("bimodal",)
-    step: Tensor  # () int64  training-mode calls so far
 
     def __init__(
         self,
@@ -100,40 +91,22 @@ class CachedSoftmaxLoss(StrictState):
         bank_dtype: torch.dtype = torch.bfloat16,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.temperature = fixed_temperature(temperature)
         checks.number_in("refresh", refresh, 0, 1)
-        self.num_samples = checks.at_least("num_samples", num_samples, 1)
-        if num_samples >= MAX_SAMPLES:
-            raise ValueError(f"num_samples must be below 2^16, got {num_samples}")
-        checks.one_of("carry", carry, ("auto", "cached", "corrected", "recompute"))
-        carry = "corrected" if carry == "auto" else carry
         checks.one_of("gather", gather, ("none", "all"))
-        self.gather, self.process_group = gather, process_group
-        checks.one_of("backend", backend, NAMES)
-        checks.boolean("bimodal", bimodal)
-        checks.boolean("normalize", normalize)
+        self.num_samples = checks.at_least("num_samples", num_samples, 1)
+        DrawParams(None, 0, 0, num_samples).check_num_samples()
+        super().__init__(
+            num_items, dim, temperature=temperature, carry=_resolved_carry(carry), encode=encode, gather=gather,
+            process_group=process_group, seed=seed, bimodal=bimodal, normalize=normalize, bank_dtype=bank_dtype,
+            backend=backend,
+        )  # fmt: skip
         warn_of_uniform_weights(self.temperature, normalize)
-        checks.embedding_dtype("bank_dtype", bank_dtype)
-        check_encode(encode)
-        if carry == "cached":
-            warn_of_collapse('CachedSoftmaxLoss: carry="cached"')
-        if encode is None and carry == "recompute":
-            raise ValueError('encode must be given with carry="recompute", got None')
         if encode is None and refresh not in (0, DEFAULT_REFRESH):
             raise ValueError(f"refresh must be 0 without encode, which makes the new embeddings, got {refresh}")
-        if checks.at_least("num_items", num_items, 1) * 2 >= checks.MAX_POSITION:
+        if num_items * 2 >= checks.MAX_POSITION:
             raise ValueError(f"num_items must be below 2^30, so that a key's position is an int32, got {num_items}")
-        self.carry, self.bimodal, self.normalize, self.backend = carry, bimodal, normalize, backend
-        object.__setattr__(self, "encode", encode)  # past nn.Module: an encoder given here is not a part of the loss
-        self.seed = checks.counter("seed", checks.integer("seed", seed), 64, torch.device("cpu"))
-        self.num_items, self.dim, self.bank_dtype, self.refresh = num_items, dim, bank_dtype, refresh
-        self.bank = EmbeddingBank(num_items, dim, views=2, dtype=bank_dtype)
-        if carry == "corrected":
-            self.batch_means = BatchMeans(num_items, dim, bank_dtype)
+        self.refresh = refresh
         self.refresh_count = 0 if encode is None else math.ceil(refresh * self.bank.num_slots)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.bank.embeddings.device))
-        self._watch = IndexWatch(num_items)
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
@@ -153,42 +126,29 @@ class CachedSoftmaxLoss(StrictState):
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
         with reported(self, z0):
-            self._check(z0, z1, index, return_stats)
-            if self.training:
-                self._watch.look(index)
-        anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = over_ranks(self, z0, index)
-        whole = of_all_ranks(anchors, shards)
-        labels = whole.items * 2 + whole.views
+            repeats = self._check(z0, z1, index, return_stats)
+        anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
+        shards = shards_of_batch(self, z0, index)
+        keys = batch_keys(anchors, shards, self.gather)
         if not self.training:
             with confirmed(self, z0, encodes=self.carry == "recompute"):
-                return self._surrogate(anchors, whole, shards, return_stats)
+                return self._draw_and_weigh(anchors, keys, shards, return_stats)
         with torch.no_grad():
-            oldest = self._oldest(labels)
+            oldest = self._oldest(keys.labels)
             fresh = self._encode_share(oldest, anchors.embeddings, z0) if self.refresh_count else None
-        written, finite = torch.cat((oldest, labels)), finite_batch(whole, self.temperature)
+        finite = None if anchors.finite and shards is None else finite_batch(keys.embeddings, self.temperature)
+        written = torch.cat((oldest, keys.labels))
         with self._restored_on_error(written):
             with torch.no_grad():
                 if fresh is not None:
-                    self.bank.update(oldest // 2, oldest % 2, fresh, self.step, only=finite)
-                self.bank.update(whole.items, whole.views, whole.embeddings, self.step, only=finite)
+                    self.bank.put_embeddings(oldest, fresh, self.step, only=finite)
+                self.bank.put_embeddings(keys.labels, keys.embeddings, self.step, only=finite)
                 if self.carry == "corrected":
-                    self.batch_means.update(written, whole, self.bimodal, self.bank, self.step)
+                    self.batch_means.update(written, keys, self.bimodal, self.bank, self.step)
             with confirmed(self, z0, encodes=self.carry == "recompute"):
-                result = self._surrogate(anchors, whole, shards, return_stats)
+                result = self._draw_and_weigh(anchors, keys, shards, return_stats)
         self.step.add_(1 if finite is None else finite)
         return result
-
-    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> None:
-        refuse_recomputation(self)
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        check(z0, z1, index, dim=self.dim, num_items=self.num_items)
-        for buffer in (self.step, self.bank.embeddings):
-            if buffer.device != z0.device:
-                expected = f"on {buffer.device}, where the loss keeps its cache"
-                raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
 
     def _oldest(self, batch: Tensor) -> Tensor:
         """Labels of the entries to encode again: by age, of one age the lowest; the batch's own are new already."""
@@ -228,52 +188,37 @@ class CachedSoftmaxLoss(StrictState):
             fresh = encoded(self.encode, mine, like, self.normalize) if len(mine) else like.detach()[:0]
         return gather_rows(fresh, shards)
 
-    def _surrogate(
-        self, anchors: Anchors, whole: Anchors, shards: Shards | None, return_stats: bool
+    def _draw_and_weigh(
+        self, anchors: Anchors, keys: LocalKeys, shards: Shards | None, return_stats: bool
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        drawn = self._draw(anchors, anchors.items * 2 + anchors.views)
-        samples = by_label(drawn, torch.ones_like(drawn, dtype=torch.float32), whole.items * 2 + whole.views)
-        again = self.encode if self.carry == "recompute" else None
-        negatives = mean_negative(whole.embeddings, samples, self.bank, again, self.normalize)
-        positive_similarity = (anchors.embeddings * anchors.positives).sum(1)
-        negative_similarity = (anchors.embeddings * negatives).sum(1)
-        terms = negative_similarity - positive_similarity
-        if self.carry == "corrected":
-            terms = terms + correction(anchors, whole, samples, self.batch_means, self.temperature, self.bimodal)
-        loss = terms.mean() / self.temperature * (1 if shards is None else shards.ddp_factor)
-        if not self.normalize:  # unit vectors cannot overflow
-            checks.finite("the similarities of z0 and z1", loss.detach())
+        drawn = self._draw(anchors)
+        samples = samples_by_label(drawn, keys)
+        loss, negative_similarity = self._surrogate(anchors, keys, samples, shards)
         if not return_stats:
             return loss
         ages = self.bank.age(drawn.flatten())
         held = ages >= 0
-        return loss, batch_stats(anchors, self.temperature, bimodal=self.bimodal) | {
+        return loss, self._stats(anchors, negative_similarity) | {
             "cache_age": torch.where(held, ages, 0).sum().float() / held.sum().clamp_min(1),
-            "carry_share": (samples.label_weights > 0).sum().float() / held.sum().clamp_min(1),
-            "negative_similarity": negative_similarity.detach().mean(),
+            "carry_share": (samples.weights > 0).sum().float() / held.sum().clamp_min(1),
         }
 
-    def _draw(self, anchors: Anchors, labels: Tensor) -> Tensor:
+    def _draw(self, anchors: Anchors) -> Tensor:
         """(2b, R) labels of each anchor's negatives; -1 where the cache has none for it."""
         bank = self.bank.embeddings
-        queries = anchors.embeddings.detach().to(bank.dtype)
-        options = {
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "step": self.step,
-            "num_samples": self.num_samples,
-            "backend": self.backend,
-        }
+        queries, slots = anchors.embeddings.detach().to(bank.dtype), self.bank.num_slots
+        draw = DrawParams(anchors.labels, self.seed, self.step, self.num_samples)
         if not self.bimodal:
-            key_ids = torch.arange(self.bank.num_slots, dtype=torch.int64, device=bank.device) // 2
-            ids = {"chain_ids": labels, "query_ids": anchors.items, "key_ids": key_ids}
-            return gumbel_sample(queries, bank, **ids, **options)
-        b, items = len(labels) // 2, torch.arange(self.bank.num_items, dtype=torch.int64, device=bank.device)
-        drawn = []
-        for view, rows in enumerate((slice(b), slice(b, None))):
+            key_items = torch.arange(slots, dtype=torch.int64, device=bank.device) // 2
+            scores = ScoreParams(queries, bank, self.temperature, anchors.items, key_items)
+            return ops.gumbel_sample(scores, draw, self.backend)
+        items, drawn = torch.arange(slots // 2, dtype=torch.int64, device=bank.device), []
+        for view, (rows, ids, chains) in enumerate(
+            zip(queries.chunk(2), anchors.items.chunk(2), anchors.labels.chunk(2), strict=True)
+        ):
             keys = bank.unflatten(0, (-1, 2))[:, 1 - view]
-            ids = {"chain_ids": labels[rows], "query_ids": anchors.items[rows], "key_ids": items}
-            positions = gumbel_sample(queries[rows], keys, **ids, **options)
+            scores = ScoreParams(rows, keys, self.temperature, ids, items)
+            positions = ops.gumbel_sample(scores, draw._replace(chain_ids=chains), self.backend)
             drawn.append(torch.where(positions >= 0, positions * 2 + (1 - view), -1))
         return torch.cat(drawn)
 
@@ -282,3 +227,11 @@ class CachedSoftmaxLoss(StrictState):
             f"temperature={self.temperature}, num_samples={self.num_samples}, carry={self.carry!r}, "
             f"refresh_count={self.refresh_count}, bimodal={self.bimodal}, seed={self.seed}"
         )
+
+
+def _resolved_carry(carry: Any) -> str:
+    if carry == "cached":
+        expected = "carry must be one of 'auto', 'corrected', 'recompute', got 'cached', which was deleted"
+        raise ValueError(f"{expected}: training from scratch collapses, all embeddings to one point (docs/choosing.md)")
+    checks.one_of("carry", carry, ("auto", "corrected", "recompute"))
+    return "corrected" if carry == "auto" else carry

@@ -18,18 +18,16 @@ At fixed parameters m - m_c is noise around 0, so the query side stays unbiased;
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..lse import contrastive_lse
+from ..distributed.keys import LocalKeys
 from ..stores.bank import EmbeddingBank
 from ..stores.strict_state import FINITE, outside
 from ..stores.table import SlotTable
 from .anchors import Anchors
-from .negatives import Samples
 
 
 class BatchMeans(SlotTable):
@@ -44,53 +42,45 @@ class BatchMeans(SlotTable):
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
         yield from outside(f"{prefix}means", tables["means"], *FINITE)
 
-    def update(self, labels: Tensor, anchors: Anchors, bimodal: bool, bank: EmbeddingBank, step: Tensor) -> None:
+    def update(self, labels: Tensor, keys: LocalKeys, bimodal: bool, bank: EmbeddingBank, step: Tensor) -> None:
         """Of those of the labels (k,) whose embeddings the bank has been given at this step."""
         now = bank.written_at[labels] == step  # not so one that was not finite
-        self.put(labels, only=now, means=batch_means(anchors, bimodal)[labels % 2])
+        self.put(labels, only=now, means=batch_means(keys, bimodal)[labels % 2])
 
 
-def batch_means(anchors: Anchors, bimodal: bool) -> Tensor:
+def batch_means(keys: LocalKeys, bimodal: bool) -> Tensor:
     """(2, d) detached means of the batch's rows, by view; of one modality both are of all rows."""
-    by_view = anchors.embeddings.detach().unflatten(0, (2, -1)).mean(1)
+    by_view = keys.embeddings.detach().unflatten(0, (2, -1)).mean(1)
     return by_view if bimodal else by_view.mean(0).expand(2, -1)
 
 
 def correction(
-    anchors: Anchors, whole: Anchors, samples: Samples, kept: BatchMeans, temperature: float, bimodal: bool
+    anchors: Anchors,
+    keys: LocalKeys,
+    labels: Tensor,
+    weights: Tensor,
+    kept: BatchMeans,
+    temperature: float,
+    bimodal: bool,
 ) -> Tensor:
     """(2b,) to be added to <q, mean negative>: both sides of it, differentiable.
 
     Args:
-        whole: the anchors of all ranks, whose means and keys these are; ``anchors`` where there is one.
+        keys: of the whole batch, whose means these are. labels, weights: (2b, S) of the samples outside.
     """
-    embeddings, items = anchors.embeddings, anchors.items
-    weights = samples.label_weights.to(embeddings.dtype)
+    embeddings = anchors.embeddings
+    weights = weights.to(embeddings.dtype)
     outside = weights.sum(1)
-    labels = torch.where(weights > 0, samples.labels, 0)
-    then = (weights[..., None] * kept.means[labels].to(embeddings.dtype)).sum(1)
-    now = batch_means(whole, bimodal)[1 - anchors.views]
+    then = (weights[..., None] * kept.means[torch.where(weights > 0, labels, 0)].to(embeddings.dtype)).sum(1)
+    now = batch_means(keys, bimodal)[1 - anchors.labels % 2]
     drift = (embeddings * (outside[:, None] * now - then)).sum(1)
 
-    rows, keys = ((side.embeddings.chunk(2), side.items.chunk(2)) for side in (anchors, whole))
-    sides = [((rows[0][view], rows[1][view]), (keys[0][1 - view], keys[1][1 - view])) for view in (0, 1)]
-    if not bimodal:
-        sides = [((embeddings, items), (whole.embeddings, whole.items))]
-    lse = torch.cat(
-        [
-            contrastive_lse(queries.detach(), some, temperature=temperature, query_ids=query_items, key_ids=key_items)
-            for (queries, query_items), (some, key_items) in sides
-        ]
-    )
+    queries, items = embeddings.detach(), anchors.items
+    if bimodal:
+        halves = zip(queries.chunk(2), items.chunk(2), (keys.select_view(1), keys.select_view(0)), strict=True)
+        lse = torch.cat([of_view.lse(some, ids, temperature, "auto") for some, ids, of_view in halves])
+    else:
+        lse = keys.lse(queries, items, temperature, "auto")
     lse = torch.where(lse > -torch.inf, lse, 0)  # an anchor whose batch has no other item
     key_side = outside * lse
     return drift + temperature * (key_side - key_side.detach())
-
-
-def warn_of_collapse(setting: str) -> None:
-    """For a loss's constructor; the warning points at its caller."""
-    warnings.warn(
-        f'{setting} collapses when it trains from scratch, all embeddings to one point: use carry="corrected", or '
-        '"recompute" with an encoder, and watch the statistic mean_cosine',
-        stacklevel=3,
-    )

@@ -20,13 +20,15 @@ from torch.autograd.function import FunctionCtx
 from .. import checks, ops
 from ..autograd import no_double_backward
 from ..backends import HALF_AND_SINGLE, gpu
+from ..backends.params import WalkParams
+from ..stores.bank import EmbeddingBank
+from ..stores.chains import ChainStore
 from ..transition import MHResult, MHState
-from .anchors import NORM_FLOOR, SHRINKS, compute_dtype
+from .anchors import NORM_FLOOR, SHRINKS
+from .emc2_sampler import WalkOptions
 
 if TYPE_CHECKING:
     from ..backends.triton import emc2_loss
-    from .emc2 import EMC2Loss
-
 
 NO_SECOND_DERIVATIVE = 'EMC2Loss has no second derivative on this backend: use backend="reference"'
 
@@ -51,24 +53,18 @@ def _kernels() -> ModuleType:
     return import_module("..backends.triton.emc2_loss", __package__)
 
 
-def takes(loss: EMC2Loss, z0: Tensor, z1: Tensor) -> bool:
-    """Whether a loss's call on these embeddings, checked already, is made here.
+def runs(z0: Tensor, z1: Tensor, backend: str) -> bool:
+    """Whether a call on these embeddings, checked already, can be made here.
 
     Not where torch needs to see every operation: Inductor fuses the plain path by itself, and modes, transforms and
-    subclasses of tensors have their own idea of an operation. Not with carry="recompute" either, whose encoder is in
-    the middle of it.
+    subclasses of tensors have their own idea of an operation.
     """
     if z0.is_cuda:
-        runs = loss.backend in ("auto", "triton", "cuda")
+        chosen = backend in ("auto", "triton", "cuda")
     else:  # the interpreter, for tests
-        runs = z0.is_cpu and loss.backend == "triton" and gpu.interpreting()
+        chosen = z0.is_cpu and backend == "triton" and gpu.interpreting()
     return (
-        runs
-        and loss.carry in ("cached", "drop")
-        and loss.proposals == "batch"
-        and loss.gather == "none"
-        and loss.estimator == "states"
-        and not loss.bimodal
+        chosen
         and z0.dtype in HALF_AND_SINGLE
         and all(type(z) in (Tensor, torch.nn.Parameter) for z in (z0, z1))
         and not torch.compiler.is_compiling()
@@ -78,37 +74,46 @@ def takes(loss: EMC2Loss, z0: Tensor, z1: Tensor) -> bool:
     )
 
 
-def surrogate(loss: EMC2Loss, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> Surrogate:
-    """The forward pass of ``EMC2Loss`` on checked arguments."""
-    kernels, floor = _kernels(), NORM_FLOOR if loss.normalize else None
-    chains, bank = loss.chains, loss.bank
-    stores = kernels.Stores(chains.key, chains.score, bank.embeddings, bank.written_at, bank.last_step, loss.step)
+def surrogate(
+    z0: Tensor,
+    z1: Tensor,
+    index: Tensor,
+    chains: ChainStore,
+    bank: EmbeddingBank,
+    options: WalkOptions,
+    normalize: bool,
+    training: bool,
+) -> Surrogate:
+    """The forward pass of ``EMC2Loss`` on checked arguments, with proposals from the batch and carry="cached"; in
+    training the stores and ``options.step`` move on."""
+    kernels, floor = _kernels(), NORM_FLOOR if normalize else None
+    stores = kernels.Stores(chains.key, chains.score, bank.embeddings, bank.written_at, bank.last_step, options.step)
     batch = kernels.prepare(
         _unit_last_stride(z0),
         _unit_last_stride(z1),
         index.to(z0.device, non_blocking=True),
         stores,
-        temperature=loss.temperature,
-        seed=loss.seed,
+        temperature=options.temperature,
+        seed=options.seed,
         floor=floor,
         shrinks=SHRINKS[torch.float32],
-        both_views=loss.views == "both",
-        dtype=compute_dtype(z0),
+        both_views=options.views == "both",
+        dtype=options.dtype,
     )
-    result = _walk(loss, batch, return_stats)
+    result = _walk(batch, options)
     made = kernels.negatives(
         batch,
         result.samples,
-        stores.bank if loss.carry == "cached" else None,
-        temperature=loss.temperature,
-        return_similarity=return_stats,
+        stores.bank,
+        temperature=options.temperature,
+        return_similarity=options.return_accepts,
     )
     value = made.terms.mean()
-    if not loss.normalize:  # unit vectors cannot overflow
+    if not normalize:  # unit vectors cannot overflow
         checks.finite("the similarities of z0 and z1", value)
-    if loss.training:
+    if training:
         kernels.remember(batch, *result.state, stores, value)
-    held = _Held(value, batch, result.samples, made, loss.temperature, floor)
+    held = _Held(value, batch, result.samples, made, options.temperature, floor)
     return Surrogate(_Backward.apply(z0, z1, held), batch, result, made.similarity)
 
 
@@ -116,33 +121,16 @@ def _unit_last_stride(z: Tensor) -> Tensor:
     return z if z.stride(1) == 1 or z.shape[1] == 1 else z.contiguous()
 
 
-def _walk(loss: EMC2Loss, batch: emc2_loss.Batch, return_accepts: bool) -> MHResult:
-    """``mh_step`` past its checks, which would cost a tenth of a small batch's time: the arguments were made here."""
+def _walk(batch: emc2_loss.Batch, options: WalkOptions) -> MHResult:
     m = batch.keys.shape[0]
-    burn_in, num_samples = loss.schedule(m)
+    burn_in, num_samples = options.schedule(m)
+    key_items = batch.items[:m]  # view 0 of the anchors first: the items in the batch's order
+    walk = WalkParams(
+        batch.queries, batch.keys, options.temperature, options.seed, options.step, batch.chain_ids, batch.items,
+        key_items, None, None, None, burn_in, num_samples, 0, m,
+    )  # fmt: skip
     samples, key, score, threshold, *accepted = ops.mh_step(
-        batch.queries,
-        batch.keys,
-        loss.temperature,
-        None,
-        *ops.integer_or_tensor(loss.seed),
-        *ops.integer_or_tensor(loss.step),
-        batch.chain_ids,
-        batch.items,
-        batch.items[:m],  # view 0 of the anchors first: the items in the batch's order
-        None,  # a sweep
-        None,
-        None,
-        burn_in,
-        num_samples,
-        0,
-        m,
-        batch.state_key,
-        batch.state_score,
-        batch.key_labels,
-        return_accepts,
-        False,
-        loss.backend,
+        walk, batch.state_key, batch.state_score, batch.key_labels, options.return_accepts, False, options.backend
     )
     return MHResult(samples, MHState(key, score), accepted[0] if accepted else None, threshold, None)
 

@@ -1,164 +1,180 @@
-"""Losses whose negatives are the batch's other rows: NT-Xent among all 2b views, CLIP's between two towers."""
+"""Losses whose negatives are the batch's other rows: an anchor's log-sum-exp over them beside its positive's score."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .. import checks
+from .. import checks, ops
 from ..autograd import functorch_active, no_double_backward
-from ..distributed.ring import ring_lse, ring_similarity
-from ..distributed.shards import Shards, gather_views
-from ..lse import NO_SECOND_DERIVATIVE, contrastive_lse, lse_gradients, lse_values, mean_similarity
-
-if TYPE_CHECKING:
-    from .anchors import Anchors
+from ..backends.params import ScoreParams
+from ..distributed.keys import Keys, LocalKeys
+from ..lse import NO_SECOND_DERIVATIVE, mean_similarity
+from .anchors import Anchors
 
 
-class InBatch(NamedTuple):
-    value: Tensor  # () differentiable
-    negative_similarity: Tensor | None  # () detached, if asked for
+class Form(NamedTuple):
+    bimodal: bool  # negatives are rows of the other view alone; else of both views
+    dtype: torch.dtype | None = None  # that a GPU multiplies in; None: the embeddings' own. On the CPU it is float32
+    backend: str = "auto"
 
+    def operands(self, embeddings: Tensor) -> Tensor:
+        return embeddings if self.dtype is None or embeddings.is_cpu else embeddings.to(self.dtype)
 
-class _Batch(NamedTuple):
-    """What the scores are made of; no tensor in it but the temperature is differentiated by torch."""
-
-    ids: Tensor  # (2b,) int64: an anchor's negatives are the keys with other ids
-    bimodal: bool
-    dtype: torch.dtype | None
-    backend: str
-
-    def sides(self, embeddings: Tensor) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-        """Queries, keys (None: the queries) and ids of both of each log-sum-exp."""
-        operands = embeddings if self.dtype is None or embeddings.is_cpu else embeddings.to(self.dtype)
+    def scores(self, embeddings: Tensor, ids: Tensor, temperature: float | Tensor) -> list[ScoreParams]:
+        """Of all anchors among themselves, or of each view's and the other's."""
+        operands, rows = self.operands(embeddings), checks.one_or_rows(temperature, embeddings)
         if not self.bimodal:
-            return [(operands, None, self.ids)]
-        view_0, view_1 = operands.chunk(2)
-        ids = self.ids[: view_0.shape[0]]
-        return [(view_0, view_1, ids), (view_1, view_0, ids)]
+            return [ScoreParams.among(operands, rows, ids)]
+        (view_0, view_1), (ids_0, ids_1) = operands.chunk(2), ids.chunk(2)
+        rows_0, rows_1 = rows.chunk(2) if isinstance(rows, Tensor) else (rows, rows)
+        return [ScoreParams(view_0, view_1, rows_0, ids_0, ids_1), ScoreParams(view_1, view_0, rows_1, ids_1, ids_0)]
 
 
-class _Value(torch.autograd.Function):
-    """Mean of softplus(lse - s+), its gradient by hand: at batch 32 the nodes of an autograd graph cost most of it."""
+class Contrast(NamedTuple):
+    """What the 2b anchors' terms are made of, and torch's graph of it where there is one."""
+
+    lse: Tensor  # (2b,) over the scores of an anchor's negatives, detached; -inf: it has none
+    positive: Tensor  # (2b,) score of its positive, detached
+    anchors: Anchors
+    temperature: float | Tensor  # of all, a 0-d tensor that may be learnt, or (2b,) without gradient
+    form: Form
+    sides: list[tuple[Tensor, Tensor, Keys, float | Tensor]] | None  # None: the gradient is made by hand
+    graph: tuple[Tensor, Tensor] | None  # lse and positive, differentiable
+
+    def attach_gradient(self, value: Tensor, d_lse: Tensor, d_positive: Tensor) -> Tensor:
+        """``value`` (), whose derivatives by ``lse`` and ``positive`` are given (2b,), as one that torch
+        differentiates."""
+        if self.graph is None:
+            found = self.lse, self.positive, d_lse, d_positive, self.anchors.items
+            return _ByHand.apply(self.anchors.embeddings, self.temperature, value, *found, self.form)
+        lse, positive = self.graph
+        moved = torch.where(self.lse > -torch.inf, lse - self.lse, 0)  # of value 0
+        return value + (d_lse * moved).sum() + (d_positive * (positive - self.positive)).sum()
+
+    def negative_similarity(self) -> Tensor:
+        """(2b,) mean similarity of an anchor's negatives under their softmax, detached; 0 without any. It costs what a
+        backward pass does."""
+        if self.sides is None:
+            scores = self.form.scores(self.anchors.embeddings.detach(), self.anchors.items, self.temperature)
+            parts = zip(self.lse.chunk(len(scores)), scores, strict=True)
+            return torch.cat([mean_similarity(lse, some, self.form.backend) for lse, some in parts])
+        parts = zip(self.lse.chunk(len(self.sides)), self.sides, strict=True)
+        return torch.cat(
+            [keys.mean_similarity(lse, rows, ids, own, self.form.backend) for lse, (rows, ids, keys, own) in parts]
+        )
+
+
+def contrast(anchors: Anchors, temperature: float | Tensor, form: Form, keys: Keys | None = None) -> Contrast:
+    """The log-sum-exps of anchors that have items. Memory is O(b d).
+
+    Args:
+        keys: of all ranks; None: there is one process.
+    """
+    b = anchors.embeddings.shape[0] // 2
+    if keys is None and not functorch_active():
+        with torch.no_grad():
+            embeddings = anchors.embeddings.detach()
+            scores = form.scores(embeddings, anchors.items, temperature)
+            lse = [ops.contrastive_lse(some, form.backend) for some in scores]
+            similarity = (embeddings[:b] * embeddings[b:]).sum(1).repeat(2)
+            lse = lse[0] if len(lse) == 1 else torch.cat(lse)
+            return Contrast(lse, similarity / temperature, anchors, temperature, form, None, None)
+    queries = form.operands(anchors.embeddings)
+    if keys is None or keys.embeddings is anchors.embeddings:
+        keys = LocalKeys(queries, anchors.items, None) if keys is None else keys._replace(embeddings=queries)
+    sides = [(queries, anchors.items, keys.cast(queries.dtype), temperature)]
+    if form.bimodal:
+        own = temperature.chunk(2) if isinstance(temperature, Tensor) and temperature.dim() else (temperature,) * 2
+        others = keys.select_view(1), keys.select_view(0)
+        sides = list(zip(queries.chunk(2), anchors.items.chunk(2), others, own, strict=True))
+    lse = torch.cat([some.lse(rows, ids, own, form.backend) for rows, ids, some, own in sides])
+    positive = (anchors.embeddings[:b] * anchors.embeddings[b:]).sum(1).repeat(2) / temperature
+    return Contrast(lse.detach(), positive.detach(), anchors, temperature, form, sides, (lse, positive))
+
+
+class _ByHand(torch.autograd.Function):
+    """Hangs its gradient on a value that has been made: at batch 32 the nodes of an autograd graph cost most of it."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, embeddings: Tensor, temperature: float | Tensor, batch: _Batch
-    ) -> tuple[Tensor, Tensor]:
-        parts = []
-        for queries, keys, ids in batch.sides(embeddings):
-            number, temperatures = checks.number_or_rows(temperature, queries)
-            parts.append(lse_values(queries, keys, number, temperatures, ids, ids, batch.backend))
-        lse = torch.stack(parts) if batch.bimodal else parts[0].view(2, -1)
-        view_0, view_1 = embeddings.view(2, lse.shape[1], -1).unbind()
-        positive = (view_0 * view_1).sum(1).div_(temperature)
-        excess = lse - positive
-        ctx.batch, ctx.number = batch, None if isinstance(temperature, Tensor) else temperature
-        ctx.save_for_backward(embeddings, batch.ids, lse, positive, excess, None if ctx.number else temperature)
-        ctx.mark_non_differentiable(lse)
-        return torch.nn.functional.softplus(excess).mean(), lse
+        ctx: FunctionCtx,
+        embeddings: Tensor,
+        temperature: float | Tensor,
+        value: Tensor,
+        lse: Tensor,
+        positive: Tensor,
+        d_lse: Tensor,
+        d_positive: Tensor,
+        ids: Tensor,
+        form: Form,
+    ) -> Tensor:
+        ctx.form, ctx.number = form, None if isinstance(temperature, Tensor) else temperature
+        rows = temperature if ctx.number is None else None
+        ctx.save_for_backward(embeddings, lse, positive, d_lse, d_positive, ids, rows)
+        return value.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        embeddings, ids, lse, positive, excess, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
-        batch, temperature = ctx.batch._replace(ids=ids), learnt if ctx.number is None else ctx.number
-        shares = excess.sigmoid().mul_(grad.detach() / excess.numel())  # d value / d lse
-        d_embeddings, d_temperature = _lse_gradient(shares, lse, embeddings, temperature, batch)
-        pull = shares.sum(0).div_(temperature)
-        b = pull.shape[0]
-        d_embeddings[:b].addcmul_(embeddings[b:], pull[:, None], value=-1)
-        d_embeddings[b:].addcmul_(embeddings[:b], pull[:, None], value=-1)
-        if learnt is not None:
-            d_temperature = d_temperature.add_((pull * positive).sum()).to(learnt.dtype)
-        return *no_double_backward(NO_SECOND_DERIVATIVE, d_embeddings, d_temperature), None
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        embeddings, lse, positive, d_lse, d_positive, ids, rows = (
+            x if x is None else x.detach() for x in ctx.saved_tensors
+        )
+        temperature, grad = rows if ctx.number is None else ctx.number, grad.detach()
+        d_embeddings, d_temperature = _lse_gradient(d_lse * grad, lse, embeddings, ids, temperature, ctx.form)
+        d_similarity = (d_positive * grad).div_(temperature).view(2, -1).sum(0)
+        d_embeddings.addcmul_(embeddings.roll(len(d_similarity), 0), d_similarity.repeat(2)[:, None])
+        if ctx.needs_input_grad[1]:  # one number for all
+            d_temperature = (d_temperature - (d_similarity.repeat(2) * positive).sum() / 2).to(rows.dtype)
+        else:
+            d_temperature = None
+        return *no_double_backward(NO_SECOND_DERIVATIVE, d_embeddings, d_temperature), *[None] * 7
 
 
 def _lse_gradient(
-    shares: Tensor, lse: Tensor, embeddings: Tensor, temperature: float | Tensor, batch: _Batch
+    d_lse: Tensor, lse: Tensor, embeddings: Tensor, ids: Tensor, temperature: float | Tensor, form: Form
 ) -> tuple[Tensor, Tensor | None]:
-    """Of the embeddings (2b, d) and, where it is learnt, of the temperature ()."""
-    d_views, d_temperature = [], None
-    for part, (queries, keys, ids) in enumerate(batch.sides(embeddings)):
-        number, temperatures = checks.number_or_rows(temperature, queries)
-        own = slice(None) if keys is None else part
-        of_lse = shares[own].flatten(), lse[own].flatten()
-        d_queries, d_keys, d_rows = lse_gradients(queries, keys, number, temperatures, ids, ids, *of_lse, batch.backend)
-        d_views.append(d_queries if keys is None else torch.cat((d_keys, d_queries) if part else (d_queries, d_keys)))
-        if temperatures is not None:
-            d_temperature = d_rows.sum() if d_temperature is None else d_temperature + d_rows.sum()
-    total = d_views[0] if len(d_views) == 1 else d_views[0].add_(d_views[1])
+    """Of the embeddings (2b, d) and, where it is a tensor, of the temperature ()."""
+    scores = form.scores(embeddings, ids, temperature)
+    parts = zip(scores, d_lse.chunk(len(scores)), lse.chunk(len(scores)), strict=True)
+    found = [ops.contrastive_lse_backward(some, *of_side, form.backend) for some, *of_side in parts]
+    total = found[0][0]
+    if form.bimodal:
+        (query_0, key_1, _), (query_1, key_0, _) = found
+        total = torch.cat((query_0 + key_0, query_1 + key_1))
+    d_temperature = sum(rows.sum() for *_, rows in found) if isinstance(temperature, Tensor) else None
     return total.to(embeddings.dtype), d_temperature
 
 
-def _log_sums(
-    embeddings: Tensor, temperature: float | Tensor, batch: _Batch, gather: str, shards: Shards | None, similarity: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(2, b) log-sum-exp of this rank's anchors over their negatives, of all ranks with shards, and the similarity of
-    these."""
-    parts, similarities = [], []
-    for queries, keys, query_ids in batch.sides(embeddings):
-        keys = queries if keys is None else keys
-        options = {"temperature": temperature, "query_ids": query_ids, "backend": batch.backend}
-        if gather == "ring":
-            log_sum, mean = partial(ring_lse, shards=shards), partial(ring_similarity, shards=shards)
-            options["key_ids"] = query_ids
-        else:
-            log_sum, mean, options["key_ids"] = contrastive_lse, mean_similarity, query_ids
-            if shards is not None:
-                keys, options["key_ids"] = (gather_views(rows, shards) for rows in (keys, query_ids))
-        parts.append(log_sum(queries, keys, **options))
-        if similarity:
-            similarities.append(mean(parts[-1], queries, keys, **options))
-    return torch.cat(parts).view(2, -1), torch.cat(similarities) if similarity else None
+def ntxent(of: Contrast, factor: float = 1.0) -> Tensor:
+    """Mean over the 2b anchors of -s+ + log(exp(s+) + sum of exp(s-)), which is softplus(lse of s- less s+)."""
+    excess = of.lse - of.positive
+    value = torch.nn.functional.softplus(excess).mean() * factor
+    share = excess.sigmoid() * (factor / excess.numel())
+    return of.attach_gradient(value, share, -share)
 
 
-def in_batch(
-    anchors: Anchors,
-    temperature: float | Tensor,
-    *,
-    bimodal: bool = False,
-    dtype: torch.dtype | None = None,
-    backend: str = "auto",
-    return_similarity: bool = False,
-    gather: str = "none",
-    shards: Shards | None = None,
-) -> InBatch:
-    """Mean over the 2b anchors of -s+ + log(exp(s+) + sum of exp(s-)), which is softplus(lse of s- less s+).
+def batch_stats(
+    anchors: Anchors, temperature: float | Tensor, *, bimodal: bool = False, value: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What every loss reports of its batch, detached 0-d tensors, whatever it minimises itself.
 
-    Negatives are all rows of other items (without items: of other pairs), of both views, or with ``bimodal`` of the
-    other view alone. Memory is O(b d).
+    ``ntxent``: the in-batch NT-Xent value, with ``bimodal`` the in-batch CLIP value, whose negatives are the other
+    tower's. ``positive_similarity``: mean similarity of the pairs. ``mean_cosine``: mean similarity over pairs of
+    different rows of one view; near 1 the encoder has collapsed.
 
     Args:
-        dtype: that a GPU multiplies in; None: the embeddings' own. On the CPU products are always float32's.
-        return_similarity: also the mean, over the anchors that have negatives, of their negatives' similarity under
-            softmax weights. It costs what a backward pass does.
-        gather: "all" or "ring": negatives are those of all ranks, with ``shards``; the value is this rank's share of
-            the mean over the anchors of all ranks, times their number, so that its mean over ranks is that mean.
+        value: that of ``ntxent``, where it is known already.
     """
-    embeddings, ids = anchors.embeddings, anchors.items
-    if ids is None:
-        ids = torch.arange(embeddings.shape[0], dtype=torch.int64, device=embeddings.device)
-        ids %= embeddings.shape[0] // 2
-        ids += 0 if shards is None else shards.first
-    batch = _Batch(ids, bimodal, dtype, backend)
-    if shards is not None or functorch_active():
-        lse, similarity = _log_sums(embeddings, temperature, batch, gather, shards, return_similarity)
-        view_0, view_1 = embeddings.view(2, lse.shape[1], -1).unbind()
-        excess = lse - (view_0 * view_1).sum(1) / temperature
-        value = torch.nn.functional.softplus(excess).mean() * (1 if shards is None else shards.ddp_factor)
-        return InBatch(value, None if similarity is None else similarity.sum() / (lse > -torch.inf).sum().clamp_min(1))
-    value, lse = _Value.apply(embeddings, temperature, batch)
-    if not return_similarity:
-        return InBatch(value, None)
-    total = 0
-    for part, (queries, keys, ids) in enumerate(batch.sides(embeddings.detach())):
-        of_rows = lse.flatten() if keys is None else lse[part]
-        keys = queries if keys is None else keys
-        options = {"temperature": temperature, "query_ids": ids, "key_ids": ids, "backend": backend}
-        total = total + mean_similarity(of_rows, queries, keys, **options).sum()
-    counted = (lse > -torch.inf).sum()  # an anchor in a batch of one item has no negatives
-    return InBatch(value, total / counted.clamp_min(1))
+    with torch.no_grad():
+        detached = anchors._replace(embeddings=anchors.embeddings.detach())
+        b = detached.embeddings.shape[0] // 2
+        total = detached.embeddings.view(2, b, -1).sum(1).square().sum()
+        diagonal = detached.embeddings.square().sum()
+        return {
+            "ntxent": ntxent(contrast(detached, temperature, Form(bimodal))) if value is None else value,
+            "positive_similarity": (detached.embeddings[:b] * detached.embeddings[b:]).sum(1).mean(),
+            "mean_cosine": (total - diagonal) / max(2 * b * (b - 1), 1),
+        }

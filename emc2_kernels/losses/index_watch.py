@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
-
 REPEATS_CALLS = 100  # of which repeats are counted: class labels show within a few
 BINS = 8191  # by which items are told apart, a prime: those of every k-th item fall into all of them, too
 MOST_ROWS = 128 * BINS  # after which it is known which bins are hit; two epochs of fewer items are enough
@@ -31,17 +29,17 @@ class IndexWatch:
         self.seen: Tensor | None = None  # (bins,) bool, from the first look to the last
         self.done = False
 
-    def look(self, index: Tensor) -> None:
-        """At the checked index (b,) of a training step; called by a loss's ``forward``."""
-        if torch.compiler.is_compiling() or self.done or not checks.values_visible(index):
+    def look(self, index: Tensor, repeats: int | None) -> None:
+        """At the checked index (b,) of a training step, in which so many rows repeat an item; None: nobody has seen it.
+        Called by a loss's ``forward``."""
+        if self.done or repeats is None:
             return
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         share, b = max(self.num_items // ranks, 1), index.shape[0]
         self.calls += 1
         self.rows += b
         if self.calls <= REPEATS_CALLS:
-            ordered = index.sort().values  # unique() takes several times as long
-            self.repeats += int((ordered[1:] == ordered[:-1]).sum())
+            self.repeats += repeats
             self.expected += _expected_repeats(b, share)
             if _beyond_chance(self.repeats, self.expected):
                 self._warn(

@@ -1,15 +1,18 @@
-"""NT-Xent, the in-batch contrastive loss of SimCLR (arXiv 2002.05709)."""
+"""NT-Xent, the in-batch contrastive loss of SimCLR (arXiv 2002.05709), and CLIP's between two towers (arXiv
+2103.00020)."""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
-from ..distributed.shards import GATHERS
-from .anchors import batch_stats, check, compute_dtype, over_ranks, reported, stack
-from .in_batch import in_batch
+from ..distributed.shards import GATHERS, Shards
+from .anchors import Anchors, check_batch, compute_dtype
+from .in_batch import Form, batch_stats, contrast, ntxent
+from .ranks import batch_keys, reported, shards_of_batch
 from .temperature import TemperedLoss, warn_of_uniform_weights
 
 
@@ -85,29 +88,26 @@ class NTXentLoss(TemperedLoss):
         """
         with reported(self, z0):
             checks.boolean("return_stats", return_stats)
-            check(z0, z1, index, dim=None, num_items=None)
-            anchors = stack(z0, z1, index, normalize=self.normalize)
+            check_batch(z0, z1, index, dim=None, num_items=None)
+            anchors = Anchors.of(z0, z1, index, self.normalize)
             temperature = self.temperature
-            checks.temperature(temperature, 0, z0.device)
+            if isinstance(temperature, Tensor):
+                checks.temperature(temperature, 0, z0.device)
             if not self.normalize:  # unit vectors cannot overflow; no product is larger than its rows' own
                 largest = anchors.embeddings.detach().square().sum(1) / temperature
                 checks.finite("the similarities of z0 and z1", largest)
         form = {"return_stats": return_stats} if self.gather == "ring" else {}  # the statistics go round too
-        shards = over_ranks(self, z0, index, log_scale=self.log_scale, **form)
-        value, negative_similarity = in_batch(
-            anchors,
-            temperature,
-            bimodal=self.bimodal,
-            dtype=compute_dtype(z0),
-            backend=self.backend,
-            return_similarity=return_stats,
-            gather=self.gather,
-            shards=shards,
-        )
+        shards = shards_of_batch(self, z0, index, log_scale=self.log_scale, **form)
+        anchors = anchors if anchors.items is not None else _number_pairs(anchors, shards)
+        keys = None if shards is None else batch_keys(anchors, shards, self.gather)
+        of = contrast(anchors, temperature, Form(self.bimodal, compute_dtype(z0), self.backend), keys)
+        # The mean over ranks of each rank's share of the mean, times their number, is that mean.
+        value = ntxent(of, 1.0 if shards is None else shards.ddp_factor)
         if not return_stats:
             return value
-        stats = batch_stats(anchors, temperature, bimodal=self.bimodal, ntxent=value.detach())
-        stats["negative_similarity"] = negative_similarity
+        stats = batch_stats(anchors, temperature, bimodal=self.bimodal, value=value.detach())
+        counted = (of.lse > -torch.inf).sum()  # in a batch of one item no anchor has negatives
+        stats["negative_similarity"] = of.negative_similarity().sum() / counted.clamp_min(1)
         if isinstance(temperature, Tensor):
             stats["temperature"] = temperature.detach()
         return value, stats
@@ -116,6 +116,13 @@ class NTXentLoss(TemperedLoss):
         learnt = self.log_scale is not None
         shown = f"learnt, at most {self.max_scale} as a scale" if learnt else f"{self.temperature}"
         return f"temperature={shown}, normalize={self.normalize}"
+
+
+def _number_pairs(anchors: Anchors, shards: Shards | None) -> Anchors:
+    """Without items, rows of other pairs are negatives, on all ranks."""
+    b, first = anchors.embeddings.shape[0] // 2, 0 if shards is None else shards.first
+    pairs = torch.arange(first, first + b, dtype=torch.int64, device=anchors.embeddings.device)
+    return anchors._replace(items=pairs.repeat(2))
 
 
 class ClipLoss(NTXentLoss):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,39 +12,26 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
+from ..distributed.keys import Keys
 from ..distributed.shards import Shards, gather_views
-from ..lse import contrastive_lse, mean_similarity
 from ..stores.strict_state import FINITE, outside
 from ..stores.table import SlotTable
-from .anchors import (
-    Anchors,
-    batch_stats,
-    check,
-    compute_dtype,
-    confirmed,
-    finite_batch,
-    of_all_ranks,
-    over_ranks,
-    reported,
-    stack,
-)
+from .anchors import Anchors, check_batch, check_state_device, compute_dtype, finite_batch
+from .in_batch import Contrast, Form, batch_stats, contrast
 from .index_watch import IndexWatch
+from .ranks import batch_keys, confirmed, reported, shards_of_batch
 from .recomputation import refuse_recomputation
 from .temperature import LEAST, fixed_temperature, warn_of_uniform_weights
 
-TEMPERATURE_LR = 0.01
-TEMPERATURE_MOMENTUM = 0.9
 TEMPERATURE_RANGE = 10.0  # the bounds' default: from a tenth of `temperature` to ten times it
-RHO = 1.0
 
 
 class Denominators(NamedTuple):
     """What the 2b anchors' weights are made of, detached."""
 
     has_negatives: Tensor  # (2b,) bool
-    log_mean: Tensor  # (2b,) log of the batch's mean of exp(s) over the anchor's negatives; 0 without any
     log_u: Tensor  # (2b,) log of the running mean after its update; 0 without negatives
-    weight: Tensor  # (2b,) exp(log_mean - log_u), what the anchor's weights sum to; 0 without negatives
+    weight: Tensor  # (2b,) what its weights sum to: the batch's mean of exp(s) over u; 0 without negatives
 
 
 class SogCLRLoss(SlotTable):
@@ -69,28 +56,14 @@ class SogCLRLoss(SlotTable):
     would be wrong by exp of what s+ has changed since. So here u is of exp(s) in both cases, and -s+ has weight 1
     (there: the sum of the weights, 1 in expectation only).
 
-    ``individual_temperature=True`` is iSogCLR: each item (of each tower) learns its temperature t by minimising F(t) +
-    rho * t with dF/dt = log u - s+ - sum of weight * (s - s+) / number, which is the Kullback-Leibler divergence of
-    the negatives' weights from uniform ones, negated: t grows where that is above rho and falls where it is below. The
-    anchor's value is then multiplied by t / ``temperature``: the objective is F summed over items, as published, over
-    one constant, so that items with different temperatures keep the weights that F gives them, and the scale is that
-    of the other losses where t = ``temperature``. A step uses the temperatures from before their update; u averages
-    exponents at the temperatures of their visits, as published.
-
     Args:
         num_items: items of the data set; ``index`` names them.
-        temperature: in [2^-63, 2^100]; with individual temperatures, that of an item that was not visited yet. It is
-            not learnt: the kept means are of exponents at it. individual_temperature=True learns one for each item.
+        temperature: in [2^-63, 2^100]. It is not learnt, since the kept means are of exponents at it; ``ISogCLRLoss``
+            learns one for each item.
         gamma: in (0, 1], the weight of the present batch in u.
         gamma_schedule: "constant", or "cosine": from 1 to ``gamma`` over the first ``gamma_steps`` training-mode calls
             (the paper: over half of the training).
         gamma_steps: int >= 1, with "cosine" only.
-        individual_temperature: learn a temperature for each item. The following need it:
-        temperature_lr: >= 0, its step; 0.01 by default.
-        temperature_momentum: in [0, 1), weight of the kept gradient in v <- momentum * v + (1 - momentum) * gradient,
-            v = 0 at first; 0.9 by default.
-        temperature_bounds: (lowest, highest), around ``temperature``; by default a tenth and ten times of it.
-        rho: >= 0, in nats; 1 by default.
         bimodal: z0 and z1 are of two modalities.
         gather: "none": means and negatives are the process's own. "all": over the keys of all processes; every process
             writes what all have found, so that the state is the same everywhere. See ``NTXentLoss``.
@@ -113,8 +86,11 @@ class SogCLRLoss(SlotTable):
     saved_facts = (*SlotTable.saved_facts, "bimodal")
     step: Tensor  # () int64  training-mode calls so far
     log_u: Tensor  # (slots,) float32  -inf: not visited
-    item_temperature: Tensor  # (slots,) float32, with individual_temperature
-    item_velocity: Tensor  # (slots,) float32, the momentum of its gradient
+
+    def __new__(cls, *arguments: Any, individual_temperature: bool = False, **options: Any) -> SogCLRLoss:
+        """``SogCLRLoss(individual_temperature=True)``, as 0.1.0 spelt it, is an ``ISogCLRLoss``."""
+        checks.boolean("individual_temperature", individual_temperature)
+        return super().__new__(ISogCLRLoss if individual_temperature and cls is SogCLRLoss else cls)
 
     def __init__(
         self,
@@ -125,10 +101,6 @@ class SogCLRLoss(SlotTable):
         gamma_schedule: str = "constant",
         gamma_steps: int | None = None,
         individual_temperature: bool = False,
-        temperature_lr: float | None = None,
-        temperature_momentum: float | None = None,
-        temperature_bounds: tuple[float, float] | None = None,
-        rho: float | None = None,
         bimodal: bool = False,
         gather: str = "none",
         process_group: dist.ProcessGroup | None = None,
@@ -142,43 +114,15 @@ class SogCLRLoss(SlotTable):
         self.gamma = checks.number_in("gamma", gamma, 0, 1, open_low=True)
         checks.one_of("gamma_schedule", gamma_schedule, ("constant", "cosine"))
         self.gamma_schedule, self.gamma_steps = gamma_schedule, _gamma_steps(gamma_schedule, gamma_steps)
-        checks.boolean("individual_temperature", individual_temperature)
         checks.one_of("gather", gather, ("none", "all"))
         self.gather, self.process_group = gather, process_group
         checks.boolean("normalize", normalize)
-        warn_of_uniform_weights(self.temperature, normalize)
         checks.one_of("backend", backend, NAMES)
         self.individual_temperature, self.normalize, self.backend = individual_temperature, normalize, backend
+        warn_of_uniform_weights(self.temperature, normalize, 3 if type(self) is SogCLRLoss else 4)
         self._watch = IndexWatch(num_items)
         self.keep("log_u", -torch.inf, torch.float32)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.log_u.device))
-        options = {
-            "temperature_lr": temperature_lr,
-            "temperature_momentum": temperature_momentum,
-            "temperature_bounds": temperature_bounds,
-            "rho": rho,
-        }
-        if individual_temperature:
-            self._learn_temperatures(**options)
-        for name, value in options.items():
-            if not individual_temperature and value is not None:
-                raise ValueError(f"{name} must be None without individual_temperature=True, got {checks.shown(value)}")
-
-    def _learn_temperatures(
-        self,
-        temperature_lr: float | None,
-        temperature_momentum: float | None,
-        temperature_bounds: tuple[float, float] | None,
-        rho: float | None,
-    ) -> None:
-        lr = TEMPERATURE_LR if temperature_lr is None else temperature_lr
-        momentum = TEMPERATURE_MOMENTUM if temperature_momentum is None else temperature_momentum
-        self.temperature_lr = checks.number_in("temperature_lr", lr, 0, math.inf, open_high=True)
-        self.temperature_momentum = checks.number_in("temperature_momentum", momentum, 0, 1, open_high=True)
-        self.temperature_bounds = _bounds(temperature_bounds, self.temperature)
-        self.rho = checks.number_in("rho", RHO if rho is None else rho, 0, math.inf, open_high=True)
-        self.keep("item_temperature", self.temperature, torch.float32)
-        self.keep("item_velocity", 0, torch.float32)
 
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
@@ -190,102 +134,71 @@ class SogCLRLoss(SlotTable):
             index: (b,) int64 items in [0, num_items), on the CPU or with z0.
             return_stats: also return detached values: ntxent, positive_similarity, negative_similarity (of an anchor's
                 negatives, weighted by their softmax in the batch), mean_cosine (over pairs of rows of one view),
-                weight_sum (of an anchor's negatives' weights; far from 1, u is stale), and with individual temperatures
-                temperature (the batch's mean).
+                weight_sum (of an anchor's negatives' weights; far from 1, u is stale).
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged.
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
         with reported(self, z0):
-            self._check(z0, z1, index, return_stats)
-            if self.training:
-                self._watch.look(index)
-        anchors = stack(z0, z1, index, normalize=self.normalize)
-        shards = over_ranks(self, z0, index)
-        whole, dtype = of_all_ranks(anchors, shards), compute_dtype(z0)
-        slots = self.slots(anchors.items, anchors.views if self.bimodal else 0, z0.device)
-        temperature = self.item_temperature[slots] if self.individual_temperature else self.temperature
-        lse = self._over_negatives(anchors, whole, dtype, temperature)
-        found = self._denominators(anchors, whole, slots, lse.detach())
-        positive = (anchors.embeddings * anchors.positives).sum(1) / temperature
+            repeats = self._check(z0, z1, index, return_stats)
+        anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
+        shards = shards_of_batch(self, z0, index)
+        keys = None if shards is None else batch_keys(anchors, shards, self.gather)
+        slots = anchors.labels if self.bimodal else anchors.items
+        temperature = self._temperatures(slots)
+        of = contrast(anchors, temperature, Form(self.bimodal, compute_dtype(z0), self.backend), keys)
+        found = self._denominators(of, keys, slots)
         # Of value log u, and with the gradient of weight * lse: lse's gradient is the mean score's under the softmax.
-        negative = found.log_u + found.weight * torch.where(found.has_negatives, lse - lse.detach(), 0)
-        loss = ((negative - positive) * (temperature / self.temperature)).mean()
-        loss = loss if shards is None else loss * shards.ddp_factor
+        scale = temperature / self.temperature * (1 if shards is None else shards.ddp_factor)
+        value = ((found.log_u - of.positive) * scale).mean()
+        share = torch.full_like(of.positive, 1 / len(of.positive)) * scale
+        loss = of.attach_gradient(value, found.weight * share, -share)
         with confirmed(self, z0):
             if not self.normalize:  # unit vectors cannot overflow
                 checks.finite("the similarities of z0 and z1", loss.detach())
+        # The mean s of each anchor's negatives under their softmax.
         learns = self.training and self.individual_temperature
-        scores = None
-        if learns or return_stats:  # the mean s of each anchor's negatives under their softmax
-            scores = self._over_negatives(anchors, whole, dtype, temperature, lse.detach()) / temperature
-        stats = self._stats(anchors, found, temperature, scores) if return_stats else None
+        scores = of.negative_similarity() / temperature if learns or return_stats else None
+        stats = self._stats(of, found, scores) if return_stats else None
         if self.training:
-            with torch.no_grad():
-                self._remember(slots, found, positive, scores, whole, shards)
+            self._update(of, found, scores, slots, keys, shards)
         return loss if stats is None else (loss, stats)
 
-    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> None:
+    def _temperatures(self, slots: Tensor) -> float | Tensor:
+        """Of the anchors with these slots (2b,)."""
+        return self.temperature
+
+    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> int | None:
         refuse_recomputation(self)
         checks.boolean("return_stats", return_stats)
         if index is None:
             raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        check(z0, z1, index, dim=None, num_items=self.num_items)
-        if self.log_u.device != z0.device:
-            expected = f"on {self.log_u.device}, where the loss keeps its state"
-            raise ValueError(f"z0 must be {expected}, got {checks.describe(z0)}")
+        repeats = check_batch(z0, z1, index, dim=None, num_items=self.num_items)
+        check_state_device(z0, "state", self.log_u)
+        if self.training:
+            self._watch.look(index, repeats)
+        return repeats
 
-    def _over_negatives(
-        self,
-        anchors: Anchors,
-        whole: Anchors,
-        dtype: torch.dtype,
-        temperature: float | Tensor,
-        lse: Tensor | None = None,
-    ) -> Tensor:
-        """(2b,) log sum of exp(s) over each anchor's negatives, among the anchors of all ranks; -inf without any.
-
-        Given that, ``lse``: the mean of their similarities under their softmax, detached; 0 without any.
-        """
-        queries, keys = anchors.embeddings.to(dtype), whole.embeddings.to(dtype)
-        if whole is anchors:
-            keys = queries
-        if not self.bimodal:
-            return self._reduce(queries, keys, anchors.items, whole.items, temperature, lse)
-        temperatures = temperature.chunk(2) if isinstance(temperature, Tensor) else (temperature, temperature)
-        sums = (None, None) if lse is None else lse.chunk(2)
-        query_ids, key_ids = anchors.items.chunk(2)[0], whole.items.chunk(2)[0]
-        queries, keys = queries.chunk(2), keys.chunk(2)[::-1]
-        sides = zip(queries, keys, temperatures, sums, strict=True)
-        return torch.cat([self._reduce(q, k, query_ids, key_ids, t, of_side) for q, k, t, of_side in sides])
-
-    def _reduce(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        query_ids: Tensor,
-        key_ids: Tensor,
-        temperature: float | Tensor,
-        lse: Tensor | None,
-    ) -> Tensor:
-        """The same for queries and keys, where those of a query's item are no negatives."""
-        options = {"temperature": temperature, "query_ids": query_ids, "key_ids": key_ids, "backend": self.backend}
-        if lse is None:
-            return contrastive_lse(queries, keys, **options)
-        return mean_similarity(lse, queries, keys, **options)
-
-    def _denominators(self, anchors: Anchors, whole: Anchors, slots: Tensor, lse: Tensor) -> Denominators:
-        keys = whole.items.shape[0] // (2 if self.bimodal else 1)
-        ordered = whole.items[:keys].sort().values
+    def _count_negatives(self, anchors: Anchors, keys: Keys | None) -> Tensor:
+        """(2b,)"""
+        if anchors.distinct and keys is None:
+            rows = len(anchors.items)
+            return torch.full_like(anchors.items, rows // 2 - 1 if self.bimodal else rows - 2)
+        items = anchors.items if keys is None else keys.items
+        ordered = items[: items.shape[0] // (2 if self.bimodal else 1)].sort().values
         own = torch.searchsorted(ordered, anchors.items, right=True) - torch.searchsorted(ordered, anchors.items)
-        has_negatives = own < keys
-        log_mean = torch.where(has_negatives, lse - (keys - own).to(lse.dtype).log(), 0)
-        before, gamma = self.log_u[slots].to(lse.dtype), self._gamma().to(lse.dtype)
+        return len(ordered) - own
+
+    def _denominators(self, of: Contrast, keys: Keys | None, slots: Tensor) -> Denominators:
+        number = self._count_negatives(of.anchors, keys)
+        has_negatives = number > 0
+        log_mean = torch.where(has_negatives, of.lse - number.to(of.lse.dtype).log(), 0)
+        before, gamma = self.log_u[slots].to(of.lse.dtype), self._gamma().to(of.lse.dtype)
         follow = torch.logaddexp(before + (1 - gamma).log(), log_mean + gamma.log())
         log_u = torch.where(before == -torch.inf, log_mean, follow)
         weight = torch.where(has_negatives, (log_mean - log_u).exp(), 0)
-        return Denominators(has_negatives, log_mean, torch.where(has_negatives, log_u, 0), weight)
+        return Denominators(has_negatives, torch.where(has_negatives, log_u, 0), weight)
 
     def _gamma(self) -> Tensor:
         """() float64, on the device, which is not waited for."""
@@ -295,46 +208,41 @@ class SogCLRLoss(SlotTable):
         progress = (self.step.double() / self.gamma_steps).clamp_max(1)
         return gamma + (1 - gamma) * (1 + (math.pi * progress).cos()) / 2
 
-    def _remember(
+    @torch.no_grad()
+    def _update(
         self,
-        slots: Tensor,
+        of: Contrast,
         found: Denominators,
-        positive: Tensor,
         scores: Tensor | None,
-        whole: Anchors,
+        slots: Tensor,
+        keys: Keys | None,
         shards: Shards | None,
     ) -> None:
         """Writes the anchors' updated state; one modality keeps the mean of an item's two views."""
         rows = slots if self.bimodal else slots[: slots.shape[0] // 2]
-
-        def of_rows(values: Tensor) -> Tensor:
-            return values if self.bimodal else values.view(2, -1).mean(0)
-
         log_u = found.log_u if self.bimodal else found.log_u.view(2, -1).logsumexp(0) - math.log(2)
-        values = {"log_u": log_u}
-        if self.individual_temperature:
-            slope = found.log_u - positive + self.rho - found.weight * (scores - positive)
-            kept = self.item_velocity[rows]
-            velocity = self.temperature_momentum * kept + (1 - self.temperature_momentum) * of_rows(slope)
-            moved = (self.item_temperature[rows] - self.temperature_lr * velocity).clamp(*self.temperature_bounds)
-            values |= {"item_velocity": velocity, "item_temperature": moved}
-        updates, finite = found.has_negatives[: rows.shape[0]], finite_batch(whole, self.temperature)
+        values = {"log_u": log_u, **self._learnt(of, found, scores, rows)}
+        updates, finite = found.has_negatives[: rows.shape[0]], None
+        if shards is not None or not of.anchors.finite:
+            embeddings = of.anchors.embeddings if keys is None else keys.embeddings
+            finite = finite_batch(embeddings, self.temperature)
+            updates = updates if shards is not None else updates & finite
         if shards is not None:
-            rows, updates = gather_views(rows, shards), gather_views(updates, shards)
+            rows, updates = gather_views(rows, shards), gather_views(updates, shards) & finite
             values = {name: gather_views(value, shards) for name, value in values.items()}
-        self.put(rows, only=updates if finite is None else updates & finite, **values)
+        self.put(rows, only=updates, distinct=of.anchors.distinct and shards is None, **values)
         self.step.add_(1 if finite is None else finite)
 
-    def _stats(
-        self, anchors: Anchors, found: Denominators, temperature: float | Tensor, scores: Tensor
-    ) -> dict[str, Tensor]:
-        options = {"bimodal": True} if self.bimodal else {}
+    def _learnt(self, of: Contrast, found: Denominators, scores: Tensor | None, rows: Tensor) -> dict[str, Tensor]:
+        """What else is kept of the slots ``rows``, by name."""
+        return {}
+
+    def _stats(self, of: Contrast, found: Denominators, scores: Tensor) -> dict[str, Tensor]:
         anchors_with = found.has_negatives.sum().clamp_min(1)
-        stats = batch_stats(anchors, self.temperature, **options) | {
-            "negative_similarity": (scores * temperature).sum() / anchors_with,
+        return batch_stats(of.anchors, self.temperature, bimodal=self.bimodal) | {
+            "negative_similarity": (scores * of.temperature).sum() / anchors_with,
             "weight_sum": found.weight.sum() / anchors_with,
         }
-        return stats | {"temperature": temperature.mean()} if self.individual_temperature else stats
 
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
         bounds = {
@@ -347,13 +255,85 @@ class SogCLRLoss(SlotTable):
 
     def extra_repr(self) -> str:
         gamma = f"gamma={self.gamma}, gamma_schedule={self.gamma_schedule!r}, gamma_steps={self.gamma_steps}"
-        learned = ""
-        if self.individual_temperature:
-            learned = (
-                f", temperature_lr={self.temperature_lr}, temperature_momentum={self.temperature_momentum}, "
-                f"temperature_bounds={self.temperature_bounds}, rho={self.rho}"
-            )
-        return f"num_items={self.num_items}, temperature={self.temperature}, {gamma}, bimodal={self.bimodal}{learned}"
+        return f"num_items={self.num_items}, temperature={self.temperature}, {gamma}, bimodal={self.bimodal}"
+
+
+class ISogCLRLoss(SogCLRLoss):
+    """SogCLR with a temperature for each item (iSogCLR, arXiv 2305.11965).
+
+    Each item (of each tower) learns its temperature t by minimising F(t) +
+    rho * t with dF/dt = log u - s+ - sum of weight * (s - s+) / number, which is the Kullback-Leibler divergence of
+    the negatives' weights from uniform ones, negated: t grows where that is above rho and falls where it is below. The
+    anchor's value is then multiplied by t / ``temperature``: the objective is F summed over items, as published, over
+    one constant, so that items with different temperatures keep the weights that F gives them, and the scale is that
+    of the other losses where t = ``temperature``. A step uses the temperatures from before their update; u averages
+    exponents at the temperatures of their visits, as published.
+
+    Args:
+        temperature: that of an item that was not visited yet.
+        temperature_lr: >= 0, its step.
+        temperature_momentum: in [0, 1), weight of the kept gradient in v <- momentum * v + (1 - momentum) * gradient,
+            v = 0 at first.
+        temperature_bounds: (lowest, highest), around ``temperature``; None: a tenth and ten times of it.
+        rho: >= 0, in nats.
+        The others are those of ``SogCLRLoss``.
+
+    Statistics: also temperature, the batch's mean.
+    """
+
+    item_temperature: Tensor  # (slots,) float32
+    item_velocity: Tensor  # (slots,) float32, the momentum of its gradient
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        temperature: float = 0.07,
+        gamma: float = 0.9,
+        gamma_schedule: str = "constant",
+        gamma_steps: int | None = None,
+        individual_temperature: bool = True,
+        temperature_lr: float = 0.01,
+        temperature_momentum: float = 0.9,
+        temperature_bounds: tuple[float, float] | None = None,
+        rho: float = 1.0,
+        bimodal: bool = False,
+        gather: str = "none",
+        process_group: dist.ProcessGroup | None = None,
+        normalize: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            num_items, temperature=temperature, gamma=gamma, gamma_schedule=gamma_schedule, gamma_steps=gamma_steps,
+            individual_temperature=True, bimodal=bimodal, gather=gather, process_group=process_group,
+            normalize=normalize, backend=backend,
+        )  # fmt: skip
+        self.temperature_lr = checks.number_in("temperature_lr", temperature_lr, 0, math.inf, open_high=True)
+        momentum = checks.number_in("temperature_momentum", temperature_momentum, 0, 1, open_high=True)
+        self.temperature_momentum, self.temperature_bounds = momentum, _bounds(temperature_bounds, self.temperature)
+        self.rho = checks.number_in("rho", rho, 0, math.inf, open_high=True)
+        self.keep("item_temperature", self.temperature, torch.float32)
+        self.keep("item_velocity", 0, torch.float32)
+
+    def _temperatures(self, slots: Tensor) -> Tensor:
+        return self.item_temperature[slots]
+
+    def _learnt(self, of: Contrast, found: Denominators, scores: Tensor | None, rows: Tensor) -> dict[str, Tensor]:
+        slope = found.log_u - of.positive + self.rho - found.weight * (scores - of.positive)
+        slope = slope if self.bimodal else slope.view(2, -1).mean(0)
+        velocity = self.temperature_momentum * self.item_velocity[rows] + (1 - self.temperature_momentum) * slope
+        moved = (self.item_temperature[rows] - self.temperature_lr * velocity).clamp(*self.temperature_bounds)
+        return {"item_velocity": velocity, "item_temperature": moved}
+
+    def _stats(self, of: Contrast, found: Denominators, scores: Tensor) -> dict[str, Tensor]:
+        return super()._stats(of, found, scores) | {"temperature": of.temperature.mean()}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, temperature_lr={self.temperature_lr}, "
+            f"temperature_momentum={self.temperature_momentum}, temperature_bounds={self.temperature_bounds}, "
+            f"rho={self.rho}"
+        )
 
 
 def _gamma_steps(schedule: str, steps: int | None) -> int | None:

@@ -48,14 +48,14 @@ def fixed_temperature(value: Any) -> float:
     return checks.one_temperature(value, LEAST)
 
 
-def warn_of_uniform_weights(temperature: float, normalize: bool) -> None:
-    """For a loss's constructor; the warning points at its caller. Similarities of unit vectors lie in [-1, 1]: here no
-    negative weighs more than exp(2 / UNUSUAL) = 1.2 times another."""
+def warn_of_uniform_weights(temperature: float, normalize: bool, frames: int = 3) -> None:
+    """For a loss's constructor; the warning points at its caller, so many frames up. Similarities of unit vectors lie
+    in [-1, 1]: here no negative weighs more than exp(2 / UNUSUAL) = 1.2 times another."""
     if normalize and temperature > UNUSUAL:
         warnings.warn(
             f"temperature={temperature} gives all negatives nearly one weight; if it is a scale of similarities, as in "
             f"open_clip, then the temperature is its inverse, {1 / temperature:.3g}",
-            stacklevel=3,
+            stacklevel=frames,
         )
 
 

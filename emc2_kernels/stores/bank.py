@@ -63,8 +63,14 @@ class EmbeddingBank(SlotTable):
                 raise ValueError(f"embeddings must have {expected}, got {checks.describe(embeddings)}")
             checks.finite("embeddings", embeddings.detach())
             checks.counter("step", step, 32, slots.device)
+        self.put_embeddings(slots, embeddings, step, only=only)
+
+    def put_embeddings(
+        self, slots: Tensor, embeddings: Tensor, step: int | Tensor, *, only: Tensor | None = None, **known: bool
+    ) -> None:
+        """``update`` of slots (b,), with arguments that have been checked. known: see ``SlotTable.put``."""
         steps = torch.as_tensor(step, dtype=torch.int64, device=slots.device).expand(slots.shape[0])
-        self.put(slots, only=only, embeddings=embeddings, written_at=steps)
+        self.put(slots, only=only, **known, embeddings=embeddings, written_at=steps)
         # A difference and no copy, which Inductor might make after a caller's `step += 1` (pytorch/pytorch#198131).
         passed = step - self.last_step
         self.last_step.add_(passed if only is None else passed * only)
@@ -76,14 +82,15 @@ class EmbeddingBank(SlotTable):
         return labels
 
     def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the bank holds each of the labels (k,) int64; (k, dim) embeddings, zeros for what it does not."""
-        embeddings, written_at = self.rows(self._checked(labels), "embeddings", "written_at")
+        """Whether the bank holds each of the checked labels (k,) int64; (k, dim) embeddings, zeros for what it does
+        not."""
+        embeddings, written_at = self.rows(labels, "embeddings", "written_at")
         held = (labels >= 0) & (written_at >= 0)
         return held, torch.where(held[:, None], embeddings, 0)
 
     def lookup(self, labels: Tensor) -> Tensor:
         """(k, dim) embeddings of labels (k,) int64; zeros for -1 and for what was never written."""
-        return self.find(labels)[1]
+        return self.find(self._checked(labels))[1]
 
     def age(self, labels: Tensor) -> Tensor:
         """(k,) int64 steps between each embedding and the latest update; -1 for label -1 and what was never written."""

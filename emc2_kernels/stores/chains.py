@@ -66,13 +66,21 @@ class ChainStore(SlotTable):
         with self.reported():
             slots = self.slots(index, view, self.key.device)
             rescored = self._check_rescoring(slots.shape[0], queries, bank, temperature)
-        state = MHState(*self.rows(slots, "key", "score"))
-        if not rescored:
-            return state
-        with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-            held, embeddings = bank.find(state.key)
+        if rescored:
+            return self.rescore(slots, queries, bank, temperature)[0]
+        return MHState(*self.rows(slots, "key", "score"))
+
+    @torch.no_grad()
+    def rescore(
+        self, slots: Tensor, queries: Tensor, bank: EmbeddingBank, temperature: float | Tensor
+    ) -> tuple[MHState, Tensor]:
+        """``read`` of slots (b,), rescored, with arguments that have been checked; and the embeddings (b, d) of the
+        chains' keys, zeros for what the bank does not hold."""
+        key, score = self.rows(slots, "key", "score")
+        with torch.autocast(queries.device.type, enabled=False):
+            held, embeddings = bank.find(key)
             similarity = (queries.float() * embeddings.float()).sum(-1)
-            return state._replace(score=torch.where(held, similarity / temperature, state.score))
+            return MHState(key, torch.where(held, similarity / temperature, score)), embeddings
 
     def _check_rescoring(self, rows: int, queries: Any, bank: Any, temperature: Any) -> bool:
         """Whether it is asked for."""
@@ -100,7 +108,11 @@ class ChainStore(SlotTable):
         with self.reported():
             slots = self.slots(index, view, self.key.device)
             checks.state(state, slots)
-        self.put(slots, only=only, key=state.key, score=state.score)
+        self.put_state(slots, state, only=only)
+
+    def put_state(self, slots: Tensor, state: MHState, *, only: Tensor | None = None, **known: bool) -> None:
+        """``write`` of slots (b,), with arguments that have been checked. known: see ``SlotTable.put``."""
+        self.put(slots, only=only, **known, key=state.key, score=state.score)
 
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
         yield from outside(f"{prefix}key", tables["key"], -1, torch.iinfo(torch.int64).max)

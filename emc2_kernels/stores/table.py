@@ -57,7 +57,15 @@ class SlotTable(StrictState):
             return self.owners.fetch(slots, tables, self._call("read", names))
         return [table[slots.clamp_min(0)] for table in tables]
 
-    def put(self, slots: Tensor, *, only: Tensor | None = None, **values: Tensor) -> None:
+    def put(
+        self,
+        slots: Tensor,
+        *,
+        only: Tensor | None = None,
+        distinct: bool = False,
+        finite: bool = False,
+        **values: Tensor,
+    ) -> None:
         """Keeps values (k, ...) for slots (k,), which may be other ranks'; of a slot's rows the last one's, of the last
         rank.
 
@@ -66,15 +74,21 @@ class SlotTable(StrictState):
 
         Args:
             only: () or (k,) bool; False: nothing is written, or nothing of that row.
+            distinct: no slot is known to come twice. finite: all values are known to be, in the table's dtype.
         """
         given = [value.detach().to(getattr(self, name).dtype) for name, value in values.items()]
-        parts = [part for part in (only, *map(_writable_rows, given)) if part is not None]
+        parts = [part for part in (only, *(map(_writable_rows, given) if not finite else ())) if part is not None]
         writable = reduce(torch.logical_and, parts).expand(slots.shape[0]) if parts else None
         if writable is not None and checks.values_visible(writable) and bool(writable.all()):
             writable = None
         if self.owners is not None:
             slots = slots if writable is None else torch.where(writable, slots, -1)
             (slots, given), writable = self.owners.send(slots, given, self._call("write", tuple(values))), None
+            distinct = False
+        if distinct and writable is None:
+            for name, value in zip(values, given, strict=True):
+                getattr(self, name)[slots] = value
+            return
         last = last_duplicates(slots, writable)
         for name, value in zip(values, given, strict=True):
             table, new = getattr(self, name), value[last]

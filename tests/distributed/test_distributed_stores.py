@@ -59,8 +59,6 @@ def test_stores_over_ranks_need_ranks(make):
     [
         {"gather": "none"},
         {"proposals": "bank"},
-        {"carry": "corrected"},
-        {"carry": "two_sided"},
     ],
     ids=str,
 )

@@ -59,7 +59,7 @@ def train(loss, data, device, backend, index_on_cpu=False):
 OPTIONS = {
     "one view": {},
     "both views": {"views": "both", "num_samples": 7},
-    "dropped": {"carry": "drop", "burn_in": 0.25},
+    "another burn-in": {"burn_in": 0.25},
     "not normalised": {"normalize": False, "temperature": 5.0},
 }
 

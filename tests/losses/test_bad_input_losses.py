@@ -171,7 +171,7 @@ EMC2_CONSTRUCTOR_ERRORS = {
     "both views from the bank": ({"proposals": "bank", "views": "both"}, ValueError, "views"),
     "both views of two modalities": ({"bimodal": True, "views": "both"}, ValueError, "views"),
     "bimodal is a number": ({"bimodal": 1}, TypeError, "bimodal"),
-    "drop with the bank": ({"proposals": "bank", "carry": "drop"}, ValueError, "carry"),
+    "carry was deleted": ({"proposals": "bank", "carry": "drop"}, ValueError, "carry"),
     "burn_in is 1": ({"burn_in": 1.0}, ValueError, "burn_in"),
     "burn_in is a count": ({"burn_in": 16}, ValueError, "burn_in"),
     "burn_in is negative": ({"burn_in": -0.1}, ValueError, "burn_in"),
@@ -283,9 +283,9 @@ class TestDegenerateBatch:
         [
             {},
             {"views": "both", "burn_in": 0},
-            {"carry": "drop", "burn_in": 0.9},
-            {"bimodal": True, "estimator": "recycled", "carry": "two_sided"},
-            {"proposals": "bank", "num_proposals": 5, "estimator": "recycled"},
+            {"burn_in": 0.9},
+            {"bimodal": True},
+            {"proposals": "bank", "num_proposals": 5, "bimodal": True},
         ],
         ids=str,
     )

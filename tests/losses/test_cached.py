@@ -40,10 +40,10 @@ def batches(steps, seed=0):
 
 
 class SlowCached:
-    """Literal: a dictionary from label to (embedding, step); the draws alone are the library's."""
+    """Literal: a dictionary from label to (embedding, step, mean of its batch); the draws alone are the library's."""
 
     def __init__(
-        self, *, temperature=0.2, refresh=0, num_samples=5, carry="cached", encode=None, bimodal=False, seed=0
+        self, *, temperature=0.2, refresh=0, num_samples=5, carry="corrected", encode=None, bimodal=False, seed=0
     ):
         self.temperature, self.num_samples, self.carry = temperature, num_samples, carry
         self.count = math.ceil(refresh * 2 * ITEMS) if encode else 0
@@ -55,17 +55,24 @@ class SlowCached:
     def __call__(self, z0, z1, index):
         labels = [item * 2 + view for view in (0, 1) for item in index.tolist()]
         rows = [unit(row) for row in (*z0, *z1)]
+        views = [rows[:B], rows[B:]] if self.bimodal else [rows, rows]
+        means = [torch.stack(of_view).mean(0).detach() for of_view in views]
         for label in self.oldest(labels):
-            self.cache[label] = self.encoded(label).detach(), self.step
+            self.cache[label] = self.encoded(label).detach(), self.step, means[label % 2]
         for label, row in zip(labels, rows, strict=True):
-            self.cache[label] = row.detach(), self.step
+            self.cache[label] = row.detach(), self.step, means[label % 2]
         in_batch, losses, self.ages, self.carried = dict(zip(labels, rows, strict=True)), [], [], []
         repulsions = []
         for anchor, (label, row) in enumerate(zip(labels, rows, strict=True)):
             positive = rows[(anchor + B) % (2 * B)]
-            terms = [self.negative(other, in_batch) for other in self.draw(label, row)]
+            drawn = self.draw(label, row)
+            terms = [self.negative(other, in_batch) for other in drawn]
             repulsion = row @ torch.stack(terms).mean(0) if terms else torch.zeros((), dtype=row.dtype)
             repulsions.append(repulsion.detach())
+            outside = [other for other in drawn if other not in in_batch]
+            if self.carry == "corrected" and outside:
+                drift = torch.stack([means[other % 2] - self.cache[other][2] for other in outside]).sum(0)
+                repulsion = repulsion + (row @ drift + len(outside) * self.pushed(label, labels, rows)) / len(drawn)
             losses.append((repulsion - row @ positive) / self.temperature)
         self.stats = slow_pair_statistics(z0.detach(), z1.detach(), index, self.temperature) | {
             "cache_age": torch.tensor(self.ages).double().mean(),
@@ -75,6 +82,20 @@ class SlowCached:
         self.step += 1
         return torch.stack(losses).mean()
 
+    def pushed(self, label, labels, rows):
+        """0, with the gradient that NT-Xent gives the batch's keys."""
+        row = rows[labels.index(label)].detach()
+        keys = [
+            key
+            for other, key in zip(labels, rows, strict=True)
+            if other // 2 != label // 2 and not (self.bimodal and other % 2 == label % 2)
+        ]
+        if not keys:
+            return 0
+        p = torch.softmax(torch.stack(keys).detach() @ row / self.temperature, 0)
+        term = row @ (p @ torch.stack(keys))
+        return term - term.detach()
+
     def oldest(self, batch):
         age = {label: self.cache[label][1] if label in self.cache else -1 for label in range(2 * ITEMS)}
         age |= dict.fromkeys(batch, self.step)
@@ -82,7 +103,7 @@ class SlowCached:
 
     def draw(self, label, row):
         keys = torch.full((2 * ITEMS, DIM), torch.inf, dtype=torch.float32)
-        for other, (embedding, _) in self.cache.items():
+        for other, (embedding, *_) in self.cache.items():
             if not self.bimodal or other % 2 != label % 2:
                 keys[other] = embedding.float()
         # the noise is that of a key's position among the keys: with two modalities, its item
@@ -105,7 +126,7 @@ class SlowCached:
         self.carried.append(label not in in_batch)
         if label in in_batch:
             return in_batch[label]
-        return self.cache[label][0] if self.carry == "cached" else self.encoded(label)
+        return self.encoded(label) if self.carry == "recompute" else self.cache[label][0]
 
 
 OPTIONS = {
@@ -129,7 +150,7 @@ def test_value_gradients_statistics_and_cache_are_those_of_the_slow_version(opti
             encoder(weights[torch.float32]),
         )
     slow = SlowCached(**slow_options)
-    loss = CachedSoftmaxLoss(ITEMS, DIM, bank_dtype=torch.float32, **({"carry": "cached"} | loss_options))
+    loss = CachedSoftmaxLoss(ITEMS, DIM, bank_dtype=torch.float32, **loss_options)
     for step, index in enumerate([*batches(6), int64(3, 3, 5, 3)]):
         values, gradients = [], []
         for function, dtype in ((loss, torch.float32), (slow, torch.float64)):
@@ -151,7 +172,7 @@ def _grad(weights):
 
 def assert_same_cache(loss, slow):
     for label in range(2 * ITEMS):
-        embedding, written_at = slow.cache.get(label, (torch.full((DIM,), torch.inf), -1))
+        embedding, written_at, _ = slow.cache.get(label, (torch.full((DIM,), torch.inf), -1, None))
         assert loss.bank.written_at[label] == written_at
         torch.testing.assert_close(loss.bank.embeddings[label].double(), embedding.double(), rtol=1e-6, atol=1e-6)
 
@@ -200,8 +221,8 @@ def test_the_mean_gradient_is_that_of_the_softmax_over_the_cache(wrong_temperatu
     """Fixed embeddings, a full cache, many draws: within 5 standard errors, and a wrong temperature is not."""
     temperature, draws = 0.2, 1600
     loss = CachedSoftmaxLoss(
-        ITEMS, DIM, temperature=wrong_temperature or temperature, num_samples=64, normalize=False, carry="cached",
-        bank_dtype=torch.float32,
+        ITEMS, DIM, temperature=wrong_temperature or temperature, num_samples=64, normalize=False, carry="recompute",
+        encode=lambda items, views: keys[items * 2 + views], refresh=0, bank_dtype=torch.float32,
     )  # fmt: skip
     keys = torch.nn.functional.normalize(normal(4, 2 * ITEMS, DIM), dim=1)
     loss.bank.update(torch.arange(ITEMS).repeat_interleave(2), torch.arange(2).repeat(ITEMS), keys, 0)
@@ -257,8 +278,8 @@ def test_casting_the_loss_leaves_its_cache_alone():
     assert set(before) == {"step", "bank.embeddings", "bank.written_at", "bank.last_step", "batch_means.means"}
 
 
-def test_setting_that_collapses_warns():
-    with pytest.warns(UserWarning, match="CachedSoftmaxLoss.*collapses.*corrected"):
+def test_what_was_deleted_says_why():
+    with pytest.raises(ValueError, match="^carry must be .*got 'cached', which was deleted: .*collapses"):
         CachedSoftmaxLoss(ITEMS, DIM, carry="cached")
 
 
@@ -353,6 +374,7 @@ CONSTRUCTOR_ERRORS = {
     "num_samples is 2^16": ({"num_samples": 2**16}, ValueError, "num_samples"),
     "carry is a typo": ({"carry": "cache"}, ValueError, "carry"),
     "carry is another loss's": ({"carry": "drop"}, ValueError, "carry"),
+    "carry was deleted": ({"carry": "cached"}, ValueError, "carry"),
     "carry is None": ({"carry": None}, ValueError, "carry"),
     "recompute without encode": ({"carry": "recompute"}, ValueError, "encode"),
     "encode is no function": ({"encode": 3}, TypeError, "encode"),

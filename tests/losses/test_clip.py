@@ -8,7 +8,7 @@ from helpers import assert_identical, normal, peak_megabytes, relative_rms
 from slow_losses import DIM, unit, value_and_gradients
 
 from emc2_kernels.losses import ClipLoss, EMC2Loss
-from emc2_kernels.losses.anchors import batch_stats, stack
+from emc2_kernels.losses.in_batch import batch_stats
 
 B = 6
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # tolerated relative RMS of the gradient
@@ -87,7 +87,7 @@ def test_statistics(index):
     others = EMC2Loss(B, DIM)(z0, z1, torch.arange(B), return_stats=True)[1]
     for name in ("positive_similarity", "mean_cosine"):
         torch.testing.assert_close(stats[name], others[name])
-    anchors = stack(z0, z1, index, normalize=True)
+    anchors = Anchors.of(z0, z1, index, True)
     torch.testing.assert_close(batch_stats(anchors, 0.2, bimodal=True)["ntxent"], value)
     assert not torch.isclose(batch_stats(anchors, 0.2)["ntxent"], value)
     items = torch.arange(B) if index is None else index

@@ -21,7 +21,7 @@ QUERIES, KEYS, IDS = normal(2, 6, DIM), normal(3, 40, DIM), torch.arange(40)
 TABLE, IDS_OF_TABLE = normal(4, 60, DIM), torch.arange(60)
 # Beside each loss as it comes: what takes other paths through it.
 OPTIONS = {
-    "emc2": [{"proposals": "bank"}, {"estimator": "recycled"}, {"views": "both"}],
+    "emc2": [{"proposals": "bank"}, {"views": "both"}],
     "isogclr": [{"gamma_schedule": "cosine", "gamma_steps": 5}],
     "clip": [{"learn_temperature": True}],
 }

@@ -1,7 +1,6 @@
 """EMC2 beyond the paper: two modalities, proposals from the bank, and what stands for keys outside the batch."""
 
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -9,18 +8,22 @@ from helpers import assert_identical, int64, normal, snapshot
 from scipy import stats
 from torch.nn.functional import normalize
 
-from emc2_kernels import mh_step, rng
+from emc2_kernels import mh_step
 from emc2_kernels.losses import EMC2Loss
-from emc2_kernels.losses.anchors import stack
-from emc2_kernels.losses.emc2_sampler import visit
+from emc2_kernels.losses.anchors import Anchors
+from emc2_kernels.losses.ranks import batch_keys
 
 ITEMS, DIM, TAU = 12, 8, 0.3
 
 
 def make(encode=None, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return EMC2Loss(ITEMS, DIM, **({"temperature": TAU, "bank_dtype": torch.float32} | options), encode=encode)
+    return EMC2Loss(ITEMS, DIM, **({"temperature": TAU, "bank_dtype": torch.float32} | options), encode=encode)
+
+
+def samples_of(loss, anchors):
+    """Of a step of their chains, which is not kept."""
+    options = loss._walk_options(anchors.embeddings, False)
+    return loss._walk(anchors, batch_keys(anchors, None, "none"), options).samples
 
 
 def batch(seed, size=5):
@@ -75,7 +78,7 @@ class TestTwoModalities:
         for view in (0, 1):
             assert torch.equal(loss.chains.read(index, view).key, expected[view])
 
-    @pytest.mark.parametrize("options", [{}, {"proposals": "bank"}, {"carry": "two_sided", "estimator": "recycled"}])
+    @pytest.mark.parametrize("options", [{}, {"proposals": "bank"}])
     def test_chains_of_a_tower_are_at_keys_of_the_other(self, options):
         loss = train(make(bimodal=True, **options), 40)
         for view in (0, 1):
@@ -95,16 +98,15 @@ class TestTwoModalities:
 
 
 class TestProposalsFromTheBank:
-    @pytest.mark.parametrize("estimator", ["states", "recycled"])
     @pytest.mark.parametrize("bimodal", [False, True])
-    def test_samples_have_the_law_of_the_softmax_over_the_bank(self, estimator, bimodal):
+    def test_samples_have_the_law_of_the_softmax_over_the_bank(self, bimodal):
         """Of one anchor's last sample, over 400 visits of 200 draws with other seeds."""
-        loss = fill(make(proposals="bank", num_proposals=200, num_samples=1, estimator=estimator, bimodal=bimodal))
+        loss = fill(make(proposals="bank", num_proposals=200, num_samples=1, bimodal=bimodal))
         z0, z1, index = (x[:1] for x in batch(0))
-        anchors, counts = stack(z0, z1, index, normalize=True), torch.zeros(2 * ITEMS)
+        anchors, counts = Anchors.of(z0, z1, index, True), torch.zeros(2 * ITEMS)
         for loss.seed in range(400):
-            samples = visit(loss, anchors, torch.float32, False).samples
-            counts.index_add_(0, samples.labels[0], samples.label_weights[0])
+            samples = samples_of(loss, anchors)
+            counts.index_add_(0, samples.labels[0], samples.weights[0])
         target = torch.softmax(normalize(z0, dim=1)[0] @ loss.bank.embeddings.T / TAU, 0)
         target[[index.item() * 2, index.item() * 2 + 1]] = 0
         if bimodal:
@@ -160,161 +162,91 @@ class TestProposalsFromTheBank:
         assert 0 < largest.rows < items / 5
 
 
-class TestRecycling:
-    """A sample is marked at the proposal with the probability of the move, and at the state before with the rest."""
-
-    @pytest.mark.parametrize("options", [{}, {"views": "both"}, {"burn_in": 0.0}, {"bimodal": True}], ids=str)
-    def test_against_a_walk_step_by_step(self, options):
-        loss = train(make(estimator="recycled", num_samples=2, **options), 4)
-        z0, z1, index = batch(9)
-        anchors = stack(z0, z1, index, normalize=True)
-        unit, labels = anchors.embeddings, anchors.items * 2 + anchors.views
-        coin = rng.view_coin(index, seed=0, step=4)
-        step = loss.step.item()
-        visited = visit(loss, anchors, torch.float32, False)
-        start = loss.chains.read(anchors.items, anchors.views, unit, loss.bank, TAU)
-        b = len(index)
-        for row in range(2 * b):
-            if loss.bimodal:
-                keys = [(b + j) % (2 * b) if row < b else j for j in range(b)]
-            else:
-                keys = list(range(2 * b)) if loss.views == "both" else [j + b * int(coin[j]) for j in range(b)]
-            burn_in = int(loss.burn_in * len(keys))
-            points = [burn_in + -(-(r + 1) * (len(keys) - burn_in) // 2) - 1 for r in range(2)]
-            e = rng.acceptance(labels[row : row + 1], range(len(keys)), seed=0, step=step, dtype=torch.float32)[0]
-            current, score = None, start.score[row]
-            mean, total = torch.zeros(DIM), 0.0
-            for p, key in enumerate(keys):
-                proposed = unit[row] @ unit[key] / TAU
-                own = anchors.items[key] == anchors.items[row]
-                if p in points:
-                    move = 0.0 if own else float((proposed - score).clamp_max(0).exp())
-                    before = start.key[row] if current is None else labels[current]
-                    mean += move * unit[key]
-                    total += move
-                    if before >= 0:
-                        mean += (1 - move) * (loss.bank.lookup(before[None])[0] if current is None else unit[current])
-                        total += 1 - move
-                if not own and proposed + e[p] > score:
-                    current, score = key, proposed
-            found = (visited.samples.row_weights[row, :, None] * visited.keys[visited.samples.rows[row]]).sum(0)
-            found += visited.samples.label_weights[row] @ loss.bank.lookup(visited.samples.labels[row])
-            torch.testing.assert_close(found, mean / total if total else mean, atol=1e-5, rtol=1e-5)
-
-    @pytest.mark.parametrize("proposals", ["batch", "bank"])
-    def test_a_state_score_of_nan_counts_as_not_started(self, proposals):
-        """Of a chain whose key the bank does not hold, so that it is not scored again; marked from the first proposal
-        on, where the state before is the chain's own."""
-        every = {"burn_in": 0.0, "num_samples": 5 if proposals == "batch" else 64, "proposals": proposals}
-        visits = []
-        for score in (torch.nan, -torch.inf):
-            loss = train(make(estimator="recycled", **every), 4)
-            z0, z1, index = batch(9)
-            anchors = stack(z0, z1, index, normalize=True)
-            labels = anchors.items * 2 + anchors.views
-            gone = next(label for label in range(2 * ITEMS) if label not in labels.tolist())
-            loss.bank.written_at[gone] = -1
-            loss.chains.key[labels], loss.chains.score[labels] = gone, score
-            visits.append(visit(loss, anchors, torch.float32, False))
-        nan, unstarted = visits
-        assert_identical(tuple(nan.samples), tuple(unstarted.samples))
-        assert_identical(tuple(nan.state), tuple(unstarted.state))
-        assert nan.samples.row_weights.isfinite().all() and nan.samples.label_weights.isfinite().all()
-
-    def test_chains_walk_as_without_it(self):
-        for options in ({}, {"proposals": "bank"}):
-            plain, recycled = (train(make(estimator=e, **options), 10) for e in ("states", "recycled"))
-            assert_identical(snapshot(recycled.chains), snapshot(plain.chains))
-
-
-class TestTwoSided:
-    def test_sums_are_those_of_the_chains_that_sit_on_each_key(self):
-        loss = make(carry="two_sided")
-        for seed in range(25):
-            z0, z1, index = batch(seed)
-            index = index if seed % 3 else index[[0, 1, 0, 2, 1]]  # duplicates: the last one stays
-            loss(z0, z1, index)
-            expected = torch.zeros(2 * ITEMS, DIM)
-            for slot, key in enumerate(loss.chains.key.tolist()):
-                if key >= 0:
-                    expected[key] += loss.bank.embeddings[slot]
-            torch.testing.assert_close(loss.sitting.sums, expected, atol=1e-5, rtol=1e-5)
-
-    def test_gradient_is_that_of_the_formula(self):
-        """Query side by the samples, detached; key side by the queries that sat there before this step."""
-        loss = train(make(carry="two_sided"), 30)
-        z0, z1, index = batch(31)
-        plain = train(make(carry="cached"), 30)
-        queries = [z.clone().requires_grad_() for z in (z0, z1)]
-        anchors = stack(*queries, index, normalize=True)
-        visited = visit(plain, anchors, torch.float32, False)
-        s = visited.samples
-        mean = (s.row_weights[..., None] * visited.keys.detach()[s.rows]).sum(1)
-        mean = mean + (s.label_weights[..., None] * loss.bank.lookup(s.labels.flatten()).view(10, -1, DIM)).sum(1)
-        sums = torch.zeros(2 * ITEMS, DIM)
-        for slot, key in enumerate(loss.chains.key.tolist()):
-            if key >= 0:
-                sums[key] += loss.bank.embeddings[slot]
-        key_side = sums[anchors.items * 2 + anchors.views]
-        value = (anchors.embeddings * (mean - anchors.positives + key_side)).sum(1).mean() / TAU
-        expected = torch.autograd.grad(value, queries)
-        torch.testing.assert_close(gradients(loss, z0, z1, index), expected, atol=1e-5, rtol=1e-4)
-
-    def test_resumes_bit_by_bit(self):
-        whole = train(make(carry="two_sided"), 8)
-        part = train(make(carry="two_sided"), 4)
-        resumed = make(carry="two_sided")
-        resumed.load_state_dict(part.state_dict())
-        assert_identical(snapshot(train(resumed, 4, first=4)), snapshot(whole))
-
-
 class TestCorrected:
-    @pytest.mark.parametrize("options", [{}, {"proposals": "bank"}, {"bimodal": True}], ids=str)
-    def test_gradient_is_that_of_the_formula(self, options):
+    @pytest.mark.parametrize("bimodal", [False, True])
+    def test_gradient_is_that_of_the_formula(self, bimodal):
         """Kept keys shifted by what the batch's mean has moved by since; the batch's keys pushed as NT-Xent does."""
-        loss, plain = (make(carry=carry, burn_in=0.0, **options) for carry in ("corrected", "cached"))
+        loss = make(proposals="bank", bimodal=bimodal, burn_in=0.0)
         kept = torch.zeros(2 * ITEMS, DIM)
         for seed in range(30):
             z0, z1, index = batch(seed)
             unit = [normalize(z + seed / 10, dim=1) for z in (z0, z1)]  # a drift
-            loss(*unit, index), plain(*unit, index)
+            loss(*unit, index)
             for view in (0, 1):
-                kept[index * 2 + view] = unit[view].mean(0) if loss.bimodal else torch.cat(unit).mean(0)
+                kept[index * 2 + view] = unit[view].mean(0) if bimodal else torch.cat(unit).mean(0)
         z0, z1, index = batch(33)
         inputs = [z.clone().requires_grad_() for z in (z0, z1)]
-        anchors = stack(*inputs, index, normalize=True)
-        z, items = anchors.embeddings, anchors.items
-        allowed = items[:, None] != items
-        if loss.bimodal:
-            allowed &= anchors.views[:, None] != anchors.views
+        anchors = Anchors.of(*inputs, index, True)
+        z, views = anchors.embeddings, anchors.labels % 2
+        allowed = anchors.items[:, None] != anchors.items
+        if bimodal:
+            allowed &= views[:, None] != views
         p = (z @ z.T / TAU).detach().masked_fill(~allowed, -torch.inf).softmax(1)
-        samples = visit(plain, anchors, torch.float32, False).samples
-        outside = samples.label_weights.sum(1)
-        now = torch.stack([z[5:].mean(0)] * 5 + [z[:5].mean(0)] * 5) if loss.bimodal else z.mean(0).expand(10, -1)
-        moved = samples.label_weights[..., None] * (now[:, None] - kept[samples.labels.clamp_min(0)])
-        added = (z * moved.sum(1).detach()).sum(1) + outside * (z.detach() * (p @ z)).sum(1)
-        added_gradients = torch.autograd.grad(added.mean() / TAU, inputs)
-        expected = [a + b for a, b in zip(gradients(plain, z0, z1, index), added_gradients, strict=True)]
+        samples = samples_of(loss, anchors)
+        outside = samples.weights.sum(1)
+        now = torch.stack([z[5:].mean(0)] * 5 + [z[:5].mean(0)] * 5) if bimodal else z.mean(0).expand(10, -1)
+        labels, weights = samples.labels.clamp_min(0), samples.weights[..., None]
+        drift = (weights * (now[:, None] - kept[labels])).sum(1).detach()
+        mean = samples.inside + (weights * loss.bank.lookup(labels.flatten()).view(*labels.shape, DIM)).sum(1)
+        terms = (z * (mean - anchors.positives + drift)).sum(1) + outside * (z.detach() * (p @ z)).sum(1)
+        expected = torch.autograd.grad(terms.mean() / TAU, inputs)
         assert (outside > 0).any()
-        torch.testing.assert_close(list(gradients(loss, z0, z1, index)), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gradients(loss, z0, z1, index), expected, atol=1e-5, rtol=1e-4)
 
     def test_is_the_default_with_proposals_from_the_bank(self):
         assert EMC2Loss(ITEMS, DIM, proposals="bank").carry == "corrected"
         assert EMC2Loss(ITEMS, DIM).carry == "cached"
 
 
-@pytest.mark.parametrize(("proposals", "carry"), [("bank", "cached"), ("bank", "two_sided"), ("batch", "two_sided")])
-def test_settings_that_collapse_warn(proposals, carry):
-    with pytest.warns(UserWarning, match=f'proposals="{proposals}" with carry="{carry}" collapses.*mean_cosine'):
-        EMC2Loss(ITEMS, DIM, proposals=proposals, carry=carry)
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ({"carry": "two_sided"}, "two_sided", "collapsed"),
+        ({"carry": "two_sided", "proposals": "bank"}, "two_sided", "collapsed"),
+        ({"carry": "drop"}, "drop", "biased"),
+        ({"carry": "cached", "proposals": "bank"}, "cached", "collapses"),
+        ({"carry": "corrected"}, "corrected", "trains no better"),
+        ({"estimator": "recycled"}, "recycled", "1 to 2 %"),
+    ],
+    ids=str,
+)
+def test_what_was_deleted_says_why(option, value, reason):
+    with pytest.raises(ValueError, match=rf"^(carry|estimator) must be .*got .{value}., which was deleted: .*{reason}"):
+        EMC2Loss(ITEMS, DIM, **option)
+
+
+def legal_combinations():
+    choices = {
+        "proposals": ("batch", "bank"),
+        "views": ("one", "both"),
+        "carry": ("cached", "corrected", "recompute", "two_sided", "drop"),
+        "estimator": ("states", "recycled"),
+        "bimodal": (False, True),
+        "gather": ("none", "all", "ring"),
+        "sharded": (False, True),
+    }
+    for values in itertools.product(*choices.values()):
+        options = dict(zip(choices, values, strict=True))
+        try:
+            make(torch.stack, **options)
+        except ValueError:
+            continue
+        except RuntimeError:  # sharded, without a process group
+            pass
+        yield options
+
+
+def test_fewer_than_40_combinations_are_legal():
+    assert 30 < len(list(legal_combinations())) < 40
 
 
 @pytest.mark.parametrize(
-    ("proposals", "carry", "estimator", "bimodal"),
-    list(itertools.product(["batch", "bank"], ["cached", "corrected", "two_sided"], ["states", "recycled"], [0, 1])),
+    "options",
+    [options for options in legal_combinations() if options["gather"] == "none"],
+    ids=lambda options: " ".join(str(value) for value in options.values()),
 )
-def test_every_combination_trains_resumes_and_leaves_evaluation_alone(proposals, carry, estimator, bimodal):
-    options = {"proposals": proposals, "carry": carry, "estimator": estimator, "bimodal": bool(bimodal)}
+def test_every_combination_trains_resumes_and_leaves_evaluation_alone(options):
+    options = options | {"encode": lambda items, views: normal(3, ITEMS, 2, DIM)[items, views]}
     loss = train(make(**options), 4)
     before = snapshot(loss)
     z0, z1, index = batch(50)

@@ -15,7 +15,6 @@ MORE = {
     "CLIP": ClipLoss,
     "CLIP, learnt, unnormalised": lambda: ClipLoss(learn_temperature=True, normalize=False),
     "EMC2, recompute": lambda: EMC2Loss(ITEMS, D, carry="recompute", encode=encode),
-    "EMC2, bank, two_sided": lambda: EMC2Loss(ITEMS, D, proposals="bank", carry="two_sided", estimator="recycled"),
     "iSogCLR, bimodal": lambda: SogCLRLoss(ITEMS, individual_temperature=True, bimodal=True, normalize=False),
     "cache, recompute": lambda: CachedSoftmaxLoss(ITEMS, D, carry="recompute", encode=encode),
 }

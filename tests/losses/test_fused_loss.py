@@ -8,9 +8,9 @@ import torch
 from helpers import assert_identical, assert_unchanged, named_error, normal, relative_rms, snapshot
 
 from emc2_kernels import backends
+from emc2_kernels.distributed.keys import LocalKeys
 from emc2_kernels.losses import EMC2Loss
 from emc2_kernels.losses import emc2_fused as fused
-from emc2_kernels.losses import emc2_sampler as visits
 
 pytestmark = pytest.mark.skipif(
     backends().get("triton") != "available", reason=f"Triton cannot run here: {backends().get('triton')}"
@@ -64,7 +64,7 @@ def walks(monkeypatch):
 
         monkeypatch.setattr(module, name, recorded)
 
-    watch(visits, "mh_step", "plain")
+    watch(LocalKeys, "walk", "plain")
     watch(fused, "_walk", "fused")
     return seen
 
@@ -80,8 +80,7 @@ def assert_same_state(actual, expected):
 CASES = {
     "burn-in": ({"burn_in": 0.5}, {}),
     "both views": ({"views": "both", "num_samples": 5, "burn_in": 0.1}, {}),
-    "dropped": ({"carry": "drop"}, {}),
-    "both views dropped": ({"views": "both", "carry": "drop", "burn_in": 0.3}, {}),
+    "both views, another burn-in": ({"views": "both", "burn_in": 0.3}, {}),
     "the last state alone": ({"burn_in": 0.99, "num_samples": 1}, {}),
     "every state": ({"seed": 2**64 - 1}, {}),
     "not normalised": ({"normalize": False, "temperature": 5.0}, {}),
@@ -147,7 +146,9 @@ def test_under_autocast_it_multiplies_in_autocasts_dtype(dtype):
     z0, z1, index = next(batches(1))
     with torch.autocast(DEVICE, dtype):
         expected, actual = (visit(make(name), z0, z1, index) for name in ("reference", "triton"))
-        kept = fused.surrogate(make(), z0.to(DEVICE), z1.to(DEVICE), index, False).batch
+        loss, z0 = make(), z0.to(DEVICE)
+        options = loss._walk_options(z0, False)
+        kept = fused.surrogate(z0, z1.to(DEVICE), index, loss.chains, loss.bank, options, True, True).batch
     assert kept.queries.dtype == kept.keys.dtype == dtype and kept.anchors.dtype == torch.float32
     assert actual[1].dtype == torch.float32
     assert_same_state(actual[4], expected[4])
@@ -271,16 +272,25 @@ def test_which_calls_are_made_here():
     def encode(items, views):
         return z0[:1].repeat(len(items), 1)
 
-    assert fused.takes(make(), z0, z1) and fused.takes(make(carry="drop"), z0, leaf(z1))
-    assert fused.takes(make(), torch.nn.Parameter(z0), z1.half())
-    assert not fused.takes(make("reference"), z0, z1)
-    assert fused.takes(make("auto"), z0, z1) == (DEVICE == "cuda")
-    assert not fused.takes(make(), z0.double(), z1.double())
-    assert not fused.takes(make(carry="recompute", encode=encode), z0, z1)
-    assert not fused.takes(make(), z0, z1.as_subclass(type("Named", (torch.Tensor,), {})))
+    def runs(z0, z1, backend="triton"):
+        return fused.runs(z0, z1, backend)
+
+    assert runs(z0, z1) and runs(z0, leaf(z1)) and runs(torch.nn.Parameter(z0), z1.half())
+    assert not runs(z0, z1, "reference")
+    assert runs(z0, z1, "auto") == (DEVICE == "cuda")
+    assert not runs(z0.double(), z1.double())
+    assert not runs(z0, z1.as_subclass(type("Named", (torch.Tensor,), {})))
     with torch._subclasses.FakeTensorMode():
-        assert not fused.takes(make(), z0, z1)
-    assert not torch.func.grad(lambda z: z.sum() + fused.takes(make(), z, z1))(z0).isnan().any()
+        assert not runs(z0, z1)
+    assert not torch.func.grad(lambda z: z.sum() + runs(z, z1))(z0).isnan().any()
+    assert make()._fusable and make(views="both")._fusable
+    for options in (
+        {"carry": "recompute", "encode": encode},
+        {"bimodal": True},
+        {"proposals": "bank"},
+        {"gather": "all"},
+    ):
+        assert not make(**options)._fusable
 
 
 @pytest.mark.one_seed

@@ -12,6 +12,7 @@ from slow_losses import DIM, ITEMS, SlowEMC2, assert_statistics, unit, value_and
 from torch import nn
 
 from emc2_kernels import MHState, mh_step, rng
+from emc2_kernels.distributed.keys import LocalKeys
 from emc2_kernels.losses import EMC2Loss, NTXentLoss
 
 B, STEPS = 6, 36  # long enough that chains are found where they were left
@@ -78,12 +79,11 @@ def assert_equals_the_slow_one(batches, dtype=torch.float32, **options):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-4)
         assert relative_rms(table.weight.grad, exact.weight.grad) <= DTYPES[dtype]
         carried += len(slow.carried)
-    if options.get("carry") != "drop":
-        assert carried > 0  # otherwise the carry term was not tried
+    assert carried > 0  # otherwise the carry term was not tried
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("carry", ["cached", "recompute", "drop"])
+@pytest.mark.parametrize("carry", ["cached", "recompute"])
 @pytest.mark.parametrize("views", ["one", "both"])
 def test_emc2_gradient_is_that_of_the_surrogate(views, carry, dtype):
     assert_equals_the_slow_one(shuffled_batches(), dtype, views=views, carry=carry)
@@ -133,16 +133,14 @@ def test_batches_of_other_sizes_follow_each_other():
     ],
 )
 def test_samples_of_a_row(monkeypatch, options, size, expected):
-    from emc2_kernels.losses import emc2_sampler as visits
+    shapes, walk = [], LocalKeys.walk
 
-    shapes = []
-
-    def recorded(*arguments, **settings):
-        result = mh_step(*arguments, **settings)
+    def recorded(*arguments):
+        result = walk(*arguments)
         shapes.append(tuple(result.samples.shape))
         return result
 
-    monkeypatch.setattr(visits, "mh_step", recorded)
+    monkeypatch.setattr(LocalKeys, "walk", recorded)
     EMC2Loss(ITEMS, DIM, **options)(normal(0, size, DIM), normal(1, size, DIM), torch.arange(size))
     assert shapes == [(2 * size, expected)]
 
@@ -213,7 +211,7 @@ def trained(loss, batches, first=0):
     return values, states
 
 
-@pytest.mark.parametrize("options", [{}, {"views": "both", "bank_dtype": torch.float32}, {"carry": "drop"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"views": "both", "bank_dtype": torch.float32}, {"burn_in": 0.0}], ids=str)
 def test_a_run_resumed_at_any_step_is_the_same_run(options):
     batches = shuffled_batches(4)
     values, states = trained(EMC2Loss(ITEMS, DIM, **options), batches)
@@ -346,7 +344,7 @@ def test_no_chain_sits_on_its_own_item():
     [
         NTXentLoss,
         lambda **options: EMC2Loss(ITEMS, DIM, **options),
-        lambda **options: EMC2Loss(ITEMS, DIM, views="both", carry="drop", **options),
+        lambda **options: EMC2Loss(ITEMS, DIM, views="both", burn_in=0.0, **options),
     ],
     ids=["NT-Xent", "EMC2", "EMC2 both drop"],
 )

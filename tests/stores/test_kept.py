@@ -18,7 +18,6 @@ LOSSES = {
     "emc2 bimodal": ("emc2", {"bimodal": True}),
     "emc2 corrected": ("emc2", {"proposals": "bank"}),
     "emc2 bank bimodal": ("emc2", {"proposals": "bank", "bimodal": True}),
-    "emc2 two_sided": ("emc2", {"carry": "two_sided"}),
     "cached": ("cached", {}),
     "sogclr": ("sogclr", {}),
     "isogclr bimodal": ("isogclr", {"bimodal": True}),

@@ -30,7 +30,6 @@ OTHERS = {
     "burn_in": (0.25, {}),
     "num_samples": (2, {"num_samples": 1}),
     "carry": ("recompute", {"encode": torch.stack}),
-    "estimator": ("recycled", {}),
     "sharded": (True, {}),
     "encode": (torch.stack, {}),
     "refresh": (0.5, {"encode": torch.stack}),
@@ -47,6 +46,7 @@ OPTIONS = [
     for name in ("ntxent", "clip", "emc2", "sogclr", "isogclr", "cached")
     for option in losses.TABLE[name].options()
     if option not in ("process_group", "backend")  # which may differ
+    if option not in ("estimator", "individual_temperature")  # which have one value
     if not (option == "gather" and name in ("sogclr", "isogclr", "cached"))  # which have no other
 ]
 PAIRS = [("ntxent", "emc2"), ("emc2", "cached"), ("cached", "sogclr"), ("clip", "ntxent"), ("sogclr", "isogclr")]

@@ -63,35 +63,31 @@ def _cases():
     for loss, bimodal in product(("sogclr", "isogclr"), (False, True)):
         yield Case(loss, {"bimodal": bimodal})
     yield Case("sogclr", {"gamma_schedule": "cosine", "gamma_steps": 3})
-    for proposals, carry, bimodal in product(("batch", "bank"), CARRIES, (False, True)):
-        if (proposals, carry) != ("bank", "drop"):
-            options = {"proposals": proposals, "carry": carry, "bimodal": bimodal}
-            yield Case("emc2", options, exact=True)
+    for proposals, carries in {"batch": ("cached", "recompute"), "bank": ("corrected", "recompute")}.items():
+        for carry, bimodal in product(carries, (False, True)):
+            yield Case("emc2", {"proposals": proposals, "carry": carry, "bimodal": bimodal}, exact=True)
     for gather in ("all", "ring"):
         yield Case("emc2", {"views": "both"}, gather, exact=True)
         yield Case("emc2", {}, gather)  # the defaults: normalised, and kept in bfloat16
         yield Case("emc2", {"backend": "reference", "bank_dtype": torch.float64}, gather, dtype=torch.float64)
-    for carry, bimodal in product(("cached", "recompute", "drop"), (False, True)):
+    for carry, bimodal in product(("cached", "recompute"), (False, True)):
         yield Case("emc2", {"carry": carry, "bimodal": bimodal}, "ring", exact=True)
     for gather in ("all", "ring"):
         yield Case("emc2", {}, gather, sharded=True)
-        for carry, bimodal in product(("cached", "recompute", "drop"), (False, True)):
+        for carry, bimodal in product(("cached", "recompute"), (False, True)):
             yield Case("emc2", {"carry": carry, "bimodal": bimodal}, gather, exact=True, sharded=True)
-    yield Case("emc2", {"estimator": "recycled"}, exact=True, sharded=True)
-    for proposals, bimodal in product(("batch", "bank"), (False, True)):
-        yield Case("emc2", {"estimator": "recycled", "proposals": proposals, "bimodal": bimodal}, exact=True)
     for loss, gather, options in IN_HALF_PRECISION:
         yield Case(loss, options, gather, dtype=torch.bfloat16, exact=loss in ("emc2", "cached"))
-    for carry, refresh, bimodal in product(("cached", "corrected", "recompute"), (0, 0.1), (False, True)):
+    for carry, refresh, bimodal in product(("corrected", "recompute"), (0, 0.1), (False, True)):
         yield Case("cached", {"carry": carry, "refresh": refresh, "bimodal": bimodal}, exact=True)
 
 
-CARRIES = ("cached", "corrected", "two_sided", "recompute", "drop")
+CARRIES = ("cached", "corrected", "recompute")
 IN_HALF_PRECISION = [
     ("ntxent", "all", {"learn_temperature": True}),
     ("ntxent", "ring", {"learn_temperature": True}),
     ("isogclr", "all", {}),
-    ("emc2", "all", {"carry": "corrected"}),
+    ("emc2", "all", {"proposals": "bank"}),
     ("emc2", "ring", {}),
     ("cached", "all", {}),
 ]

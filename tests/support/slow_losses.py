@@ -156,7 +156,7 @@ class SlowEMC2:
         for row in samples:
             if row is not None:
                 terms.append(embeddings[row])
-            elif carried_label >= 0 and self.carry != "drop":
+            elif carried_label >= 0:
                 terms.append(self._carried_embedding(carried_label))
         return torch.stack(terms).mean(0) if terms else torch.zeros_like(embeddings[0])
 

@@ -87,7 +87,7 @@ class _ScoreTiles:
         scores, scaled, rows = self.scores, None, None
         for tile in _tiles(scores.queries.shape[0], scores.keys.shape[0]):
             if tile.rows != rows:
-                rows, block = tile.rows, scores.of_rows(tile.rows)
+                rows, block = tile.rows, scores.slice_rows(tile.rows)
                 scaled = block.queries.float() * _per_row(LOG2_E / block.temperature)
             keys = self.keys[tile.keys]
             values = self.buffer[: scaled.shape[0] * keys.shape[0]].view(scaled.shape[0], keys.shape[0])

@@ -25,7 +25,7 @@ def row_blocks(scores: ScoreParams) -> Iterator[tuple[slice, ScoreParams]]:
     size = max(1, BLOCK_ELEMENTS // max(1, m))
     for first in range(0, n, size):
         rows = slice(first, first + size)
-        yield rows, scores.of_rows(rows)
+        yield rows, scores.slice_rows(rows)
 
 
 def masked_scores(scores: ScoreParams) -> Tensor:

@@ -1,0 +1,145 @@
+"""The keys of a batch behind one interface: all of them here (this process's own, or gathered), or going round a ring.
+
+What a loss or a sampler does with keys is the same in both cases, because a walk over some of them is a value: a step
+is ``apply(mh_transition(...))``, and transitions of shards compose.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends.params import ScoreParams, WalkParams
+from ..checks import one_or_rows
+from ..lse import differentiable_lse, mean_similarity
+from ..transition import MHResult, MHState, Transition, apply
+from .ring import ring_bag, ring_lse, ring_similarity, ring_transition
+from .shards import Shards
+
+
+class Sweep(NamedTuple):
+    """n chains that are proposed all keys one after another."""
+
+    queries: Tensor  # (n, d) in the dtype to multiply in
+    items: Tensor  # (n,) int64; a key of a row's item is never proposed to it
+    chain_ids: Tensor  # (n,) int64
+    state: MHState
+    temperature: float
+    seed: int
+    step: Tensor  # () int64
+    burn_in: int
+    num_samples: int
+    return_accepts: bool
+    backend: str
+
+
+class LocalKeys(NamedTuple):
+    """Keys that are here: this process's own, or those of all ranks, gathered."""
+
+    embeddings: Tensor  # (m, d) differentiable, view by view
+    items: Tensor  # (m,) int64; of a batch without items, numbers of its pairs
+    labels: Tensor | None  # (m,) int64  item * 2 + view
+
+    def select_view(self, view: int) -> LocalKeys:
+        """Those of one of two views."""
+        b = self.items.shape[0] // 2
+        return LocalKeys(*(None if field is None else field[view * b : (view + 1) * b] for field in self))
+
+    def choose_views(self, coins: Tensor) -> LocalKeys:
+        """One view of each item: ``coins`` (m / 2,) of 0 and 1."""
+        b = coins.shape[0]
+        chosen = torch.where(coins[:, None] == 1, self.embeddings[b:], self.embeddings[:b])
+        return LocalKeys(chosen, self.items[:b], self.labels[:b] + coins)
+
+    def cast(self, dtype: torch.dtype) -> LocalKeys:
+        return self._replace(embeddings=self.embeddings.to(dtype))
+
+    def walk(self, sweep: Sweep) -> MHResult:
+        """Chains after all keys."""
+        keys = self.embeddings.detach().to(sweep.queries.dtype)
+        walk = WalkParams(
+            sweep.queries, keys, sweep.temperature, sweep.seed, sweep.step, sweep.chain_ids, sweep.items, self.items,
+            None, None, None, sweep.burn_in, sweep.num_samples, 0, keys.shape[0],
+        )  # fmt: skip
+        samples, key, score, threshold, *accepted = ops.mh_step(
+            walk, *sweep.state, self.labels, sweep.return_accepts, False, sweep.backend
+        )
+        return MHResult(samples, MHState(key, score), accepted[0] if accepted else None, threshold, None)
+
+    def _scores(self, queries: Tensor, items: Tensor, temperature: float | Tensor) -> ScoreParams:
+        symmetric = queries is self.embeddings and items is self.items
+        temperature = one_or_rows(temperature, queries)
+        return ScoreParams(queries, self.embeddings, temperature, items, self.items, symmetric)
+
+    def lse(self, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str) -> Tensor:
+        """(n,) log-sum-exp of the scores of queries (n, d) and the keys of other items; see ``contrastive_lse``."""
+        return differentiable_lse(self._scores(queries, items, temperature), backend)
+
+    def mean_similarity(
+        self, lse: Tensor, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str
+    ) -> Tensor:
+        """(n,) mean similarity of queries and keys under the softmax that ``lse`` has summed, detached."""
+        return mean_similarity(lse, self._scores(queries, items, temperature), backend)
+
+    def bag(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """(n, d) weighted sums of the keys at rows (n, S), weights (n, S); differentiable in the keys."""
+        weights = weights.to(self.embeddings.dtype)
+        return torch.nn.functional.embedding_bag(rows, self.embeddings, mode="sum", per_sample_weights=weights)
+
+
+class RingKeys(NamedTuple):
+    """Keys of all ranks, of which one rank's are here at a time. Items and labels are gathered: 16 bytes a key."""
+
+    embeddings: Tensor  # (v b, d) of this rank, differentiable
+    items: Tensor  # (v B,) int64 of all ranks, view by view and rank by rank
+    labels: Tensor | None  # (v B,) int64
+    shards: Shards
+
+    def select_view(self, view: int) -> RingKeys:
+        b, whole = self.embeddings.shape[0] // 2, self.shards.total
+        labels = None if self.labels is None else self.labels[view * whole : (view + 1) * whole]
+        embeddings, items = self.embeddings[view * b : (view + 1) * b], self.items[:whole]
+        return RingKeys(embeddings, items, labels, self.shards)
+
+    def choose_views(self, coins: Tensor) -> RingKeys:
+        b, first = self.embeddings.shape[0] // 2, self.shards.first
+        mine = coins[first : first + b, None]
+        chosen = torch.where(mine == 1, self.embeddings[b:], self.embeddings[:b])
+        return RingKeys(chosen, self.items[: len(coins)], self.labels[: len(coins)] + coins, self.shards)
+
+    def cast(self, dtype: torch.dtype) -> RingKeys:
+        return self._replace(embeddings=self.embeddings.to(dtype))
+
+    @property
+    def own_items(self) -> Tensor:
+        """(v b,) of this rank's keys."""
+        b, first = self.shards.sizes[self.shards.rank], self.shards.first
+        return self.items.view(-1, self.shards.total)[:, first : first + b].flatten()
+
+    def walk(self, sweep: Sweep) -> MHResult:
+        """``num_accepted`` is None: which proposals were accepted is on no rank."""
+        keys = self.embeddings.detach().to(sweep.queries.dtype)
+        walk = WalkParams(
+            sweep.queries, keys, sweep.temperature, sweep.seed, sweep.step, sweep.chain_ids, sweep.items, self.items,
+            None, None, None, sweep.burn_in, sweep.num_samples, 0, self.items.shape[0],
+        )  # fmt: skip
+        return apply(Transition(*ring_transition(walk, self.shards, sweep.backend)), sweep.state, self.labels)
+
+    def lse(self, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str) -> Tensor:
+        return ring_lse(queries, self.embeddings, temperature, (items, self.own_items), self.shards, backend)
+
+    def mean_similarity(
+        self, lse: Tensor, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str
+    ) -> Tensor:
+        return ring_similarity(
+            lse, queries, self.embeddings, temperature, (items, self.own_items), self.shards, backend
+        )
+
+    def bag(self, rows: Tensor, weights: Tensor) -> Tensor:
+        return ring_bag(self.embeddings, rows, weights.to(self.embeddings.dtype), self.shards)
+
+
+Keys = LocalKeys | RingKeys
