@@ -1,7 +1,5 @@
 """What a step over ranks sends and keeps, against the formulas of bench/scaling.py."""
 
-import sys
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -9,9 +7,7 @@ import rank_traffic
 import ranks
 from rank_traffic import DIM, MANY, B
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # scripts, not a package
-
-import scaling
+from bench import scaling
 
 SIZES = pytest.mark.parametrize("size", ranks.SIZES)
 CASES = pytest.mark.parametrize("case", rank_traffic.CASES)
