@@ -1,7 +1,7 @@
 """What a step costs over many GPUs: bytes from formulas that tests hold against counts, and a model of the time.
 
-    python bench/scaling.py                         the tables of docs/scaling.md
-    python bench/scaling.py --bandwidth 400e9       GPUs of one NVLink domain
+    python -m bench.scaling                         the tables of docs/scaling.md
+    python -m bench.scaling --bandwidth 400e9       GPUs of one NVLink domain
 
 Each of W ranks has b pairs of d numbers. Embeddings travel in float32, whatever the encoder computes in.
 """

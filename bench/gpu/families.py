@@ -1,4 +1,4 @@
-"""The smoke stage's trials of walks, draws, log-sum-exps and graphs. Losses are in gpu_loss_trials.py.
+"""The smoke stage's trials of walks, draws, log-sum-exps and graphs. Losses are in loss_trials.py.
 
 Sizes: rows and keys that no tile divides, sample points in many tiles, burn-in, half of the chains with a state. A
 kernel takes one of two ways by its rows: where they are fewer than the GPU has places for, keys are split over programs
