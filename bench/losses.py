@@ -92,9 +92,7 @@ def main() -> None:
                 f"b = {b:6}  {name:12}{row['time_ms']:10.3f} ms  {row['ratio_to_plain']:6.2f} ({low:.2f} to {high:.2f})"
             )
     largest = max(options.batches)
-    taken = {
-        name: memory.call_in_fresh_process("bench.losses", "growth", name, largest, options.dim) for name in LOSSES
-    }
+    taken = {name: memory.call_isolated("bench.losses", "growth", name, largest, options.dim) for name in LOSSES}
     for name, size in taken.items():
         print(f"b = {largest:6}  {name:12}{size / 1e6:10.1f} MB extra, {size / taken['plain']:.3f} of plain")
     print(f"memory: {HOW}")

@@ -143,7 +143,7 @@ def time_size(kind: str, size: Size, options: argparse.Namespace) -> dict[str, A
     settings = {"temperature": options.temperature, "num_samples": options.num_samples, "backend": options.backend}
     builders = PEERS[kind](queries, keys, others=other_backends(options), **settings)
     timer = choose_timer(device)
-    peers, left_out = fast_enough(builders, timer, extent.longest_call)
+    peers, left_out = drop_slow(builders, timer, extent.longest_call)
     pace = {"min_seconds": extent.figure_seconds, "budget_seconds": extent.budget_seconds, "warmup": 1}
     measured = interleave(peers, options.rounds, timer=timer, **pace)
     records = {
@@ -153,7 +153,7 @@ def time_size(kind: str, size: Size, options: argparse.Namespace) -> dict[str, A
     return {**shape, "peers": records, "left_out": left_out}
 
 
-def fast_enough(
+def drop_slow(
     builders: dict[str, Callable[[], Peer]], timer: Callable[[Peer, int], float], longest: float
 ) -> tuple[dict[str, Peer], dict[str, float]]:
     """The peers of which a call takes at most so many seconds, warmed up, and the seconds of the others. Ours and the
@@ -226,7 +226,7 @@ def call_growth(peer: str, size: Sequence[int], dtype: str, device: str, backend
 def measure_memory(peer: str, size: Size, *, dtype: str, device: str, backend: str) -> dict[str, Any]:
     """The record of a peer's `call_growth`, in a process of its own."""
     n, m, d = size
-    growth = memory.call_in_fresh_process("bench.throughput", "call_growth", peer, size, dtype, device, backend)
+    growth = memory.call_isolated("bench.throughput", "call_growth", peer, size, dtype, device, backend)
     return {
         "peer": peer,
         "n": n,

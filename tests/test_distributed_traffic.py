@@ -16,7 +16,7 @@ CASES = pytest.mark.parametrize("case", rank_traffic.CASES)
 @SIZES
 @CASES
 def test_bytes_of_a_step(over_ranks, size, case):
-    expected = scaling.sent(*case.split(), scaling.Batch(B, DIM, size))
+    expected = scaling.bytes_sent(*case.split(), scaling.Batch(B, DIM, size))
     assert over_ranks(size, f"traffic: {case}") == [list(expected)] * size
 
 
@@ -25,10 +25,10 @@ def test_bytes_of_a_step(over_ranks, size, case):
 def test_bytes_of_a_step_with_sharded_chains(over_ranks, size, gather):
     """Items are drawn: how many of them are others' is near its mean only."""
     batch = scaling.Batch(MANY, DIM, size)
-    expected = scaling.sent("emc2", gather, batch, sharded=True, carried=0)
+    expected = scaling.bytes_sent("emc2", gather, batch, sharded=True, carried=0)
     forward, backward = zip(*over_ranks(size, f"traffic: sharded {gather}"), strict=True)
     assert backward == (expected.backward,) * size
-    exchanged = expected.forward - scaling.exchanged(batch, carried=0, kept=2)
+    exchanged = expected.forward - scaling.bytes_exchanged(batch, carried=0, kept=2)
     assert fmean(forward) - exchanged == pytest.approx(expected.forward - exchanged, rel=0.03)
 
 

@@ -31,7 +31,7 @@ import torch
 
 import emc2_kernels as emc2
 from bench.gpu.context import DEAD_CONTEXT, Context, Row, context_is_alive
-from bench.gpu.predictions import predicted
+from bench.gpu.predictions import find_prediction
 from bench.gpu.rows import HEADLINE, HEADLINE_NOT_ON_CUDA, NONE_ON_CUDA, OF_ALL_BACKENDS, ROWS
 from bench.harness import machine
 from bench.harness.report import REHEARSAL, results_path, write_json
@@ -95,7 +95,7 @@ def run_row(name: str, backend: str, context: Context) -> dict[str, object]:
         row: Row = ROWS[name](context, backend)
         record |= asdict(row)
         for reading in record["readings"]:
-            reading["predicted"] = predicted(name, reading["quantity"], backend, device_name(context.device))
+            reading["predicted"] = find_prediction(name, reading["quantity"], backend, device_name(context.device))
         if context.rehearsal:  # toy sizes on another machine meet and miss nothing
             record["goals"] = [goal | {"met": None} for goal in record["goals"]]
     except Exception as error:  # whatever a kernel, a compiler or the driver raises: the other rows go on

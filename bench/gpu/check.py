@@ -88,12 +88,12 @@ class Report:
         """The benchmark's results, and beside them what the check found."""
         benched = json.loads(self.bench.read_text()) if self.bench.exists() else {"rows": []}
         found = {"tune": json.loads(self.tuned.read_text())} if self.tuned.exists() else {}
-        check = {"command": "make gpu-check", "stages": self.parts, "passed": passes(self.parts)}
+        check = {"command": "make gpu-check", "stages": self.parts, "passed": has_passed(self.parts)}
         return benched | found | {"machine": self.machine, "check": check}
 
     def passed(self) -> bool:
         """Whether what this run was asked for ran, and nothing failed."""
-        return passes(self.ran)
+        return has_passed(self.ran)
 
     def add(self, name: str, record: dict) -> None:
         """Keeps a part's record, prints its lines, writes everything."""
@@ -129,7 +129,7 @@ class Report:
 OF_EVERY_CASE = {"case", "rows", "compared", "mismatches", "largest_error", "bound"}  # what else there is is a note
 
 
-def passes(parts: Mapping[str, dict]) -> bool:
+def has_passed(parts: Mapping[str, dict]) -> bool:
     """Whether what must pass has passed, and nothing else failed."""
     statuses = {name: part["status"] for name, part in parts.items() if name not in NOT_JUDGED}
     return "failed" not in statuses.values() and all(statuses[name] == "passed" for name in JUDGED if name in statuses)
@@ -260,7 +260,7 @@ def stop(number: int, frame: object) -> None:
     STOP.set()
 
 
-def closing(report: Report) -> str:
+def summary(report: Report) -> str:
     """What failed, and the benchmark's table last."""
     lines = []
     for failure in report.parts.get("tests", {}).get("failures", [])[:25]:
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         resume(report, options)
         run_stages(options, report)
-        print(closing(report))
+        print(summary(report))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -160,7 +160,7 @@ def _sum(case: Case) -> None:
     lse.contrastive_lse_backward(row, row, scores)
 
 
-def _given(case: Case) -> tuple:
+def _common_arguments(case: Case) -> tuple:
     """Temperature, seed and step, and the ids of chains, queries and keys."""
     ids = (_empty(torch.int64, case.n), _empty(torch.int64, case.n), _empty(torch.int64, case.m))
     temperature, number = (_empty(torch.float32, case.n), _empty(torch.int64)) if case.all_tensors else (0.07, 0)
@@ -171,14 +171,14 @@ def _draw(case: Case) -> None:
     from emc2_kernels.backends.scores import Scores
     from emc2_kernels.backends.triton import gumbel
 
-    temperature, number, (chain_ids, *ids) = _given(case)
+    temperature, number, (chain_ids, *ids) = _common_arguments(case)
     operands = _empty(case.dtype, case.n, case.d), _empty(case.dtype, case.m, case.d)
     gumbel.gumbel_sample(Scores(*operands, temperature, *ids), chain_ids, number, number, case.samples)
 
 
 def _walk(case: Case, make: Callable) -> Any:
     count = case.m if case.proposals == "sweep" else 256
-    temperature, number, ids = _given(case)
+    temperature, number, ids = _common_arguments(case)
     weights = _empty(torch.float32, case.m) if case.all_tensors else None
     positions = _empty(torch.int64, case.n, count) if case.proposals == "given" else None
     return make(
@@ -320,18 +320,18 @@ def print_table(rows: list[Compiled]) -> None:
 def print_bounds(rows: list[Compiled]) -> None:
     """Lines of tests/tools/compiled_bounds.py: what was seen, and a little."""
 
-    def a_little(value: float, step: float, more: float) -> float:
+    def round_up(value: float, step: float, more: float) -> float:
         return math.ceil(value * (1 + more) / step) * step
 
     for name, generation, kernel in dict.fromkeys(row[:3] for row in rows):
         same = [row for row in rows if row[:3] == (name, generation, kernel)]
-        registers = min(255, a_little(max(row.registers for row in same), 8, 0.05))
-        stack = a_little(max(row.stack for row in same), 16, 0.2)
-        shared = a_little(max(row.shared for row in same), 1024, 0.1)
+        registers = min(255, round_up(max(row.registers for row in same), 8, 0.05))
+        stack = round_up(max(row.stack for row in same), 16, 0.2)
+        shared = round_up(max(row.shared for row in same), 1024, 0.1)
         bound = f"{registers}, {stack}, {shared}"
         if same[0].pipes is not None:
             for value in max(row.pipes.issue for row in same), max(row.pipes.cycles for row in same):
-                bound += f", {a_little(value, 0.5, 0.02)}"
+                bound += f", {round_up(value, 0.5, 0.02)}"
         print(f'    ("{name}", {generation}, "{kernel}"): Bound({bound}),')
 
 

@@ -23,7 +23,7 @@ from bench.gpu.oracle import (
     lse_error,
     spread_rows,
 )
-from bench.gpu.trial import Case, Context, Trial, captured, compare, compare_rows, exact, merged
+from bench.gpu.trial import Case, Context, Trial, capture, compare, compare_exactly, compare_rows, merge_cases
 from emc2_kernels import rng
 
 Shape = tuple[tuple[int, ...], tuple[int, ...]]  # on a GPU, and in a rehearsal
@@ -45,12 +45,12 @@ NUM_SAMPLES = 16
 LN_2 = math.log(2)
 
 
-def name_of(shape: tuple[int, ...]) -> str:
+def shape_name(shape: tuple[int, ...]) -> str:
     """As in "3000x1500"."""
     return "x".join(map(str, shape))
 
 
-def incoming(n: int, temperature: float) -> emc2.MHState:
+def incoming_state(n: int, temperature: float) -> emc2.MHState:
     """Half of the chains have a state: most within the range of the scores, some that nothing moves, some NaN."""
     state = emc2.init_state(n)
     score = torch.randn(n, generator=torch.Generator().manual_seed(5)) / temperature / LATENT**0.5
@@ -59,7 +59,7 @@ def incoming(n: int, temperature: float) -> emc2.MHState:
     return state
 
 
-def everything(n: int, m: int, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+def all_options(n: int, m: int, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Temperatures a row, and ids, labels and proposal weights; a row has one key in 37 excluded."""
     draw = torch.Generator().manual_seed(6)
     return temperature * torch.linspace(0.8, 1.25, n), {
@@ -71,7 +71,7 @@ def everything(n: int, m: int, temperature: float) -> tuple[Tensor, dict[str, Te
     }
 
 
-def moved(problem: Problem, device: torch.device) -> Problem:
+def move_problem(problem: Problem, device: torch.device) -> Problem:
     """Made on the CPU, so that it is the same on every machine; from here on the device's."""
     options = {
         name: value.to(device) if isinstance(value, Tensor) else value for name, value in problem.options.items()
@@ -92,25 +92,25 @@ def walk_problem(
     full: bool,
     num_samples: int = NUM_SAMPLES,
 ) -> Problem:
-    """A walk of a kind, "sweep", "uniform" or "positions", with everything that it can be given or with nothing."""
+    """A walk of a kind, "sweep", "uniform" or "given", with everything that it can be given or with nothing."""
     n, m, *drawn = shape
-    temperatures, options = everything(n, m, temperature) if full else (temperature, {})
+    temperatures, options = all_options(n, m, temperature) if full else (temperature, {})
     count = drawn[0] if drawn else m
     if kind == "uniform":
         options |= {"proposal": "uniform", "num_proposals": count}
-    elif kind == "positions":
+    elif kind == "given":
         options["proposal"] = torch.randint(0, m, (n, count), generator=torch.Generator().manual_seed(7))
     options |= {"burn_in": count // 7, "num_samples": num_samples}
     queries, keys = spread_rows(n, d, 1, dtype), spread_rows(m, d, 2, dtype)
-    return Problem(queries, keys, temperatures, SEED, STEP, incoming(n, temperature), options)
+    return Problem(queries, keys, temperatures, SEED, STEP, incoming_state(n, temperature), options)
 
 
-def on_device(number: int, device: torch.device) -> Tensor:
+def number_tensor(number: int, device: torch.device) -> Tensor:
     """A seed or step as a 0-d int64 tensor: the bits of the unsigned number."""
     return torch.tensor(number - 2**64 if number >= 2**63 else number, device=device)
 
 
-def step_of(problem: Problem, backend: str, **changes: object) -> emc2.MHResult:
+def run_step(problem: Problem, backend: str, **changes: object) -> emc2.MHResult:
     """``mh_step`` of a problem."""
     options = {"temperature": problem.temperature, "seed": problem.seed, "step": problem.step} | problem.options
     return emc2.mh_step(problem.queries, problem.keys, problem.state, backend=backend, **(options | changes))
@@ -131,17 +131,17 @@ def walks(
 ) -> Iterator[Trial]:
     """Walks against the literal one. ``full``: every option, seed and step on the device. ``counts``: accepts counted,
     and the log-sum-exp of a sweep."""
-    for shape in (context.sized(*both) for both in shapes):
-        problem = moved(walk_problem(shape, d, dtype, temperature, kind, full, num_samples), context.device)
+    for shape in (context.choose(*both) for both in shapes):
+        problem = move_problem(walk_problem(shape, d, dtype, temperature, kind, full, num_samples), context.device)
         changes: dict[str, object] = {"return_accepts": counts, "return_lse": counts and kind == "sweep"}
         if full:
-            changes |= {name: on_device(getattr(problem, name), context.device) for name in ("seed", "step")}
-        call = partial(step_of, problem, backend, **changes)
-        name = f"{kind} {name_of(shape)} d={d} {str(dtype).removeprefix('torch.')}{' options' if full else ''}"
+            changes |= {name: number_tensor(getattr(problem, name), context.device) for name in ("seed", "step")}
+        call = partial(run_step, problem, backend, **changes)
+        name = f"{kind} {shape_name(shape)} d={d} {str(dtype).removeprefix('torch.')}{' options' if full else ''}"
         yield Trial(name, call, partial(judge_walk, name, problem))
 
 
-def several(
+def walk_variants(
     context: Context, backend: str, *, each: tuple[dict[str, object], ...], **common: object
 ) -> Iterator[Trial]:
     """Walks with different options, one after another."""
@@ -151,39 +151,39 @@ def several(
 
 def gumbels(context: Context, backend: str, *, num_samples: int, full: bool) -> Iterator[Trial]:
     """Exact draws from the softmax, d = 128. ``full``: ids, chain ids, seed and step on the device."""
-    for shape in (context.sized(*both) for both in (FILLS, SPLIT)):
+    for shape in (context.choose(*both) for both in (FILLS, SPLIT)):
         n, m = shape
-        ids = everything(n, m, 1.0)[1]
+        ids = all_options(n, m, 1.0)[1]
         options = {name: ids[name] for name in ("chain_ids", "query_ids", "key_ids")} if full else {}
         operands = spread_rows(n, 128, 1, torch.bfloat16), spread_rows(m, 128, 2, torch.bfloat16)
-        problem = moved(Problem(*operands, 0.35, SEED, STEP, None, options), context.device)
+        problem = move_problem(Problem(*operands, 0.35, SEED, STEP, None, options), context.device)
         call = partial(
             emc2.gumbel_sample,
             problem.queries,
             problem.keys,
             temperature=problem.temperature,
-            seed=on_device(SEED, context.device) if full else SEED,
-            step=on_device(STEP, context.device) if full else STEP,
+            seed=number_tensor(SEED, context.device) if full else SEED,
+            step=number_tensor(STEP, context.device) if full else STEP,
             num_samples=num_samples,
             backend=backend,
             **problem.options,
         )
-        name = name_of(shape)
+        name = shape_name(shape)
         yield Trial(name, call, partial(judge_gumbel, name, problem, num_samples))
 
 
 def lses(context: Context, backend: str, *, d: int, dtype: torch.dtype) -> Iterator[Trial]:
     """Log-sum-exp and its gradients: two matrices with ids and a temperature a row, and one matrix that is both."""
     for kind, both in {"two": FILLS, "two split": SPLIT, "symmetric": ALIGNED}.items():
-        n, m = context.sized(*both)
+        n, m = context.choose(*both)
         if kind == "symmetric":
             queries, item = spread_rows(n, d, 1, dtype).to(context.device), torch.arange(n, device=context.device)
             problem = Problem(queries, queries, 0.35, 0, 0, None, {"query_ids": item, "key_ids": item})
         else:
-            temperature, ids = everything(n, m, 0.35)
+            temperature, ids = all_options(n, m, 0.35)
             ids = {name: ids[name] for name in ("query_ids", "key_ids")}
             operands = spread_rows(n, d, 1, dtype), spread_rows(m, d, 2, dtype)
-            problem = moved(Problem(*operands, temperature, 0, 0, None, ids), context.device)
+            problem = move_problem(Problem(*operands, temperature, 0, 0, None, ids), context.device)
         weights = (torch.arange(n) % 5 - 2.5).to(context.device)
         name = f"{kind} {len(problem.queries)}x{len(problem.keys)}"
         call = partial(lse_with_gradients, problem, weights, backend)
@@ -223,28 +223,28 @@ def judge_lse(name: str, problem: Problem, weights: Tensor, found: list[Tensor |
 def graphs(context: Context, backend: str) -> Iterator[Trial]:
     """Replays of a captured step whose seed and step lie on the device, against eager calls with numbers."""
     for kind, shape in {"sweep": (64, 32), "uniform": (64, 300, 40)}.items():
-        problem = moved(walk_problem(shape, 128, torch.bfloat16, 0.35, kind, True), context.device)
+        problem = move_problem(walk_problem(shape, 128, torch.bfloat16, 0.35, kind, True), context.device)
 
         yield Trial(
-            f"{kind} in a graph", partial(replays_and_eager, problem, backend, context), partial(judge_replays, kind)
+            f"{kind} in a graph", partial(replay_pairs, problem, backend, context), partial(judge_replays, kind)
         )
 
 
 def judge_replays(kind: str, pairs: list[tuple[tuple[Tensor, ...], ...]]) -> list[Case]:
     """Bits of every output of every replay."""
     fields = [pair for replayed, eager in pairs for pair in zip(replayed, eager, strict=True)]
-    return merged([exact(f"{kind} replays", *pair) for pair in fields])
+    return merge_cases([compare_exactly(f"{kind} replays", *pair) for pair in fields])
 
 
-def replays_and_eager(problem: Problem, backend: str, context: Context) -> list[tuple[tuple[Tensor, ...], ...]]:
+def replay_pairs(problem: Problem, backend: str, context: Context) -> list[tuple[tuple[Tensor, ...], ...]]:
     """(replayed, eager) for two steps, each (samples, key, score, threshold)."""
-    seed, step = (on_device(number, context.device) for number in (problem.seed, 0))
+    seed, step = (number_tensor(number, context.device) for number in (problem.seed, 0))
 
     def tensors(**numbers: object) -> tuple[Tensor, ...]:
-        result = step_of(problem, backend, **numbers)
+        result = run_step(problem, backend, **numbers)
         return result.samples, *result.state, result.threshold
 
-    replay = captured(lambda: tensors(seed=seed, step=step), context)
+    replay = capture(lambda: tensors(seed=seed, step=step), context)
     out = []
     for number in (3, STEP):
         step.fill_(number)
@@ -254,16 +254,16 @@ def replays_and_eager(problem: Problem, backend: str, context: Context) -> list[
 
 def logarithms(context: Context, backend: str) -> Iterator[Trial]:
     """lg2.approx as the walks use it, on all 2^23 values of u: the error of E = -ln u, and where it misbehaves."""
-    count = context.sized((1 << 23,), (1 << 12,))[0]
+    count = context.choose((1 << 23,), (1 << 12,))[0]
     stride = (1 << 23) // count
 
     def call() -> tuple[Tensor, Tensor]:
         raw = torch.empty(count, device=context.device)
         clamped = torch.empty_like(raw)
         if backend == "triton":
-            from bench.gpu.log2 import log2_of_draws  # Triton must not be imported where it is not used
+            from bench.gpu.log2 import fill_log2  # Triton must not be imported where it is not used
 
-            log2_of_draws(raw, clamped, stride)
+            fill_log2(raw, clamped, stride)
         else:
             raw.copy_(uniforms(count, stride, context.device).float().log2())
             clamped.copy_(raw.clamp_max(0))
@@ -274,7 +274,7 @@ def logarithms(context: Context, backend: str) -> Iterator[Trial]:
         u = uniforms(count, stride, context.device)
         shape = describe_draws(raw.double() * -LN_2, u)
         cases = [judge_draws("log2 -> E", raw, u, shape), judge_draws("clamped -> E", clamped, u, {})]
-        return [*cases, exact("clamped is min(log2, 0)", clamped, raw.clamp_max(0))]
+        return [*cases, compare_exactly("clamped is min(log2, 0)", clamped, raw.clamp_max(0))]
 
     yield Trial("log2", call, judge)
 
@@ -305,7 +305,7 @@ def describe_draws(e: Tensor, u: Tensor) -> dict[str, float]:
 
 def kernel_draws(context: Context, backend: str) -> Iterator[Trial]:
     """E as a walk has it, clamped at 0, for every value of u: thresholds over scores of 0, of chains that draw it."""
-    chain, word, k = chains_of_draws(context)
+    chain, word, k = find_draws(context)
 
     def call() -> Tensor:
         e = torch.empty(len(chain), device=context.device)
@@ -330,12 +330,12 @@ def kernel_draws(context: Context, backend: str) -> Iterator[Trial]:
     yield Trial("every draw", call, judge)
 
 
-def chains_of_draws(context: Context) -> tuple[Tensor, Tensor, Tensor]:
+def find_draws(context: Context) -> tuple[Tensor, Tensor, Tensor]:
     """For k = 0 .. 2^23 - 1 a chain (k,) and a word 0 .. 3 of its block 0 with word >> 9 = k, and k: those found.
 
     4 * 2^20 words a round: after 48, 24 times as many as values, one of them is missing with probability 3e-4.
     """
-    chains_a_round, rounds = context.sized((1 << 20, 48), (1 << 10, 2))
+    chains_a_round, rounds = context.choose((1 << 20, 48), (1 << 10, 2))
     owner = torch.full((1 << 23,), -1, device=context.device)
     for first in range(0, rounds * chains_a_round, chains_a_round):
         chains = torch.arange(first, first + chains_a_round, device=context.device)

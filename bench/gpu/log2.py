@@ -20,7 +20,7 @@ def log2_kernel(raw_ptr, clamped_ptr, count, stride, BLOCK: tl.constexpr):  # no
     tl.store(clamped_ptr + i, log2_uniform(word), i < count)
 
 
-def log2_of_draws(raw: Tensor, clamped: Tensor, stride: int) -> None:
+def fill_log2(raw: Tensor, clamped: Tensor, stride: int) -> None:
     """Fills (count,) float32 each."""
     count = raw.numel()
     log2_kernel[(triton.cdiv(count, BLOCK),)](raw, clamped, count, stride, BLOCK=BLOCK)

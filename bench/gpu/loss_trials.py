@@ -16,7 +16,7 @@ from torch import Tensor
 
 import emc2_kernels as emc2
 from bench.gpu.oracle import ROUNDING, Problem, judge_walk, score_error, spread_rows
-from bench.gpu.trial import Case, Context, Trial, captured, compare, compare_rows, exact, merged
+from bench.gpu.trial import Case, Context, Trial, capture, compare, compare_exactly, compare_rows, merge_cases
 from emc2_kernels import ops, rng
 from emc2_kernels.losses import EMC2Loss, fused
 
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     index: Tensor  # (b,) int64; items may come twice
 
 
-class Visit(NamedTuple):
+class Step(NamedTuple):
     """One step of a loss, and what was kept before and after it."""
 
     batch: Batch
@@ -88,7 +88,7 @@ def check_fused(loss: EMC2Loss, batch: Batch) -> None:
         raise RuntimeError("EMC2Loss does not take its fused path here")
 
 
-def visits(items: int, data: list[Batch], backend: str) -> list[Visit]:
+def run_steps(items: int, data: list[Batch], backend: str) -> list[Step]:
     """Forward, backward and update of each batch."""
     loss, out = make_loss(items, data[0].z0.shape[1], backend, data[0].z0.device), []
     for batch in data:
@@ -99,12 +99,12 @@ def visits(items: int, data: list[Batch], backend: str) -> list[Visit]:
             value = loss(z0, z1, batch.index)
         value.backward()
         ((arguments, walked),) = seen
-        out.append(Visit(batch, before, snapshot(loss), arguments, walked, value.detach(), (z0.grad, z1.grad)))
+        out.append(Step(batch, before, snapshot(loss), arguments, walked, value.detach(), (z0.grad, z1.grad)))
     return out
 
 
 class Truth(NamedTuple):
-    """A visit's anchors in float64, and what was kept for them."""
+    """A step's anchors in float64, and what was kept for them."""
 
     leaves: tuple[Tensor, Tensor]  # (b, d) the embeddings, to take the gradient of
     anchors: Tensor  # (2b, d)
@@ -116,59 +116,59 @@ class Truth(NamedTuple):
     embedding: Tensor  # (2b, d) the bank's of that key, zeros for none
 
 
-def truth_of(visit: Visit) -> Truth:
+def make_truth(step: Step) -> Truth:
     """What ``emc2_kernels.losses.emc2`` says that a step is made of."""
-    z0, z1 = (z.double().requires_grad_() for z in visit.batch[:2])
+    z0, z1 = (z.double().requires_grad_() for z in step.batch[:2])
     stacked = torch.cat((z0, z1))
     anchors, b = stacked / stacked.norm(dim=1, keepdim=True), len(z0)
-    coins = rng.view_coin(visit.batch.index, seed=SEED, step=visit.before["step"])
-    items = visit.batch.index.repeat(2)
+    coins = rng.view_coin(step.batch.index, seed=SEED, step=step.before["step"])
+    items = step.batch.index.repeat(2)
     slots = items * 2 + torch.arange(2 * b, device=items.device) // b
-    carried = visit.before["chains.key"][slots]
+    carried = step.before["chains.key"][slots]
     held = (carried >= 0)[:, None]
-    embedding = torch.where(held, visit.before["bank.embeddings"][carried.clamp_min(0)].double(), 0)
+    embedding = torch.where(held, step.before["bank.embeddings"][carried.clamp_min(0)].double(), 0)
     keys = torch.where(coins[:, None] == 1, anchors[b:], anchors[:b])
     return Truth((z0, z1), anchors, keys, coins, items, slots, carried, embedding)
 
 
-def judge_visits(found: list[Visit]) -> list[Case]:
+def judge_steps(found: list[Step]) -> list[Case]:
     """The cases of all steps, those of one name together."""
     cases = []
-    for visit in found:
-        truth = truth_of(visit)
-        cases += judge_operands(visit, truth) + judge_the_walk(visit, truth)
-        cases += judge_gradients(visit, truth) + judge_stores(visit, truth)
-    return merged(cases)
+    for step in found:
+        truth = make_truth(step)
+        cases += judge_operands(step, truth) + judge_loss_walk(step, truth)
+        cases += judge_gradients(step, truth) + judge_stores(step, truth)
+    return merge_cases(cases)
 
 
-def rounding_of(values: Tensor, dtype: torch.dtype) -> Tensor:
+def rounding_error(values: Tensor, dtype: torch.dtype) -> Tensor:
     """How far a value of size <= 1 may be off that was made in float32 and rounded to a dtype."""
     return values.detach().abs() * torch.finfo(dtype).eps / 2 + 4 * ROUNDING
 
 
-def judge_operands(visit: Visit, truth: Truth) -> list[Case]:
+def judge_operands(step: Step, truth: Truth) -> list[Case]:
     """What the walk was given: anchors, keys and scores within rounding, ids, labels and states exactly."""
-    queries, keys, chain_ids, query_ids, key_ids = (visit.arguments[i] for i in (0, 1, 8, 9, 10))
-    state_key, state_score, key_labels = visit.arguments[18:21]
-    dtype, d = visit.batch.z0.dtype, queries.shape[1]
+    queries, keys, chain_ids, query_ids, key_ids = (step.arguments[i] for i in (0, 1, 8, 9, 10))
+    state_key, state_score, key_labels = step.arguments[18:21]
+    dtype, d = step.batch.z0.dtype, queries.shape[1]
     b = len(keys)
     rescored = (truth.anchors.detach() * truth.embedding).sum(1) / TEMPERATURE
-    expected_score = torch.where(truth.carried >= 0, rescored, visit.before["chains.score"][truth.slots].double())
+    expected_score = torch.where(truth.carried >= 0, rescored, step.before["chains.score"][truth.slots].double())
     of_score = score_error(d + 8, TEMPERATURE)  # anchors have rounded three times and their length is a sum
     names = {"chain ids": (chain_ids, truth.slots), "query ids": (query_ids, truth.items)}
     names |= {"key ids": (key_ids, truth.items[:b]), "labels": (key_labels, truth.items[:b] * 2 + truth.coins)}
     return [
-        compare("queries", queries, truth.anchors.detach(), rounding_of(truth.anchors, dtype)),
-        compare("keys", keys, truth.keys.detach(), rounding_of(truth.keys, dtype)),
+        compare("queries", queries, truth.anchors.detach(), rounding_error(truth.anchors, dtype)),
+        compare("keys", keys, truth.keys.detach(), rounding_error(truth.keys, dtype)),
         compare("incoming scores", state_score, expected_score, of_score),
-        *(exact("ids and states", *pair) for pair in names.values()),
-        exact("ids and states", state_key, truth.carried),
+        *(compare_exactly("ids and states", *pair) for pair in names.values()),
+        compare_exactly("ids and states", state_key, truth.carried),
     ]
 
 
-def judge_the_walk(visit: Visit, truth: Truth) -> list[Case]:
+def judge_loss_walk(step: Step, truth: Truth) -> list[Case]:
     """From the operands as the walk got them, with the loss's own schedule."""
-    queries, keys, b = *visit.arguments[:2], len(truth.keys)
+    queries, keys, b = *step.arguments[:2], len(truth.keys)
     burn_in = int(BURN_IN * b)
     options = {
         "chain_ids": truth.slots,
@@ -178,19 +178,19 @@ def judge_the_walk(visit: Visit, truth: Truth) -> list[Case]:
         "burn_in": burn_in,
         "num_samples": min(MOST_SAMPLES, b - burn_in),
     }
-    step, state = int(visit.before["step"]), emc2.MHState(*visit.arguments[18:20])
-    samples, key, score, threshold = visit.walked
+    number, state = int(step.before["step"]), emc2.MHState(*step.arguments[18:20])
+    samples, key, score, threshold = step.walked
     result = emc2.MHResult(samples, emc2.MHState(key, score), None, threshold, None)
-    return judge_walk("walk", Problem(queries, keys, TEMPERATURE, SEED, step, state, options), result)
+    return judge_walk("walk", Problem(queries, keys, TEMPERATURE, SEED, number, state, options), result)
 
 
-def judge_gradients(visit: Visit, truth: Truth) -> list[Case]:
+def judge_gradients(step: Step, truth: Truth) -> list[Case]:
     """Value, and gradients by the length of a row's error, for the negatives that the walk chose.
 
     Terms are made of float32 anchors. A row of the gradient adds four vectors of about its own length, one of them a
     sum over the hits of a key, and takes a part of it away again: 4 (d + 64) roundings, and one to the inputs' dtype.
     """
-    samples, d = visit.walked[0].long(), truth.anchors.shape[1]
+    samples, d = step.walked[0].long(), truth.anchors.shape[1]
     inside = samples >= 0
     left = (~inside).sum(1) * (truth.carried >= 0)
     chosen = (truth.keys[samples.clamp_min(0)] * inside[..., None]).sum(1) + left[:, None] * truth.embedding
@@ -198,33 +198,33 @@ def judge_gradients(visit: Visit, truth: Truth) -> list[Case]:
     positives = truth.anchors.roll(len(truth.keys), 0)
     value = ((truth.anchors * (negatives - positives)).sum(1) / TEMPERATURE).mean()
     expected = torch.autograd.grad(value, truth.leaves)
-    dtype = visit.batch.z0.dtype
+    dtype = step.batch.z0.dtype
     of_gradient = torch.finfo(dtype).eps / 2 + 4 * (d + 64) * ROUNDING
     of_value = 2 * score_error(d + 8, TEMPERATURE)
     return [
-        compare("value", visit.value[None], value.detach()[None], of_value),
-        *(compare_rows("gradients", *pair, of_gradient) for pair in zip(visit.gradients, expected, strict=True)),
+        compare("value", step.value[None], value.detach()[None], of_value),
+        *(compare_rows("gradients", *pair, of_gradient) for pair in zip(step.gradients, expected, strict=True)),
     ]
 
 
-def judge_stores(visit: Visit, truth: Truth) -> list[Case]:
+def judge_stores(step: Step, truth: Truth) -> list[Case]:
     """Chains and bank: the last row of each (item, view) wrote its slot, and nothing else has changed."""
-    before, after, b = visit.before, visit.after, len(truth.keys)
-    index, number = visit.batch.index, torch.arange(b, device=truth.items.device)
+    before, after, b = step.before, step.after, len(truth.keys)
+    index, number = step.batch.index, torch.arange(b, device=truth.items.device)
     last = torch.full_like(before["chains.key"], -1).scatter_reduce(0, index, number, "amax")
     rows = (last[index] == number).nonzero()[:, 0]
     rows = torch.cat((rows, rows + b))
     slots = truth.slots[rows]
     expected = {name: table.clone() for name, table in before.items()}
-    expected["chains.key"][slots], expected["chains.score"][slots] = (field[rows] for field in visit.walked[1:3])
+    expected["chains.key"][slots], expected["chains.score"][slots] = (field[rows] for field in step.walked[1:3])
     expected["bank.written_at"][slots] = before["step"]
     expected["bank.last_step"], expected["step"] = before["step"], before["step"] + 1
     bank, allowed = before["bank.embeddings"].double(), torch.zeros_like(before["bank.embeddings"]).double()
     bank[slots] = truth.anchors.detach()[rows]
-    allowed[slots] = rounding_of(truth.anchors[rows], before["bank.embeddings"].dtype)
+    allowed[slots] = rounding_error(truth.anchors[rows], before["bank.embeddings"].dtype)
     exactly = ("chains.key", "chains.score", "bank.written_at", "bank.last_step", "step")
     return [
-        *(exact("stores", after[name], expected[name]) for name in exactly),
+        *(compare_exactly("stores", after[name], expected[name]) for name in exactly),
         compare("bank", after["bank.embeddings"], bank, allowed),
     ]
 
@@ -233,9 +233,9 @@ def losses(
     context: Context, backend: str, *, b: tuple[int, int], items: tuple[int, int], d: int, dtype: torch.dtype
 ) -> Iterator[Trial]:
     """Steps of b pairs; sizes are (on a GPU, in a rehearsal)."""
-    b, items = context.sized(*((real, toy) for real, toy in zip(b, items, strict=True)))
+    b, items = context.choose(*((real, toy) for real, toy in zip(b, items, strict=True)))
     data = batches(b, items, d, dtype, context.device)
-    yield Trial(f"b = {b}", partial(visits, items, data, backend), judge_visits)
+    yield Trial(f"b = {b}", partial(run_steps, items, data, backend), judge_steps)
 
 
 def loss_graphs(context: Context, backend: str) -> Iterator[Trial]:
@@ -255,7 +255,7 @@ def loss_replays(data: list[Batch], backend: str, context: Context) -> list[tupl
         value = loss(*leaves, index)
         return value.detach(), *torch.autograd.grad(value, leaves)
 
-    replay = captured(advance, context)
+    replay = capture(advance, context)
     loss.load_state_dict(start)  # warming up has advanced it
     out = []
     for batch in data:
@@ -271,5 +271,5 @@ def loss_replays(data: list[Batch], backend: str, context: Context) -> list[tupl
 def judge_loss_replays(pairs: list[tuple[tuple[Tensor, ...], ...]]) -> list[Case]:
     """Bits of values and gradients, and of what is kept at the end."""
     *steps, kept = pairs
-    cases = [exact("loss replays", *pair) for found in steps for pair in zip(*found, strict=True)]
-    return merged([*cases, *(exact("loss stores", *pair) for pair in zip(*kept, strict=True))])
+    cases = [compare_exactly("loss replays", *pair) for found in steps for pair in zip(*found, strict=True)]
+    return merge_cases([*cases, *(compare_exactly("loss stores", *pair) for pair in zip(*kept, strict=True))])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import emc2_kernels as emc2
-from bench.gpu.trial import Case, compare, merged
+from bench.gpu.trial import Case, compare, merge_cases
 from emc2_kernels import rng
 
 ROUNDING = 2.0**-24  # of float32
@@ -97,15 +97,15 @@ def spread_rows(n: int, d: int, seed: int, dtype: torch.dtype = torch.float32) -
     return torch.nn.functional.normalize(rows, dim=1).to(dtype)
 
 
-def chains_of(problem: Problem) -> Tensor:
+def chain_ids(problem: Problem) -> Tensor:
     """(n,) int64: what names the rows' random streams."""
     named = [problem.options.get(name) for name in ("chain_ids", "query_ids")]
     rows = torch.arange(problem.queries.shape[0], device=problem.queries.device)
     return next((ids for ids in named if ids is not None), rows)
 
 
-def positions_of(problem: Problem) -> Tensor:
-    """(n, K) int64 positions in keys; K = m for a sweep."""
+def proposed_keys(problem: Problem) -> Tensor:
+    """(n, K) int64 rows of keys; K = m for a sweep."""
     (n, _), m = problem.queries.shape, problem.keys.shape[0]
     proposal = problem.options.get("proposal", "sweep")
     if isinstance(proposal, Tensor):
@@ -113,7 +113,7 @@ def positions_of(problem: Problem) -> Tensor:
     if proposal == "sweep":
         return torch.arange(m, device=problem.keys.device).expand(n, m)
     numbers = range(problem.options["num_proposals"])
-    return rng.proposal_positions(chains_of(problem), numbers, m, seed=problem.seed, step=problem.step)
+    return rng.proposal_positions(chain_ids(problem), numbers, m, seed=problem.seed, step=problem.step)
 
 
 def similarities(problem: Problem) -> Tensor:
@@ -128,22 +128,22 @@ def similarities(problem: Problem) -> Tensor:
 
 def walk(problem: Problem) -> Walked:
     """The walk done literally, one proposal of all rows after another."""
-    options, positions = problem.options, positions_of(problem)
+    options, proposed = problem.options, proposed_keys(problem)
     value = similarities(problem)
     if isinstance(options.get("proposal"), Tensor) or options.get("proposal") == "uniform":
-        value = value.gather(1, positions)
+        value = value.gather(1, proposed)
     lse = torch.logsumexp(value, 1)
     if options.get("log_proposal") is not None:
-        value = value - options["log_proposal"].double()[positions]
+        value = value - options["log_proposal"].double()[proposed]
     count = value.shape[1]
     draw = {"seed": problem.seed, "step": problem.step, "dtype": torch.float64}
-    level = value + rng.acceptance(chains_of(problem), range(count), **draw)
+    level = value + rng.acceptance(chain_ids(problem), range(count), **draw)
 
     started = problem.state.score > -torch.inf  # NaN has not
     start = torch.where(started, problem.state.score.double(), -torch.inf)
     proposals, score, accepted, tie = walk_columns(level, value, start, sample_points(problem, count))
     moved = proposals >= 0
-    samples = torch.where(moved, positions.gather(1, proposals.clamp_min(0)), -1)
+    samples = torch.where(moved, proposed.gather(1, proposals.clamp_min(0)), -1)
     labels = options.get("key_labels", options.get("key_ids"))
     last = samples[:, -1].clamp_min(0)
     label = last if labels is None else labels[last]
@@ -204,14 +204,14 @@ def judge_walk(name: str, problem: Problem, result: emc2.MHResult) -> list[Case]
 
 
 def judge_gumbel(name: str, problem: Problem, num_samples: int, drawn: Tensor) -> list[Case]:
-    """Positions (n, R): by how much each drawn key lost to the best one, which rounding alone may have decided.
+    """Drawn keys (n, R): by how much each drawn key lost to the best one, which rounding alone may have decided.
 
     A noise is off by 1e-5 of a power of two (philox.py), 7e-6, and the sum rounds values of at most 1 / temperature +
     23: 1.4e-6 and 2^-24 / temperature; two such sums are compared.
     """
     d, temperature = problem.queries.shape[1], problem.temperature
     error = 2 * (score_error(d, temperature) + ROUNDING / temperature + 1e-5)
-    scores, chains = similarities(problem), chains_of(problem)
+    scores, chains = similarities(problem), chain_ids(problem)
     draw = {"seed": problem.seed, "step": problem.step, "dtype": torch.float64}
     cases = []
     for r in range(num_samples):
@@ -221,10 +221,10 @@ def judge_gumbel(name: str, problem: Problem, num_samples: int, drawn: Tensor) -
             place = drawn[rows, r, None]
             legal = (place >= 0) & (place < sums.shape[1])
             own = torch.where(legal, sums.gather(1, torch.where(legal, place, 0)), -torch.inf)[:, 0]
-            case = compare(f"{name} positions", own, best, error)
+            case = compare(f"{name} draws", own, best, error)
             case.compared = int(((best - second > error) | (best - own > error)).sum())
             cases.append(case)
-    return merged(cases)
+    return merge_cases(cases)
 
 
 def lse_and_gradients(problem: Problem, weights: Tensor) -> list[Tensor | None]:

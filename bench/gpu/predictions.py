@@ -24,7 +24,7 @@ PREDICTED: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
-def predicted(row: str, quantity: str, backend: str, device: str) -> dict[str, object] | None:
+def find_prediction(row: str, quantity: str, backend: str, device: str) -> dict[str, object] | None:
     """The range, and whether this is the card that it is for."""
     of_row = PREDICTED.get(row, {})
     found = of_row.get(f"{quantity} [{backend}]", of_row.get(quantity))

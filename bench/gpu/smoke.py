@@ -47,7 +47,7 @@ class Family(NamedTuple):
 
 
 HALF, SINGLE = torch.bfloat16, torch.float32
-BOTH_GATHERED = tuple({"kind": kind, "shapes": (GATHERED, GATHERED_SPLIT)} for kind in ("uniform", "positions"))
+BOTH_GATHERED = tuple({"kind": kind, "shapes": (GATHERED, GATHERED_SPLIT)} for kind in ("uniform", "given"))
 SMALL_LOSS = partial(loss_trials.losses, b=(32, 6), items=(64, 12), d=128, dtype=HALF)
 
 
@@ -55,8 +55,8 @@ def _walks(kind: str, **options: object) -> Family:
     return Family(kind, partial(families.walks, **({"d": 128, "dtype": HALF} | options)))
 
 
-def _several(kind: str, *each: dict[str, object], **options: object) -> Family:
-    return Family(kind, partial(families.several, each=each, **({"d": 128, "dtype": HALF} | options)))
+def _variants(kind: str, *each: dict[str, object], **options: object) -> Family:
+    return Family(kind, partial(families.walk_variants, each=each, **({"d": 128, "dtype": HALF} | options)))
 
 
 def _triton(function: Callable[..., Iterator[Trial]], **options: object) -> Family:
@@ -74,8 +74,8 @@ FAMILIES = {
     "sweep-counts": _walks("triton", shapes=(FILLS,), counts=True),
     "sweep-split-counts": _walks("triton", shapes=(SPLIT,), counts=True),
     "sweep-options": _walks("triton", d=100, shapes=(FILLS, SPLIT), full=True, counts=True),
-    "gathered": _several("triton", *BOTH_GATHERED, counts=True),
-    "gathered-options": _several("triton", *BOTH_GATHERED, d=512, dtype=SINGLE, temperature=0.5, full=True),
+    "gathered": _variants("triton", *BOTH_GATHERED, counts=True),
+    "gathered-options": _variants("triton", *BOTH_GATHERED, d=512, dtype=SINGLE, temperature=0.5, full=True),
     "gumbel-1": _triton(families.gumbels, num_samples=1, full=False),
     "gumbel-5": _triton(families.gumbels, num_samples=5, full=True),
     "lse-128": _triton(families.lses, d=128, dtype=HALF),
@@ -86,14 +86,16 @@ FAMILIES = {
     "graph": _triton(families.graphs),
     "loss-graph": _triton(loss_trials.loss_graphs),
     "log2": _triton(families.logarithms),
-    "cuda-sweep": _several(
+    "cuda-sweep": _variants(
         "cuda",
         {"shapes": (SPLIT, ALIGNED)},
         {"shapes": (SPLIT,), "d": 37, "full": True},
         {"shapes": (ALIGNED,), "dtype": SINGLE},
         counts=True,
     ),
-    "cuda-gathered": _several("cuda", *BOTH_GATHERED, *({**each, "full": True} for each in BOTH_GATHERED), counts=True),
+    "cuda-gathered": _variants(
+        "cuda", *BOTH_GATHERED, *({**each, "full": True} for each in BOTH_GATHERED), counts=True
+    ),
     "cuda-loss": Family("cuda", SMALL_LOSS),  # Triton's kernels around the CUDA walk
     "cuda-graph": Family("cuda", families.graphs),
     "cuda-log2": Family("cuda", families.kernel_draws),

@@ -50,7 +50,7 @@ class Session:
     rehearse: bool = False  # on the CPU, at toy sizes
     only: tuple[str, ...] = ()  # beginnings of the names of smoke's families and of the benchmark's rows; none: all
 
-    def chosen(self, names: Iterable[str]) -> list[str]:
+    def choose(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not self.only or name.startswith(self.only)]
 
     def command(self, name: str, *words: object) -> list[str]:
@@ -60,8 +60,8 @@ class Session:
 
 def warm_up(session: Session, limit: float) -> dict:
     """Compiles what smoke and headline need: each of their processes once, without comparing or timing, and nvcc."""
-    families = [name for name in session.chosen(FAMILIES) if FAMILIES[name].kind == "triton"]
-    rows = session.chosen(HEADLINE)
+    families = [name for name in session.choose(FAMILIES) if FAMILIES[name].kind == "triton"]
+    rows = session.choose(HEADLINE)
     jobs: dict[str, list[str]] = {}
     if not session.rehearse and emc2.backends()["cuda"] == "available":
         jobs["cuda"] = [sys.executable, "-c", BUILD_CUDA]
@@ -108,7 +108,7 @@ def run_smoke(session: Session, limit: float) -> dict:
         return {"family": name, "status": "FAIL", "why": f"{why}: {tail(log, 600)}"}
 
     with ThreadPoolExecutor(session.processes) as pool:
-        return summarize_families(list(pool.map(run, session.chosen(FAMILIES))))
+        return summarize_families(list(pool.map(run, session.choose(FAMILIES))))
 
 
 def summarize_families(families: list[dict]) -> dict:
@@ -282,7 +282,7 @@ def judge_sanitizer(code: int | None, log: Path) -> dict:
 def run_rows(session: Session, limit: float, *words: str) -> dict:
     """The benchmark; where it loses the GPU or hangs, again with the rows that are left."""
     log, deadline, status = session.work / "benchmark.log", time.monotonic() + limit, "not run"
-    named = session.chosen(HEADLINE if "--headline" in words else ROWS)
+    named = session.choose(HEADLINE if "--headline" in words else ROWS)
     if not named:
         return {"status": "not run", "why": "no row has such a name"}
     words = (*words, *(word for row in named if session.only for word in ("--only", row)))

@@ -71,7 +71,7 @@ class Context:
         """The backend that runs the families of a kind."""
         return {"triton": self.triton, "cuda": self.cuda}[kind]
 
-    def sized(self, real: tuple, toy: tuple) -> tuple:
+    def choose(self, real: tuple, toy: tuple) -> tuple:
         """A shape: the real one, or the toy in a rehearsal."""
         return toy if self.rehearsal else real
 
@@ -111,7 +111,7 @@ def compare_rows(name: str, actual: Tensor, expected: Tensor, bound: float) -> C
     return compare(name, relative, torch.zeros_like(relative), bound)
 
 
-def exact(name: str, actual: Tensor, expected: Tensor) -> Case:
+def compare_exactly(name: str, actual: Tensor, expected: Tensor) -> Case:
     """Equal values, row by row; a number counts as one row."""
     actual, expected = torch.atleast_1d(actual.detach()), torch.atleast_1d(expected.detach())
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
@@ -125,7 +125,7 @@ def exact(name: str, actual: Tensor, expected: Tensor) -> Case:
     return Case(name, len(actual), len(actual), int(differs.sum()), largest, 0.0)
 
 
-def merged(cases: Sequence[Case]) -> list[Case]:
+def merge_cases(cases: Sequence[Case]) -> list[Case]:
     """Cases of one name as one: counts added, the error that came nearest to its bound kept."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
@@ -138,7 +138,7 @@ def merged(cases: Sequence[Case]) -> list[Case]:
     return out
 
 
-def captured(function: Callable[[], tuple[Tensor, ...]], context: Context) -> Callable[[], tuple[Tensor, ...]]:
+def capture(function: Callable[[], tuple[Tensor, ...]], context: Context) -> Callable[[], tuple[Tensor, ...]]:
     """A replay of the function's CUDA graph, which returns copies of its outputs; in a rehearsal the function."""
     if context.rehearsal:
         return function

@@ -1,7 +1,7 @@
 """Peak extra memory of one call.
 
 On the CPU only the *peak* of the resident set is recorded, so a process that has used more memory before would hide the
-growth: `call_in_fresh_process` starts one that has not.
+growth: `call_isolated` starts one that has not.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-BLOCK = 1 << 20  # bytes by which `fill_to_peak` goes forward, hence the resolution of a measurement on the CPU
+BLOCK = 1 << 20  # bytes by which `add_ballast` goes forward, hence the resolution of a measurement on the CPU
 HOW = {
     "cpu": "growth of the peak resident set (getrusage ru_maxrss) over the call, in a fresh process that made a small"
     " call before and had touched the operands",
@@ -30,7 +30,7 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def fill_to_peak() -> list[mmap.mmap]:
+def add_ballast() -> list[mmap.mmap]:
     """Take memory until the resident set stands at its own peak; hold the result as long as growth is being measured.
 
     Start-up leaves the peak above the present size, and Linux even lets a process inherit the peak of the one that
@@ -54,7 +54,7 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    ballast = fill_to_peak()
+    ballast = add_ballast()
     before = peak_resident()
     call()
     after = peak_resident()
@@ -74,7 +74,7 @@ def warm_growth(
     return peak_growth(call, device)
 
 
-def call_in_fresh_process(module: str, function: str, *arguments: object) -> Any:
+def call_isolated(module: str, function: str, *arguments: object) -> Any:
     """What a module's function makes of numbers and words in a new process with as many threads as this one.
 
     Blocks from 64 KiB up go back to the system there when freed; else what warming up freed would serve the call

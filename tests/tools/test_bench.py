@@ -76,7 +76,7 @@ def test_ntxent_makes_gradients() -> None:
 def test_a_peer_that_takes_too_long_is_left_out_and_named() -> None:
     seconds = {"mh_step": 9.0, "mm": 9.0, "slow": 2.0, "fast": 0.5}
     builders = {name: (lambda name=name: name) for name in seconds}
-    kept, left_out = throughput.fast_enough(builders, lambda name, repeats: seconds[name], longest=1.0)
+    kept, left_out = throughput.drop_slow(builders, lambda name, repeats: seconds[name], longest=1.0)
     assert list(kept) == ["mh_step", "mm", "fast"]
     assert left_out == {"slow": 2.0}
 
@@ -350,7 +350,7 @@ def test_comparison_flags_regressions(saved, tmp_path, capsys, factor, code, lin
     assert capsys.readouterr().out.count("mh_step") == (0 if factor == 1.05 else 1)  # times do not compare
 
 
-def results_of(median: float, spread: float, megabytes: float) -> dict:
+def make_results(median: float, spread: float, megabytes: float) -> dict:
     """Of one peer at one size, its quartiles the spread away from the median."""
     figures = {"median": median, "lower_quartile": median - spread, "upper_quartile": median + spread}
     case = {"kind": "sweep", "n": 4, "m": 4, "d": 2, "dtype": "float32", "peer": "mh_step"}
@@ -365,7 +365,7 @@ def results_of(median: float, spread: float, megabytes: float) -> dict:
     ids=["slower", "within the spread", "more memory", "within a step of memory", "better"],
 )
 def test_a_regression_is_beyond_tolerance_and_spread(new, regressions) -> None:
-    found = list(compare.changes(results_of(1, 0.2, 50), results_of(*new), tolerance=0.1))
+    found = list(compare.changes(make_results(1, 0.2, 50), make_results(*new), tolerance=0.1))
     assert sum(change.regression for change in found) == regressions
 
 

@@ -120,9 +120,9 @@ def test_warm_stops_at_the_budget_and_at_a_lost_gpu(monkeypatch):
     ran = []
     monkeypatch.setattr(benchmark, "ROWS", {"row": lambda context, backend: ran.append(backend) or gpu_context.Row({})})
     context = gpu_context.Context(CPU, ["a", "b"], rehearsal=True, warm=True)
-    assert benchmark.warm(options_for("--warm", "--budget", "-1"), context) == 0 and ran == []
+    assert benchmark.warm(parse("--warm", "--budget", "-1"), context) == 0 and ran == []
     monkeypatch.setattr(benchmark, "context_is_alive", lambda device: False)
-    assert benchmark.warm(options_for("--warm"), context) == benchmark.DEAD_CONTEXT and ran == ["a"]
+    assert benchmark.warm(parse("--warm"), context) == benchmark.DEAD_CONTEXT and ran == ["a"]
 
 
 def test_names_are_listed_and_those_of_the_headline_mean_one_row_each(capsys):
@@ -130,17 +130,17 @@ def test_names_are_listed_and_those_of_the_headline_mean_one_row_each(capsys):
         assert benchmark.main(["--list", *words]) == 0
         assert tuple(capsys.readouterr().out.split()) == expected
     for name in gpu_rows.HEADLINE:
-        assert benchmark.plan(options_for("--headline", "--only", name), ["triton"]) == [(name, "triton")]
+        assert benchmark.plan(parse("--headline", "--only", name), ["triton"]) == [(name, "triton")]
     assert "sweep-1024" not in gpu_rows.HEADLINE and len(set(gpu_rows.HEADLINE)) == 11
-    assert (options_for().budget, options_for("--headline").budget) == (170, 75)
+    assert (parse().budget, parse("--headline").budget) == (170, 75)
 
 
 def test_cuda_is_spared_what_it_has_not_or_does_slowly():
-    both, headline = ["triton", "cuda"], benchmark.plan(options_for("--headline"), ["triton", "cuda"])
+    both, headline = ["triton", "cuda"], benchmark.plan(parse("--headline"), ["triton", "cuda"])
     on_cuda = {name for name, backend in headline if backend == "cuda"}
     assert on_cuda == {"uniform", "small-64", "loss-32"}
     assert {name for name, backend in headline if backend == "triton"} == set(gpu_rows.HEADLINE)
-    everything = {name for name, backend in benchmark.plan(options_for(), both) if backend == "cuda"}
+    everything = {name for name, backend in benchmark.plan(parse(), both) if backend == "cuda"}
     assert "sweep-512" in everything and not any(name.startswith("lse") for name in everything)
 
 
@@ -150,7 +150,7 @@ def test_cuda_is_spared_what_it_has_not_or_does_slowly():
 H100 = {"tensor cores": 780e12, "memory": 3e12, "L2": 5.5e12, "gather": 2.4e12, "clock": 1.7e9}
 
 
-def limits_of(monkeypatch, work, pipes=None, **known):
+def compute_limits(monkeypatch, work, pipes=None, **known):
     """What `Limits.times` makes of such work on a machine with given figures."""
     if pipes is not None:
         monkeypatch.setattr(gpu_limits, "sass", pipes)
@@ -162,7 +162,7 @@ def limits_of(monkeypatch, work, pipes=None, **known):
     return limits.times(work)
 
 
-def a_pipe(name, seconds):
+def fake_sass(name, seconds):
     """Stands for bench/gpu/sass.py."""
     read = SimpleNamespace(binding=name)
     tool = SimpleNamespace(seen=[])
@@ -176,17 +176,17 @@ def a_pipe(name, seconds):
 def test_the_largest_limit_binds(monkeypatch):
     n = 32768
     work = gpu_limits.Work(2 * n * n * 512, 2 * 2 * n * 512, 65536 * 2**18)
-    found = limits_of(monkeypatch, work)
+    found = compute_limits(monkeypatch, work)
     assert found == pytest.approx({"tensor cores": 1.4096, "memory": 0.02237, "L2": 3.1236}, rel=1e-3)
     assert gpu_limits.binding(found) == "L2"
-    faster = limits_of(monkeypatch, work, L2=55e12)
+    faster = compute_limits(monkeypatch, work, L2=55e12)
     assert gpu_limits.binding(faster) == "tensor cores"
-    product = limits_of(monkeypatch, gpu_rows.product_work(n, n, 128))  # held up by the writing of its result
+    product = compute_limits(monkeypatch, gpu_rows.product_work(n, n, 128))  # held up by the writing of its result
     assert product == pytest.approx({"tensor cores": 0.3524, "memory": 0.7214}, rel=1e-3)
     assert gpu_limits.binding(product) == "memory"
-    gathered = limits_of(monkeypatch, gpu_limits.Work(gathered_bytes=2 * n * 256 * 128))
+    gathered = compute_limits(monkeypatch, gpu_limits.Work(gathered_bytes=2 * n * 256 * 128))
     assert gathered == pytest.approx({"gather": 0.8948}, rel=1e-3)
-    exponentials = limits_of(monkeypatch, gpu_limits.Work(exponentials=n * n))
+    exponentials = compute_limits(monkeypatch, gpu_limits.Work(exponentials=n * n))
     assert exponentials == pytest.approx({"special functions": 0.2991}, rel=1e-3)
     assert gpu_limits.binding({}) is None
     row = gpu_context.Row({})
@@ -200,20 +200,20 @@ def test_the_largest_limit_binds(monkeypatch):
 
 
 def test_what_fits_into_the_l2_is_not_held_up_by_memory(monkeypatch):
-    assert limits_of(monkeypatch, gpu_limits.Work(memory_bytes=49e6)) == {}
-    assert limits_of(monkeypatch, gpu_limits.Work(memory_bytes=60e6)) == {"memory": pytest.approx(0.02)}
+    assert compute_limits(monkeypatch, gpu_limits.Work(memory_bytes=49e6)) == {}
+    assert compute_limits(monkeypatch, gpu_limits.Work(memory_bytes=60e6)) == {"memory": pytest.approx(0.02)}
 
 
 def test_the_pipe_of_a_sweeps_binary_is_a_limit(monkeypatch):
-    tool = a_pipe("ALU", 1.07e-3)
-    found = limits_of(monkeypatch, gpu_limits.Work(flops=7.8e11, binary=b"code", pairs=1 << 30), tool, clock=1.9e9)
+    tool = fake_sass("ALU", 1.07e-3)
+    found = compute_limits(monkeypatch, gpu_limits.Work(flops=7.8e11, binary=b"code", pairs=1 << 30), tool, clock=1.9e9)
     assert found == {"tensor cores": pytest.approx(1.0), "ALU pipe": pytest.approx(1.07)}
     assert gpu_limits.binding(found) == "ALU pipe"
     assert tool.seen[0] == b"code" and tool.seen[1][1:] == (1 << 30, 132, 1.9e9)
     tool.read_cubin = lambda cubin: None  # a binary that it cannot read
-    assert list(limits_of(monkeypatch, gpu_limits.Work(flops=1, binary=b"code"), tool)) == ["tensor cores"]
+    assert list(compute_limits(monkeypatch, gpu_limits.Work(flops=1, binary=b"code"), tool)) == ["tensor cores"]
     del tool.read_cubin
-    assert list(limits_of(monkeypatch, gpu_limits.Work(flops=1, binary=b"code"), tool)) == ["tensor cores"]
+    assert list(compute_limits(monkeypatch, gpu_limits.Work(flops=1, binary=b"code"), tool)) == ["tensor cores"]
 
 
 def test_the_binary_is_that_of_the_sweep_that_a_call_launches(monkeypatch):
@@ -292,7 +292,7 @@ def test_limits_of_an_earlier_run_are_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark, "ROWS", {"row": row})
     results = {"rows": [], "limits": {"old": {"value": 2.0}}}
-    benchmark.run_all(options_for(), gpu_context.Context(CPU, ["a"], rehearsal=True), results, tmp_path / "out.json")
+    benchmark.run_all(parse(), gpu_context.Context(CPU, ["a"], rehearsal=True), results, tmp_path / "out.json")
     assert {name: limit["value"] for name, limit in benchmark.read_earlier(tmp_path / "out.json")[1].items()} == {
         "old": 2.0, "new": 1.0,
     }  # fmt: skip
@@ -300,12 +300,12 @@ def test_limits_of_an_earlier_run_are_kept(tmp_path, monkeypatch):
 
 
 def test_predictions_are_for_a_backend_and_a_card():
-    told = predictions.predicted("small-64", "replay, us", "cuda", "NVIDIA H100 80GB HBM3")
+    told = predictions.find_prediction("small-64", "replay, us", "cuda", "NVIDIA H100 80GB HBM3")
     assert told == {"low": 4, "high": 6, "for": "H100", "for_this_card": True}
-    assert predictions.predicted("small-64", "replay, us", "triton", "NVIDIA A100")["for_this_card"] is False
-    assert predictions.predicted("small-64", "replay, us", "triton", "NVIDIA A100")["high"] == 14
-    assert predictions.predicted("small-64", "replay, us", "reference", "") is None
-    assert predictions.predicted("nothing", "time, ms", "triton", "") is None
+    assert predictions.find_prediction("small-64", "replay, us", "triton", "NVIDIA A100")["for_this_card"] is False
+    assert predictions.find_prediction("small-64", "replay, us", "triton", "NVIDIA A100")["high"] == 14
+    assert predictions.find_prediction("small-64", "replay, us", "reference", "") is None
+    assert predictions.find_prediction("nothing", "time, ms", "triton", "") is None
     reading = {"quantity": "replay, us", "measured": 5.0, "lower_quartile": 4.0, "upper_quartile": 6.0}
     reading |= {"limits": {"launch": 0.002, "L2": 0.001}, "binds": "launch", "time / limit": 2.5, "predicted": told}
     line = benchmark.reading_line(reading)
@@ -365,7 +365,7 @@ def test_goals_are_held_to_their_bounds():
     assert benchmark.count_goals(rows) == {"met": 1, "missed": 1, "failed_rows": 1}
 
 
-def options_for(*words):
+def parse(*words):
     return benchmark.parse_arguments(["--rehearse", *words])
 
 
@@ -377,7 +377,7 @@ def test_a_failing_row_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
         benchmark, "ROWS", {"broken": broken, "fine": lambda context, backend: gpu_context.Row({"n": 1})}
     )
     context, results = gpu_context.Context(CPU, ["a", "b"], rehearsal=True), {"rows": []}
-    assert benchmark.run_all(options_for(), context, results, tmp_path / "out.json") == 0
+    assert benchmark.run_all(parse(), context, results, tmp_path / "out.json") == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(row["name"], row["backend"], "error" in row) for row in rows] == [
         ("broken", "a", True), ("broken", "b", True), ("fine", "a", False), ("fine", "b", False),
@@ -399,11 +399,11 @@ def test_a_lost_gpu_ends_the_run_and_the_next_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "ROWS", {"first": row("first"), "killer": died, "last": row("last")})
     context, results = gpu_context.Context(CPU, ["a"], rehearsal=True), {"rows": []}
     with pytest.raises(SystemExit):
-        benchmark.run_all(options_for(), context, results, target)
+        benchmark.run_all(parse(), context, results, target)
     rows, limits = benchmark.read_earlier(target)
     results = {"rows": rows, "limits": limits}
     monkeypatch.setattr(benchmark, "context_is_alive", lambda device: False)
-    assert benchmark.run_all(options_for(), context, results, target) == benchmark.DEAD_CONTEXT
+    assert benchmark.run_all(parse(), context, results, target) == benchmark.DEAD_CONTEXT
     assert ran == ["first", "last"]
     errors = [one.get("error") for one in json.loads(target.read_text())["rows"]]
     assert errors == [None, benchmark.UNFINISHED, None]
@@ -412,18 +412,18 @@ def test_a_lost_gpu_ends_the_run_and_the_next_resumes(tmp_path, monkeypatch):
 def test_a_row_is_not_begun_after_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "ROWS", {"row": lambda context, backend: gpu_context.Row({})})
     results = {"rows": []}
-    benchmark.run_all(options_for("--budget", "-1"), gpu_context.Context(CPU, ["a"]), results, tmp_path / "out.json")
+    benchmark.run_all(parse("--budget", "-1"), gpu_context.Context(CPU, ["a"]), results, tmp_path / "out.json")
     assert results["rows"][0]["error"] == "not begun within -1 s" and results["goals"]["failed_rows"] == 1
 
 
 def test_rows_by_name_and_by_backend():
-    assert benchmark.plan(options_for("--only", "sweep-1"), ["x", "y"]) == [
+    assert benchmark.plan(parse("--only", "sweep-1"), ["x", "y"]) == [
         ("sweep-128", "x"), ("sweep-128", "y"), ("sweep-1024", "x"), ("sweep-1024", "y"),
     ]  # fmt: skip
-    assert benchmark.plan(options_for("--only", "crossover"), ["x", "y"]) == [("crossover", "all")]
-    assert benchmark.plan(options_for(), []) == []
+    assert benchmark.plan(parse("--only", "crossover"), ["x", "y"]) == [("crossover", "all")]
+    assert benchmark.plan(parse(), []) == []
     with pytest.raises(SystemExit):
-        options_for("--only", "nothing")
+        parse("--only", "nothing")
 
 
 def test_streaming_ntxent_is_ntxent():

@@ -106,7 +106,7 @@ CHECKS = {
 }  # fmt: skip
 
 
-def on_a_gpu(monkeypatch, tmp_path, commit="abc", dirty=False):
+def fake_gpu(monkeypatch, tmp_path, commit="abc", dirty=False):
     """A machine with one, and nothing written outside of a folder, in which the command is called."""
     described = {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda", "commit": commit, "dirty": dirty}
     monkeypatch.setattr(check, "has_gpu", lambda: True)
@@ -121,7 +121,7 @@ def on_a_gpu(monkeypatch, tmp_path, commit="abc", dirty=False):
 
 def test_a_second_run_adds_to_the_first(monkeypatch, tmp_path, capsys):
     """What it does not try again stays; of another commit nothing does."""
-    on_a_gpu(monkeypatch, tmp_path)
+    fake_gpu(monkeypatch, tmp_path)
     written = tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
     families = [{"family": "a", "status": "PASS", "why": ""}, {"family": "b", "status": "FAIL", "why": ""}]
     fake_stages(monkeypatch, **GOOD | {"smoke": stages.summarize_families(families)})
@@ -138,7 +138,7 @@ def test_a_second_run_adds_to_the_first(monkeypatch, tmp_path, capsys):
     assert [(each["family"], each["status"]) for each in parts["smoke"]["families"]] == [("a", "PASS"), ("b", "PASS")]
     assert parts["smoke"]["passed"] == 2 and results["check"]["passed"]
     for code in ({"commit": "def"}, {"commit": "def", "dirty": True}, {"commit": "def", "dirty": True}):
-        on_a_gpu(monkeypatch, tmp_path, **code)
+        fake_gpu(monkeypatch, tmp_path, **code)
         assert check.main(["--stages", "headline" if code == {"commit": "def"} else "smoke"]) == 0
         results = json.loads(written.read_text())
         assert len(results["check"]["stages"]) == 1 and "tune" not in results
@@ -190,7 +190,7 @@ def test_a_check_that_is_stopped_kills_what_runs_and_says_what_there_is(tmp_path
 
 @pytest.mark.parametrize(("changes", "stages", "status"), CHECKS.values(), ids=CHECKS)
 def test_stages_results_and_exit_status(changes, stages, status, monkeypatch, tmp_path, capsys):
-    on_a_gpu(monkeypatch, tmp_path)
+    fake_gpu(monkeypatch, tmp_path)
     fake_stages(monkeypatch, **(GOOD | changes))
     names = list(check.STAGES) if stages == "all" else [name for name in check.STAGES if name in stages]
     expected = [name for stage in names for name in check.PARTS[stage]]

@@ -62,7 +62,7 @@ class Clock:
         return 10.0
 
 
-def on_a_clock(monkeypatch, budget, count=6):
+def measure_clocked(monkeypatch, budget, count=6):
     monkeypatch.setattr(tune, "make_call", lambda shape, device: lambda: settings.sweep().block_m)
     tuner, clock = tune.Tuner(TOYS["sweep"], CPU, settings), Clock()
     tried = [settings.Sweep(block_m, 64, 4, 2, None, "") for block_m in range(count)]
@@ -70,14 +70,14 @@ def on_a_clock(monkeypatch, budget, count=6):
 
 
 def test_the_budget_ends_the_measuring_and_what_was_measured_stays(monkeypatch):
-    rows, clock = on_a_clock(monkeypatch, 80.0)
+    rows, clock = measure_clocked(monkeypatch, 80.0)
     assert clock.timed == [0, 1, 2] and clock.now == 90.0  # the third was begun in time; no final is
     assert [row["settings"][0] for row in rows] == [0, 1, 2] and {row["count"] for row in rows} == {1}
-    rows, clock = on_a_clock(monkeypatch, 0.0)
+    rows, clock = measure_clocked(monkeypatch, 0.0)
     assert rows == [] and clock.timed == []
     # Two candidates at ten seconds a call: 60 s, then 240 s of final, which is more than 299 s leave.
-    assert {row["count"] for row in on_a_clock(monkeypatch, 299.0, 2)[0]} == {1}
-    assert {row["count"] for row in on_a_clock(monkeypatch, 300.0, 2)[0]} == {3}
+    assert {row["count"] for row in measure_clocked(monkeypatch, 299.0, 2)[0]} == {1}
+    assert {row["count"] for row in measure_clocked(monkeypatch, 300.0, 2)[0]} == {3}
     assert tune.final_seconds(10.0) == 40 + 20 + 60
     assert tune.final_seconds(0.001) == pytest.approx(0.004 + 10 * 0.006)
 
