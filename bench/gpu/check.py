@@ -76,11 +76,9 @@ class Report:
 
     def restore(self, earlier: dict, anew: Iterable[str]) -> None:
         """Takes in the results of an earlier run, but for the rows ``anew``, which are to be measured again."""
-        self.parts = earlier["check"]["stages"]
-        anew = set(anew)
-        benchmark.write_results(
-            earlier | {"rows": [row for row in earlier["rows"] if row["name"] not in anew]}, self.bench
-        )
+        self.parts, anew = earlier["check"]["stages"], set(anew)
+        kept = [row for row in earlier["rows"] if row["name"] not in anew]
+        benchmark.write_results(earlier | {"rows": kept}, self.bench)
         if "tune" in earlier:
             write_json(earlier["tune"], self.tuned)
 
@@ -113,11 +111,10 @@ class Report:
 
     def write(self) -> None:
         """Each file whole or not at all."""
-        texts = {self.target.name: json.dumps(self.results(), indent=2) + "\n"}
         for folder in filter(None, (self.target.parent, self.out)):
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in (texts | ({"gpu-check.log": self.logs()} if folder == self.out else {})).items():
-                files.write(folder / name, text)
+            write_json(self.results(), folder / self.target.name)
+        if self.out is not None:
+            files.write(self.out / "gpu-check.log", self.logs())
 
     def logs(self) -> str:
         """Of all processes, one after the other."""
