@@ -36,14 +36,14 @@ test-isa: $(INSTALLED)
 	$(RUN) tests/support/instruction_sets.py
 
 bench: $(INSTALLED)
-	$(RUN) bench/throughput.py
+	$(RUN) -m bench.throughput
 
 gpu-check: $(filter .venv/.installed,$(INSTALLED))
-	$(RUN) bench/gpu_check.py
+	$(RUN) -m bench.gpu.check
 
 # Registers, memory and the pipe that binds, of the Triton kernels compiled for GPUs that need not be here.
 compiled: $(INSTALLED)
-	$(RUN) bench/compiled.py
+	$(RUN) -m bench.gpu.compiled
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -1,6 +1,6 @@
 """What has become slower, or takes more memory, from one file of bench/throughput.py to another.
 
-    python bench/compare.py old.json new.json
+    python -m bench.compare old.json new.json
 
 A time is a regression where its ratio to the matrix product, which stood beside it, is above the old one by more than
 `--tolerance` and the quartiles of the two do not overlap; between files of one machine this holds for the time itself,
@@ -37,10 +37,10 @@ def read(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise SystemExit(f"compare.py: error: {path}: expected a file of bench/throughput.py --save: {error}") from None
+        raise SystemExit(f"bench.compare: error: {path}: expected a file of bench.throughput --save: {error}") from None
     found = results.get("schema") if isinstance(results, dict) else None
     if found != SCHEMA:
-        raise SystemExit(f"compare.py: error: {path}: expected results of schema {SCHEMA}, got {found}")
+        raise SystemExit(f"bench.compare: error: {path}: expected results of schema {SCHEMA}, got {found}")
     return results
 
 

@@ -1,6 +1,6 @@
 """A whole training step of examples/pretrain.py with each method: its time, and what part of it is the loss.
 
-`python bench/end_to_end.py` prints, for each batch size and method, the median time of a step (views, encoder, loss,
+`python -m bench.end_to_end` prints, for each batch size and method, the median time of a step (views, encoder, loss,
 backward, optimizer), its ratio to the step with NT-Xent, the share of the loss, forward and backward by itself on
 embeddings of the same batch, and the share of drawing negatives, from a trace.
 """
@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import machine
-import timing
 import torch
 from torch import Tensor
 
-from emc2_kernels import files
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from config import Config
-from data import DATASETS, Split
-from sources import load
-from training import Run
+from bench.harness import machine, report, timing
+from examples.config import Config
+from examples.data import DATASETS, Split
+from examples.sources import load
+from examples.training import Run
 
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"method": "simclr"},
@@ -86,7 +79,7 @@ def time_batch(base: Config, split: Split, rounds: int) -> dict[str, dict[str, f
             traced()
         drawing[name] = traced.run.tracer.shares["drawing"]
         calls[name], calls[f"{name}: loss"] = Training(config, split), Loss(config, split)
-    taken = timing.interleave(calls, rounds, timer=timing.timer_for(base.torch_device)).seconds
+    taken = timing.interleave(calls, rounds, timer=timing.choose_timer(base.torch_device)).seconds
     rows = {}
     for name in METHODS:
         ratio = timing.summarize(timing.ratios(taken[name], taken["simclr"]))
@@ -109,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     timed = {}
@@ -128,7 +121,7 @@ def main() -> None:
                 )
     if options.json:
         results = {"machine": described, "data": options.data, "time": timed}
-        files.write(options.json, json.dumps(results, indent=2) + "\n")
+        report.write_json(results, options.json)
 
 
 if __name__ == "__main__":

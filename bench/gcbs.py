@@ -1,6 +1,6 @@
 """What choosing batches costs on the CPU: time by part and peak memory of graph and order, as the data set grows.
 
-    python bench/gcbs.py
+    python -m bench.gcbs
 
 Each row is a process of its own, so that its peak memory is its own. Items are noisy copies of N / 100 centres (cosine
 about 0.5 within a hundred), or independent. "product" is the N x N matrix product alone, in the same tiles.
@@ -10,22 +10,16 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+from torch import Tensor
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from emc2_kernels.batching import consecutive_order, graph, similarity_graph  # noqa: E402
+from bench.harness.memory import peak_resident
+from emc2_kernels.batching import consecutive_order, graph, similarity_graph
 
 HEADER = ("N", "data", "threshold s", "similarities s", "order s", "total s", "product s", "peak MB", "entries a row")
 
@@ -40,7 +34,7 @@ class Cost(NamedTuple):
     entries: float  # a row, before symmetrising
 
 
-def items(n: int, dim: int, data: str) -> Tensor:
+def make_items(n: int, dim: int, data: str) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(n, dim, generator=generator)
     if data == "independent":
@@ -49,7 +43,7 @@ def items(n: int, dim: int, data: str) -> Tensor:
     return centres[torch.randint(len(centres), (n,), generator=generator)] + noise
 
 
-def timed(name: str, seconds: dict[str, float]) -> None:
+def record_time(name: str, seconds: dict[str, float]) -> None:
     """Makes a function of the graph's module add its time to `seconds`."""
     inner = getattr(graph, name)
 
@@ -62,23 +56,19 @@ def timed(name: str, seconds: dict[str, float]) -> None:
     setattr(graph, name, outer)
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def cost(n: int, dim: int, data: str, quantile: float) -> Cost:
-    x = items(n, dim, data)
+def measure_cost(n: int, dim: int, data: str, quantile: float) -> Cost:
+    x = make_items(n, dim, data)
     torch.mm(x[:64], x[:64].T)  # the library's own buffers
     consecutive_order(similarity_graph(x[:200]).matrix)  # SciPy's modules
-    before, parts = peak(), {}
+    before, parts = peak_resident(), {}
     for name in ("_estimate_threshold", "_largest"):
-        timed(name, parts)
+        record_time(name, parts)
     start = time.perf_counter()
     found = similarity_graph(x, quantile=quantile, progress=False)
     middle = time.perf_counter()
     order = consecutive_order(found.matrix)
     end = time.perf_counter()
-    most = peak() - before
+    most = (peak_resident() - before) / 2**20
     assert np.array_equal(np.sort(order), np.arange(n))
     product = time.perf_counter()
     for _ in graph._row_blocks(x, x, False):
@@ -99,7 +89,7 @@ def main() -> None:
     with ProcessPoolExecutor(1, **fresh) as pool:
         for n in given.sizes:
             for data in ("centres", "independent"):
-                found = pool.submit(cost, n, given.dim, data, given.quantile).result()
+                found = pool.submit(measure_cost, n, given.dim, data, given.quantile).result()
                 cells = [*(f"{seconds:.2f}" for seconds in found[:5]), f"{found.peak:.0f}", f"{found.entries:.0f}"]
                 print("  ".join(f"{cell:>14}" for cell in (f"{n:,}", data, *cells)), flush=True)
 

@@ -1,6 +1,6 @@
 """Exact draws from the softmax on the CPU: `gumbel_sample` beside the naive ways, and the matrix product alone.
 
-    python bench/gumbel.py
+    python -m bench.gumbel
 
 Medians over interleaved rounds; the ratios are medians of the ratio within a round. On a machine that others use too,
 `--process-time` with OMP_NUM_THREADS=1 counts the processor's time.
@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from peers import MatrixProduct  # noqa: E402
-from timing import Call, cpu_timer, figures, interleave, ratios  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import emc2_kernels as emc2  # noqa: E402
+import emc2_kernels as emc2
+from bench.harness.timing import Call, cpu_timer, figures, interleave, ratios
+from bench.peers import MatrixProduct
 
 SIZES = [(2048, 2048, 128), (64, 100_000, 128)]
 TEMPERATURE = 0.07

@@ -1,6 +1,6 @@
 """Losses, forward and backward, beside plain torch: time in turns in one process, peak memory in fresh ones.
 
-`python bench/losses.py` prints, for each batch size, the median time of each loss and its ratio to plain NT-Xent, which
+`python -m bench.losses` prints, for each batch size, the median time of each loss and its ratio to plain NT-Xent, which
 materialises all scores, and the peak extra memory of each at the largest batch. Data sets have four times as many items
 as a batch.
 """
@@ -8,29 +8,18 @@ as a batch.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import machine
-import memory
-import timing
 import torch
 from torch import Tensor, nn
 
-import emc2_kernels
-from emc2_kernels import files
+from bench.harness import machine, memory, report, timing
+from bench.peers import LossStep
 from emc2_kernels.losses import CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
 
 TEMPERATURE = 0.1
 HOW = memory.HOW["cpu"]
-
-# One batch comes again and again, as no training would have it.
-warnings.filterwarnings("ignore", message="index seems to name classes")
 
 
 class PlainNTXent(nn.Module):
@@ -57,22 +46,17 @@ LOSSES: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-class Step:
+def make_step(name: str, b: int, d: int) -> LossStep:
     """Forward and backward of a loss on one batch."""
-
-    def __init__(self, name: str, b: int, d: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.loss, self.index = LOSSES[name](b, d), torch.randperm(4 * b, generator=generator)[:b]
-        self.z0, self.z1 = (torch.randn(b, d, generator=generator).requires_grad_() for _ in range(2))
-
-    def __call__(self) -> tuple[Tensor, ...]:
-        value = self.loss(self.z0, self.z1, self.index)
-        return torch.autograd.grad(value, (self.z0, self.z1))
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(4 * b, generator=generator)[:b]
+    z0, z1 = (torch.randn(b, d, generator=generator) for _ in range(2))
+    return LossStep(LOSSES[name](b, d), z0, z1, index)
 
 
 def time_batch(b: int, d: int, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of each loss, and the median of its ratios to the plain one, with quartiles."""
-    taken = timing.interleave({name: Step(name, b, d) for name in LOSSES}, rounds)
+    taken = timing.interleave({name: make_step(name, b, d) for name in LOSSES}, rounds)
     rows = {}
     for name, seconds in taken.seconds.items():
         ratio = timing.summarize(timing.ratios(seconds, taken.seconds["plain"]))
@@ -86,24 +70,7 @@ def time_batch(b: int, d: int, rounds: int) -> dict[str, dict[str, float]]:
 
 def growth(name: str, b: int, d: int) -> int:
     """Peak extra bytes of one step, in this process."""
-    for _ in range(2):
-        Step(name, 64, d)()
-    square = torch.ones(1024, 1024)
-    (square @ square).exp_().sum()  # starts the threads of torch and of its matrix library, with their buffers
-    return memory.peak_growth(Step(name, b, d), torch.device("cpu"))
-
-
-def growth_in_fresh_process(name: str, b: int, d: int) -> int:
-    library = str(Path(emc2_kernels.__file__).resolve().parent.parent)
-    # Blocks from 64 KiB up then go back to the system when freed, and are counted when they are taken again.
-    settings = {
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
-        "PYTHONPATH": os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")])),
-    }
-    command = [sys.executable, str(Path(__file__).resolve()), "--growth-of", name, "--batches", str(b), "--dim", str(d)]
-    command += ["--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
+    return memory.warm_growth(make_step(name, 64, d), make_step(name, b, d), torch.device("cpu"))
 
 
 def main() -> None:
@@ -112,13 +79,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--growth-of", choices=list(LOSSES), help="print only the peak extra bytes of one step")
-    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.growth_of:
-        print(growth(options.growth_of, options.batches[0], options.dim))
-        return
     described = machine.describe(torch.device("cpu"))
     print(f"{described['device']}, {options.threads} threads, load {described['load_average']}; d = {options.dim}")
     timed = {b: time_batch(b, options.dim, options.rounds) for b in options.batches}
@@ -129,7 +92,7 @@ def main() -> None:
                 f"b = {b:6}  {name:12}{row['time_ms']:10.3f} ms  {row['ratio_to_plain']:6.2f} ({low:.2f} to {high:.2f})"
             )
     largest = max(options.batches)
-    taken = {name: growth_in_fresh_process(name, largest, options.dim) for name in LOSSES}
+    taken = {name: memory.call_isolated("bench.losses", "growth", name, largest, options.dim) for name in LOSSES}
     for name, size in taken.items():
         print(f"b = {largest:6}  {name:12}{size / 1e6:10.1f} MB extra, {size / taken['plain']:.3f} of plain")
     print(f"memory: {HOW}")
@@ -140,7 +103,7 @@ def main() -> None:
             "time": timed,
             "memory": {"pairs": largest, "bytes": taken},
         }
-        files.write(options.json, json.dumps(results, indent=2) + "\n")
+        report.write_json(results, options.json)
 
 
 if __name__ == "__main__":

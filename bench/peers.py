@@ -6,17 +6,21 @@ kind: `naive`, `race` and `gumbel` draw independent samples from the softmax ove
 return states of a chain, and `mm` and `ntxent` none.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import emc2_kernels as emc2
 from emc2_kernels.losses import NTXentLoss
 
-DRAWS = 64  # proposals of a visit to a bank, of which half are burn-in
+# One batch comes again and again, as no training would have it.
+warnings.filterwarnings("ignore", message="index seems to name classes")
+
+DRAWS = 64  # proposals of a step over a bank, of which half are burn-in
 
 
 class Peer(Protocol):
@@ -209,6 +213,19 @@ class LeanColumnLoop:
         scores = self.product().div_(self.temperature).float()
         samples, self.current = walk_columns(scores, self.current, self.burn_in, self.generator, self.samples)
         return samples.T
+
+
+class LossStep:
+    """Forward and backward of a loss on one batch; the gradient of both embeddings is taken."""
+
+    def __init__(self, loss: nn.Module, z0: Tensor, z1: Tensor, index: Tensor) -> None:
+        """`z0`, `z1` (b, d); `index` (b,) on their device."""
+        self.loss, self.index = loss, index
+        self.z0, self.z1 = (z.detach().clone().requires_grad_() for z in (z0, z1))
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        value = self.loss(self.z0, self.z1, self.index)
+        return torch.autograd.grad(value, (self.z0, self.z1))
 
 
 class MHStep:

@@ -1,7 +1,7 @@
 """What a step costs over many GPUs: bytes from formulas that tests hold against counts, and a model of the time.
 
-    python bench/scaling.py                         the tables of docs/scaling.md
-    python bench/scaling.py --bandwidth 400e9       GPUs of one NVLink domain
+    python -m bench.scaling                         the tables of docs/scaling.md
+    python -m bench.scaling --bandwidth 400e9       GPUs of one NVLink domain
 
 Each of W ranks has b pairs of d numbers. Embeddings travel in float32, whatever the encoder computes in.
 """
@@ -34,37 +34,39 @@ class Batch(NamedTuple):
         return self.ranks - 1
 
 
-class Sent(NamedTuple):
+class Bytes(NamedTuple):
     """Bytes that a rank sends in a step; what goes to several receivers counts for each."""
 
     forward: float
     backward: float
 
 
-def sent(loss: str, gather: str, batch: Batch, *, sharded: bool = False, carried: float = 1, kept: int = 2) -> Sent:
-    """Args: see ``exchanged``."""
+def bytes_sent(
+    loss: str, gather: str, batch: Batch, *, sharded: bool = False, carried: float = 1, kept: int = 2
+) -> Bytes:
+    """Args: see ``bytes_exchanged``."""
     ids = 2 * batch.pairs * ID
     if loss in ("ntxent", "clip"):
         if gather == "all":
-            return Sent(batch.others * (AGREED + batch.embeddings + ids), batch.others * batch.embeddings)
+            return Bytes(batch.others * (AGREED + batch.embeddings + ids), batch.others * batch.embeddings)
         # Backward, keys go round again, and their gradients behind them: these are one hop more on the way, home.
         sums = batch.ranks * batch.embeddings if batch.others else 0
         forward = batch.others * (AGREED + batch.embeddings + ids)
-        return Sent(forward, batch.others * (batch.embeddings + ids) + sums)
+        return Bytes(forward, batch.others * (batch.embeddings + ids) + sums)
     states = 2 * batch.pairs * (KEY + SCORE)
     forward = batch.others * (AGREED + ids // 2 + batch.embeddings)  # a ring: one view's keys, twice
     if sharded:
-        forward += exchanged(batch, carried, kept)
+        forward += bytes_exchanged(batch, carried, kept)
     elif gather == "all":
         forward += batch.others * states
     else:  # every rank keeps every rank's anchors
         forward += batch.others * (batch.embeddings + 2 * ids + states)
     if gather == "all":
-        return Sent(forward, batch.others * batch.embeddings)
-    return Sent(forward, batch.ranks * batch.embeddings // 2 if batch.others else 0)
+        return Bytes(forward, batch.others * batch.embeddings)
+    return Bytes(forward, batch.ranks * batch.embeddings // 2 if batch.others else 0)
 
 
-def exchanged(batch: Batch, carried: float, kept: int) -> float:
+def bytes_exchanged(batch: Batch, carried: float, kept: int) -> float:
     """Bytes to and from owners of items that are uniform draws, in the mean over ranks: 2b anchors' chains and what
     they sit on are read, and chains and embeddings are written.
 
@@ -78,12 +80,12 @@ def exchanged(batch: Batch, carried: float, kept: int) -> float:
     return 2 * batch.pairs * batch.others / batch.ranks * (read + written) + counts
 
 
-def stored(items: float, dim: int, ranks: int = 1, kept: int = 2) -> float:
+def bytes_stored(items: float, dim: int, ranks: int = 1, kept: int = 2) -> float:
     """Bytes on a rank of both views' chains and bank, sharded over so many."""
     return 2 * items * (KEY + SCORE + kept * dim + WRITTEN_AT) / ranks
 
 
-def held(gather: str, batch: Batch) -> float:
+def bytes_held(gather: str, batch: Batch) -> float:
     """Bytes of the embeddings and gradients that a rank holds at once, at most. "all": those of all ranks, in the order
     of the ranks and in that of the views, and gradients as well. "ring": its own, those in work and those on the way,
     and sums of each."""
@@ -108,7 +110,7 @@ class Machine:
     def seconds(self, loss: str, gather: str, batch: Batch, **options: float) -> float:
         """Seconds of gathering and products in a step. A ring's exchange runs while products do; a gathering is waited
         for."""
-        transfer = sum(sent(loss, gather, batch, **options)) / self.bandwidth
+        transfer = sum(bytes_sent(loss, gather, batch, **options)) / self.bandwidth
         if gather == "all":
             return transfer + self.compute(loss, batch) + 3 * batch.others * self.step
         rounds = 2 if loss == "ntxent" else 3  # forward and backward; EMC2's walk, samples and their gradients
@@ -140,21 +142,21 @@ RANKS = (8, 64, 256, 1024)
 ITEMS = {"ImageNet, 1.28e6": 1.28e6, "1e8": 1e8, "LAION-400M, 4e8": 4e8, "LAION-5B, 5.8e9": 5.8e9}
 
 
-def rows_of_bytes(batch_of: Callable[[int], Batch]) -> Iterator[list[str]]:
+def byte_rows(make_batch: Callable[[int], Batch]) -> Iterator[list[str]]:
     for loss in ("ntxent", "emc2"):
         for gather in ("all", "ring"):
             for sharded in (False, True) if loss == "emc2" else (False,):
                 name = f"{loss} {gather}" + (", sharded" if sharded else "")
-                yield [name, *(size(sum(sent(loss, gather, batch_of(W), sharded=sharded))) for W in RANKS)]
-    yield ["embeddings held: all", *(size(held("all", batch_of(W))) for W in RANKS)]
-    yield ["embeddings held: ring", *(size(held("ring", batch_of(W))) for W in RANKS)]
+                yield [name, *(size(sum(bytes_sent(loss, gather, make_batch(W), sharded=sharded))) for W in RANKS)]
+    yield ["embeddings held: all", *(size(bytes_held("all", make_batch(W))) for W in RANKS)]
+    yield ["embeddings held: ring", *(size(bytes_held("ring", make_batch(W))) for W in RANKS)]
 
 
-def rows_of_seconds(machine: Machine, batch_of: Callable[[int], Batch]) -> Iterator[list[str]]:
+def time_rows(machine: Machine, make_batch: Callable[[int], Batch]) -> Iterator[list[str]]:
     for loss in ("ntxent", "emc2"):
-        yield [f"{loss}: products alone", *(duration(machine.compute(loss, batch_of(W))) for W in RANKS)]
+        yield [f"{loss}: products alone", *(duration(machine.compute(loss, make_batch(W))) for W in RANKS)]
         for gather in ("all", "ring"):
-            yield [f"{loss} {gather}", *(duration(machine.seconds(loss, gather, batch_of(W))) for W in RANKS)]
+            yield [f"{loss} {gather}", *(duration(machine.seconds(loss, gather, make_batch(W))) for W in RANKS)]
 
 
 def table(title: str, head: Sequence[str], rows: Iterator[list[str]]) -> None:
@@ -174,13 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for pairs, dim in ((256, 128), (4096, 512)):
         shape = f"b = {pairs} pairs a rank, d = {dim}"
 
-        def batch_of(ranks: int, pairs: int = pairs, dim: int = dim) -> Batch:
+        def make_batch(ranks: int, pairs: int = pairs, dim: int = dim) -> Batch:
             return Batch(pairs, dim, ranks)
 
-        table(f"Bytes that a rank sends in a step, {shape}", head, rows_of_bytes(batch_of))
-        table(f"Time of gathering and products, {shape}", head, rows_of_seconds(machine, batch_of))
+        table(f"Bytes that a rank sends in a step, {shape}", head, byte_rows(make_batch))
+        table(f"Time of gathering and products, {shape}", head, time_rows(machine, make_batch))
     for dim in (128, 512):
-        found = ([name, *(size(stored(n, dim, W)) for W in (1, *RANKS))] for name, n in ITEMS.items())
+        found = ([name, *(size(bytes_stored(n, dim, W)) for W in (1, *RANKS))] for name, n in ITEMS.items())
         table(f"Chains and bank on a rank, d = {dim}", ["items", "replicated", *head[1:]], found)
     found = (
         [f"{loss}, d = {d}", *(str(crossover(loss, machine, d, W)) for W in RANKS)]

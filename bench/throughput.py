@@ -1,18 +1,18 @@
 """Time and memory of one sampling step beside its peers, in one interleaved run.
 
-    python bench/throughput.py                      all sizes: about 25 minutes on 2 cores
-    python bench/throughput.py --quick              small sizes and fewer rounds: under 2 minutes
-    python bench/throughput.py --save               and JSON, CSV and figures: bench/results/<machine>-throughput.*
-    python bench/compare.py old.json new.json       what has become slower
+    python -m bench.throughput                      all sizes: about 25 minutes on 2 cores
+    python -m bench.throughput --quick              small sizes and fewer rounds: under 2 minutes
+    python -m bench.throughput --save               and JSON, CSV and figures: bench/results/<machine>-throughput.*
+    python -m bench.compare old.json new.json       what has become slower
 
 Sweeps propose a batch's keys to all rows; banks are fixed sets of keys from which a few are drawn uniformly. The peers
-are described in peers.py, the method in timing.py. Every ratio is the median over rounds of the ratio within a round.
+are described in peers.py, the method in harness/timing.py. Every ratio is the median over rounds of the ratio within a
+round.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import sys
@@ -22,14 +22,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import machine
-import memory
 import torch
-from peers import PEERS, Peer, make_operands
-from report import csv_of, notes, plot_all, shape, table
-from timing import Interleaved, figures, interleave, ratios, summarize, timer_for
 
 import emc2_kernels as emc2
+from bench.harness import machine, memory
+from bench.harness.report import format_csv, notes, plot_all, results_path, shape, table, write_json
+from bench.harness.timing import Interleaved, choose_timer, figures, interleave, ratios, summarize
+from bench.peers import PEERS, Peer, make_operands
 from emc2_kernels import files
 from emc2_kernels.backends import TABLE
 
@@ -143,8 +142,8 @@ def time_size(kind: str, size: Size, options: argparse.Namespace) -> dict[str, A
     queries, keys = make_operands(n, m, d, getattr(torch, options.dtype), device)
     settings = {"temperature": options.temperature, "num_samples": options.num_samples, "backend": options.backend}
     builders = PEERS[kind](queries, keys, others=other_backends(options), **settings)
-    timer = timer_for(device)
-    peers, left_out = fast_enough(builders, timer, extent.longest_call)
+    timer = choose_timer(device)
+    peers, left_out = drop_slow(builders, timer, extent.longest_call)
     pace = {"min_seconds": extent.figure_seconds, "budget_seconds": extent.budget_seconds, "warmup": 1}
     measured = interleave(peers, options.rounds, timer=timer, **pace)
     records = {
@@ -154,7 +153,7 @@ def time_size(kind: str, size: Size, options: argparse.Namespace) -> dict[str, A
     return {**shape, "peers": records, "left_out": left_out}
 
 
-def fast_enough(
+def drop_slow(
     builders: dict[str, Callable[[], Peer]], timer: Callable[[Peer, int], float], longest: float
 ) -> tuple[dict[str, Peer], dict[str, float]]:
     """The peers of which a call takes at most so many seconds, warmed up, and the seconds of the others. Ours and the
@@ -189,17 +188,15 @@ def peer_record(name: str, measured: Interleaved, *, rows: int, samples_per_row:
 def command_line(arguments: Sequence[str]) -> str:
     """The command that made the results; absolute paths, which mean nothing elsewhere, are cut to their last part."""
     words = [re.sub(r"^(--[^=]+=)?/.*/", r"\1", word) for word in arguments]
-    return shlex.join(["python", "bench/throughput.py", *words])
+    return shlex.join(["python", "-m", "bench.throughput", *words])
 
 
 def write_results(results: dict[str, Any], path: str) -> list[Path]:
     """Write JSON to `path`, or to bench/results/<machine>-throughput.json where none was named; CSV and
-    figures beside it. <machine>.json is that of bench/gpu.py."""
-    default = Path(__file__).resolve().parent / "results" / f"{machine.slug(results['machine'])}-throughput.json"
-    target = default if path == BY_MACHINE else Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files.write(target, json.dumps(results, indent=2) + "\n")
-    files.write(target.with_suffix(".csv"), csv_of(results))
+    figures beside it. <machine>.json is that of bench/gpu/benchmark.py."""
+    target = results_path(results["machine"], "-throughput.json") if path == BY_MACHINE else Path(path)
+    write_json(results, target)
+    files.write(target.with_suffix(".csv"), format_csv(results))
     return [target, target.with_suffix(".csv"), *plot_all(results, target.with_suffix(""))]
 
 
@@ -214,11 +211,33 @@ def heading(described: dict[str, object], command: str) -> str:
     )
 
 
-def measure_memory(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak extra memory of one call of each peer, each in a process of its own."""
-    chosen = {"dtype": options.dtype, "device": options.device, "backend": options.backend}
-    threads = torch.get_num_threads()
-    return [memory.measure(size, peer=name, threads=threads, **chosen) for name in MEMORY_PEERS]
+def call_growth(peer: str, size: Sequence[int], dtype: str, device: str, backend: str) -> int:
+    """Peak extra bytes of one call of a peer of sweeps with one sample per row, the operands in place. The buffers that
+    a peer makes for itself count."""
+    where, kind = torch.device(device), getattr(torch, dtype)
+    settings = {"temperature": 0.07, "num_samples": 1, "backend": backend}
+    build_small, build = (
+        PEERS["sweep"](*make_operands(n, m, size[2], kind, where), **settings)[peer] for n, m in ((256, 256), size[:2])
+    )
+    warmed_up = build_small()
+    return memory.warm_growth(warmed_up, lambda: build()(), where, kind)
+
+
+def measure_memory(peer: str, size: Size, *, dtype: str, device: str, backend: str) -> dict[str, Any]:
+    """The record of a peer's `call_growth`, in a process of its own."""
+    n, m, d = size
+    growth = memory.call_isolated("bench.throughput", "call_growth", peer, size, dtype, device, backend)
+    return {
+        "peer": peer,
+        "n": n,
+        "m": m,
+        "d": d,
+        "num_samples": 1,
+        "dtype": dtype,
+        "peak_extra_mb": growth / 1e6,
+        "score_matrix_mb": n * m * 4 / 1e6,
+        "how": memory.HOW[torch.device(device).type],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,9 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     described, command = machine.describe(torch.device(options.device)), command_line(arguments)
     print(heading(described, command))
     # First: a process inherits its parent's peak, and would have to fill gigabytes to see its own.
-    swept = []
+    swept, chosen = [], {"dtype": options.dtype, "device": options.device, "backend": options.backend}
     for size in options.memory:
-        swept += measure_memory(size, options)
+        swept += [measure_memory(peer, size, **chosen) for peer in MEMORY_PEERS]
         named = ", ".join(
             f"{one['peer']} {one['peak_extra_mb']:.1f}" for one in swept if (one["n"], one["m"]) == size[:2]
         )

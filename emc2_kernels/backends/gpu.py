@@ -11,7 +11,7 @@ import torch
 
 from .params import WalkParams
 
-# Where the CUDA kernels and Triton's meet. Not measured yet (`bench/gpu.py` prints both sides).
+# Where the CUDA kernels and Triton's meet. Not measured yet (`bench.gpu.benchmark` prints both sides).
 SMALL_SWEEP = 1024  # rows, keys
 SMALL_SWEEP_MULTIPLIES = 1 << 24  # n * m * d
 FEW_CHAINS = 1024

@@ -8,13 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from bench.harness import CHECKOUT
+
 pytest.importorskip("triton")
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 DRIVER = """
 import json
 
@@ -68,6 +68,7 @@ STEPS = (
     + """
 import importlib
 import pkgutil
+from bench.harness import CHECKOUT
 from emc2_kernels.backends import triton as package
 from emc2_kernels.backends.triton import launch, run, settings
 from emc2_kernels.backends.params import WalkParams
@@ -143,8 +144,8 @@ print(json.dumps(said))
 def compiling(script):
     """What a script prints in a process in which nothing is interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script, str(BENCH), str(BENCH.parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -192,8 +193,6 @@ def test_the_launchers_key_is_as_fine_as_tritons(seen):
 FAMILIES = (
     DRIVER
     + """
-import sys
-sys.path[:0] = sys.argv[1:]
 empty, new_empty, empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
 torch.empty = lambda *shape, **options: empty(*shape, **options).zero_()  # no kernel fills it, and no index is rubbish
 torch.Tensor.new_empty = lambda self, *shape, **options: new_empty(self, *shape, **options).zero_()
@@ -201,8 +200,7 @@ torch.empty_like = lambda like, **options: empty_like(like, **options).zero_()
 
 import importlib
 import pkgutil
-import gpu_smoke
-import gpu_trial
+from bench.gpu import smoke, trial
 from emc2_kernels.backends import gpu
 from emc2_kernels.backends import triton as package
 from emc2_kernels.backends.triton import launch, settings
@@ -235,13 +233,13 @@ for kernel in kernels.values():
     kernel.function = Compiled(kernel.function)
 
 
-class AsOnAGpu(gpu_trial.Context):
-    def sized(self, real, toy):
+class AsOnAGpu(trial.Context):
+    def choose(self, real, toy):
         return toy
 
 
 context = AsOnAGpu(torch.device("cpu"), "triton", "reference")
-for name, family in gpu_smoke.FAMILIES.items():
+for name, family in smoke.FAMILIES.items():
     if family.kind == "triton" and name != "log2" and "graph" not in name:
         for trial in family.trials(context, "triton"):
             trial.call()

@@ -1,7 +1,5 @@
 """What a step over ranks sends and keeps, against the formulas of bench/scaling.py."""
 
-import sys
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -9,9 +7,7 @@ import rank_traffic
 import ranks
 from rank_traffic import DIM, MANY, B
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))  # scripts, not a package
-
-import scaling
+from bench import scaling
 
 SIZES = pytest.mark.parametrize("size", ranks.SIZES)
 CASES = pytest.mark.parametrize("case", rank_traffic.CASES)
@@ -20,7 +16,7 @@ CASES = pytest.mark.parametrize("case", rank_traffic.CASES)
 @SIZES
 @CASES
 def test_bytes_of_a_step(over_ranks, size, case):
-    expected = scaling.sent(*case.split(), scaling.Batch(B, DIM, size))
+    expected = scaling.bytes_sent(*case.split(), scaling.Batch(B, DIM, size))
     assert over_ranks(size, f"traffic: {case}") == [list(expected)] * size
 
 
@@ -29,10 +25,10 @@ def test_bytes_of_a_step(over_ranks, size, case):
 def test_bytes_of_a_step_with_sharded_chains(over_ranks, size, gather):
     """Items are drawn: how many of them are others' is near its mean only."""
     batch = scaling.Batch(MANY, DIM, size)
-    expected = scaling.sent("emc2", gather, batch, sharded=True, carried=0)
+    expected = scaling.bytes_sent("emc2", gather, batch, sharded=True, carried=0)
     forward, backward = zip(*over_ranks(size, f"traffic: sharded {gather}"), strict=True)
     assert backward == (expected.backward,) * size
-    exchanged = expected.forward - scaling.exchanged(batch, carried=0, kept=2)
+    exchanged = expected.forward - scaling.bytes_exchanged(batch, carried=0, kept=2)
     assert fmean(forward) - exchanged == pytest.approx(expected.forward - exchanged, rel=0.03)
 
 

@@ -11,7 +11,7 @@ from gpu_support import DEVICE, ON_GPU, REHEARSAL, share_of
 import emc2_kernels as emc2
 
 HERE = Path(__file__).resolve().parent
-# bench/gpu_check.py reads here what has run, and which test was running when a process died. Tests in it are not run
+# bench/gpu/check.py reads here what has run, and which test was running when a process died. Tests in it are not run
 # again, so that one that kills the GPU context does not take the others with it.
 PROGRESS = os.environ.get("EMC2_GPU_PROGRESS")
 SHARE = os.environ.get("EMC2_GPU_SHARE", "0/1")  # i/k: the i-th of k shares, where several processes run a file's tests

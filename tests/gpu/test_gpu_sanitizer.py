@@ -1,6 +1,6 @@
 """Every kernel once, on shapes small enough for compute-sanitizer, with operands whose ends are memory's ends.
 
-``bench/gpu_check.py`` runs these under memcheck and racecheck, each tensor in an allocation of its own.
+``bench/gpu/check.py`` runs these under memcheck and racecheck, each tensor in an allocation of its own.
 """
 
 import pytest

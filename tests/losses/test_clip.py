@@ -8,6 +8,7 @@ from helpers import assert_identical, normal, peak_megabytes, relative_rms
 from slow_losses import DIM, unit, value_and_gradients
 
 from emc2_kernels.losses import ClipLoss, EMC2Loss
+from emc2_kernels.losses.anchors import Anchors
 from emc2_kernels.losses.in_batch import batch_stats
 
 B = 6

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -99,12 +98,10 @@ def poisoned(tensor):
 
 def peak_megabytes(statement, small, large):
     """Growth of a fresh process's peak memory over a statement with n = large, after the same with n = small."""
-    bench = Path(__file__).resolve().parents[2] / "bench"
     lines = "\n".join(f"    {line}" for line in statement.strip().splitlines())
     code = f"""
-import sys
-sys.path.insert(0, {str(bench)!r})
-import memory, torch
+import torch
+from bench.harness import memory
 from emc2_kernels import contrastive_lse
 from emc2_kernels.losses import ClipLoss, NTXentLoss
 def run(n):

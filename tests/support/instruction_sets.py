@@ -63,8 +63,8 @@ SEEDS_RUN_WITH = SETTINGS["native, 2 threads"]
 NOT_INHERITED = {name for _, variables in SETTINGS.values() for name in variables} - {"OPENBLAS_CORETYPE"}
 # What compiles, writes files, or drives the check of a GPU: their numbers are no floats of this processor's.
 WITHOUT_ARITHMETIC = (
-    "test_compiled.py", "test_compile_cache.py", "test_sass.py", "test_native_cuda.py", "test_gpu_check.py",
-    "test_gpu_stages.py", "test_build.py", "test_files.py", "gpu",
+    "tools/test_compiled.py", "tools/test_compile_cache.py", "tools/test_sass.py", "test_native_cuda.py",
+    "tools/test_gpu_check.py", "tools/test_gpu_stages.py", "test_build.py", "test_files.py", "gpu",
 )  # fmt: skip
 
 IN_FORCE = """

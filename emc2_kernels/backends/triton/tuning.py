@@ -1,6 +1,6 @@
 """The sizes that the kernels are compiled with: a small table, so that no user's first step begins with a search.
 
-`bench/tune.py` measures the candidates on a GPU and prints rows for these tables. A row says where it was measured.
+`bench/gpu/tune.py` measures the candidates on a GPU and prints rows for these tables. A row says where it was measured.
 """
 
 from __future__ import annotations

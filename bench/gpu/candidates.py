@@ -1,0 +1,134 @@
+"""The shapes that tune.py tunes for, the most important first, and the settings that could be the best for each.
+
+A candidate costs seconds of compiling, so only those stand here that can win. What rules the others out is known
+before they run, from what the kernels compile to for sm_90 (compiled.py):
+
+- A product leaves block_m x 128 scores in the registers of its threads. With 64 a thread the walk just fits; with 128
+  it spills. So a sweep has 64 rows for 4 warps or 128 for 8, and a log-sum-exp, which keeps less, may have 128 for 4.
+- Less than 16 rows a warp, or 32 dimensions a product, leave the matrix unit half empty in half precision.
+- All stages of keys (and of queries, where they do not stay) must lie in a program's shared memory, 227 KB on sm_90.
+  On other GPUs what is too large fails when it is compiled, and is told.
+- A limit on registers that lets a third program of 4 warps on a multiprocessor (168 of a thread) makes the sweep spill
+  340 to 420 bytes a thread, instead of 50.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Shape(NamedTuple):
+    """What to tune for. `kind` is the table's name in settings.py; `draws` are proposals of a gathered walk."""
+
+    kind: str
+    dtype: torch.dtype
+    n: int
+    m: int
+    d: int
+    draws: int = 0
+
+    @property
+    def half(self) -> bool:
+        return self.dtype != torch.float32
+
+
+HALF = torch.bfloat16
+SHAPES = [
+    Shape("sweep", HALF, 32768, 32768, 128),
+    Shape("sweep", HALF, 32768, 32768, 512),
+    Shape("lse_gradient", HALF, 32768, 32768, 128),
+    Shape("lse_gradient", HALF, 32768, 32768, 512),
+    Shape("lse", HALF, 32768, 32768, 128),
+    Shape("lse", HALF, 32768, 32768, 512),
+    Shape("sweep", HALF, 2048, 2048, 128),
+    Shape("gathered", HALF, 32768, 1_000_000, 128, draws=256),
+    Shape("sweep", HALF, 64, 1_000_000, 128),
+    Shape("sweep", torch.float32, 8192, 8192, 128),
+]
+TOYS = [
+    Shape("lse", torch.float32, 2, 12, 4),
+    Shape("lse_gradient", torch.float32, 2, 12, 4),
+    Shape("gathered", torch.float32, 2, 12, 4, draws=6),
+    Shape("sweep", torch.float32, 2, 12, 4),
+]
+
+
+def sweep_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
+    if shape.half:
+        blocks = [(64, 4)] if shape.n <= 2048 else [(64, 4), (128, 8)]  # few rows: more programs
+        sizes = itertools.product(blocks, [(64, 2), (64, 3), (64, 4), (128, 2), (128, 3)])
+    else:
+        sizes = itertools.product([(32, 4), (64, 8)], [(32, 2), (32, 3), (64, 2), (64, 3)])
+    for (block_m, warps), (block_d, stages) in sizes:
+        yield settings.Sweep(block_m, block_d, warps, stages, None, "")
+
+
+def gathered_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
+    for block_k, warps in itertools.product((16, 32, 64, 128), (1, 2, 4)):
+        numbers = block_k * shape.d // (32 * warps)  # of the keys, a thread: fewer leave loads too narrow, more spill
+        if 32 <= numbers <= 128:
+            yield settings.Gathered(block_k, 256, warps, "")
+
+
+def lse_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
+    """128 rows for 4 warps fit in where one product takes whole rows; else they spill 250 bytes a thread and more."""
+    blocks = [(64, 4), (128, 8), (128, 4)] if shape.d <= 128 else [(64, 4), (128, 8)]
+    for (block_m, warps), (block_d, stages) in itertools.product(blocks, [(64, 3), (64, 4), (128, 2), (128, 3)]):
+        spills = (block_m, warps) == (128, 4) and block_d < shape.d
+        if not spills:
+            yield settings.Lse(block_m, block_d, warps, stages, "")
+
+
+def lse_gradient_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
+    """Two accumulators, scores and result. The wider the result, the less often scores are made again.
+
+    Left out for what they spill: 128 rows that come in chunks (80 bytes a thread), or with 256 of the result (700), and
+    all of 16 warps (170 to 520). All of 512 spill, too, but the one that spills least makes its scores once.
+    """
+    if shape.d <= 128:  # whole rows: owners stay, and a tile of the others serves both products
+        sizes, stages = [(128, 128, 128, 8), (64, 128, 128, 4), (64, 128, 128, 8)], (2, 3)
+    else:
+        sizes, stages = [(64, 64, 256, 8), (64, 128, 256, 8), (64, 64, 512, 8), (64, 128, 128, 8)], (2,)
+    for (block_m, block_d, block_out, warps), in_flight in itertools.product(sizes, stages):
+        yield settings.LseGradient(block_m, block_d, block_out, warps, in_flight, "")
+
+
+CANDIDATES = {
+    "sweep": sweep_candidates,
+    "gathered": gathered_candidates,
+    "lse": lse_candidates,
+    "lse_gradient": lse_gradient_candidates,
+}
+
+
+def toy_candidates(settings: ModuleType, shape: Shape) -> list[Any]:
+    """For a rehearsal: one that runs in Triton's interpreter, and one that does not (24 is no power of two)."""
+    return {
+        "sweep": [settings.Sweep(16, 16, 4, 1, None, ""), settings.Sweep(24, 16, 4, 1, None, "")],
+        "gathered": [settings.Gathered(8, 16, 1, ""), settings.Gathered(5, 16, 1, "")],
+        "lse": [settings.Lse(16, 16, 4, 1, ""), settings.Lse(24, 16, 4, 1, "")],
+        "lse_gradient": [settings.LseGradient(16, 16, 32, 4, 1, ""), settings.LseGradient(24, 16, 32, 4, 1, "")],
+    }[shape.kind]
+
+
+def shipped(settings: ModuleType, shape: Shape, generation: int) -> Any:
+    """The table's row for such a shape."""
+    key = {
+        "sweep": (generation, shape.half, shape.d, shape.n),
+        "gathered": (generation,),
+        "lse": (generation, shape.half),
+        "lse_gradient": (generation, shape.half),
+    }[shape.kind]
+    return getattr(settings, shape.kind)(*key)
+
+
+def candidates(settings: ModuleType, shape: Shape, generation: int, rehearsal: bool = False) -> list[Any]:
+    """What is measured for a shape: the table's row first, then what could beat it. The last field says nothing."""
+    make = toy_candidates if rehearsal else CANDIDATES[shape.kind]
+    first = shipped(settings, shape, generation)._replace(measured="")
+    return [first, *(one for one in make(settings, shape) if one != first)]

@@ -1,0 +1,31 @@
+"""What was predicted for an H100 before any of it was measured, to be read beside what is.
+
+The predictions are for one NVIDIA H100 (132 multiprocessors, 1.7 GHz, L2 5.5 TB/s, memory 3.0 TB/s, bf16 products at
+780 TFLOP/s), and come from the compiled code and the bytes that it moves. A prediction that turns out wrong stays as it
+is: that it was wrong is the result.
+"""
+
+CARD = "H100"
+
+# Row -> quantity, or "quantity [backend]" where it is of one backend alone -> (low, high), in the quantity's unit.
+PREDICTED: dict[str, dict[str, tuple[float, float]]] = {
+    "sweep-128": {"time, ms": (1.25, 1.45), "torch.mm, ms": (0.75, 0.85)},
+    "sweep-ids-128": {"time, ms": (1.5, 1.75), "torch.mm, ms": (0.75, 0.85)},
+    "sweep-512": {"time, ms": (2.3, 4.2), "torch.mm, ms": (1.45, 1.45)},
+    # That without ids, and 0.2 ms: 27.6 instead of 22.4 cycles of the ALU for 32 pairs.
+    "sweep-ids-512": {"time, ms": (2.5, 4.4), "torch.mm, ms": (1.45, 1.45)},
+    "uniform": {"time, ms [cuda]": (0.95, 1.15), "index_select, ms": (1.6, 1.9)},
+    "small-64": {"replay, us [cuda]": (4, 6), "replay, us [triton]": (10, 14)},
+    "loss-32": {"eager, us": (180, 280), "replay, us": (25, 40)},
+    "loss-16384": {"time, ms": (3.6, 4.5)},
+    "lse-128": {"time, ms": (0.9, 1.1)},
+    "lse-backward-128": {"one of two kernels, ms": (2.2, 2.8)},
+    "lse-backward-512": {"one of two kernels, ms": (20, 25)},
+}
+
+
+def find_prediction(row: str, quantity: str, backend: str, device: str) -> dict[str, object] | None:
+    """The range, and whether this is the card that it is for."""
+    of_row = PREDICTED.get(row, {})
+    found = of_row.get(f"{quantity} [{backend}]", of_row.get(quantity))
+    return found and {"low": found[0], "high": found[1], "for": CARD, "for_this_card": CARD in device}

@@ -1,0 +1,183 @@
+"""Which execution pipe binds a kernel's main loop, read from its machine code: the GPU need not be there.
+
+An *element* is what the loop makes one of: a (row, key); of a draw a (row, key, sample); of a gradient (owner, other,
+role). Each thread makes its own, so that the instructions of a thread for one element are the warp instructions for 32.
+They are counted in the *main block*: of the blocks without a branch and without a global store, the one with the most
+of an opcode that an element needs a known number of (MARKS). What the loop runs beside that block is not in it: the
+chunks of a product where d is longer than one, a sample point's second walk, the ending.
+
+A pipe takes a warp instruction every so many cycles (LIMITS), and all pipes work side by side. So the pipe that needs
+the most cycles is a lower limit of the time, and no more than that: nothing is said of latencies, of loads that are
+waited for, nor of a scheduler without a warp that is ready.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+# An H100 (SXM) as predictions here take it. The clock is one it keeps under load; the products' rate and the second
+# level cache's are what good kernels reach, not what is on the data sheet.
+MULTIPROCESSORS = 132
+SCHEDULERS = 4  # of a multiprocessor, each with pipes of its own
+CLOCK_HZ = 1.7e9
+PRODUCT_FLOPS = 780e12  # of bfloat16 and float16
+L2_BYTES = 5.5e12  # a second
+
+
+class Mark(NamedTuple):
+    """An opcode by which a kernel's elements are counted."""
+
+    opcode: str
+    count: int  # for each element
+
+
+# Of lse_kernel each row of a tile has one more (2 beside 64 in a thread): its figures are up to 3 % low.
+MARKS = {
+    "sweep_kernel": Mark("MUFU.LG2", 1),
+    "gumbel_kernel": Mark("MUFU.LG2", 2),
+    "lse_kernel": Mark("MUFU.EX2", 1),
+    "lse_gradient_kernel": Mark("MUFU.EX2", 1),
+}
+
+# Opcodes by what executes them. That LOP3, IADD3, ISETP, SEL, FSEL, FMNMX, SHF, PRMT, MOV and their like share one
+# pipe, and IMAD in all its forms (.MOV, .IADD, .X, .SHL are moves and additions that the assembler puts there) another,
+# is NVIDIA's account (https://forums.developer.nvidia.com/t/302018, https://forums.developer.nvidia.com/t/108729);
+# opcode by opcode as in github.com/cicuvc/nvidia-sass-document, notes/sm90/instr: there VIADD is with the multipliers.
+KINDS = {
+    "alu": """BMSK CS2R F2FP F2IP FMNMX FMNMX3 FSEL FSET FSETP I2FP I2I IABS IADD IADD3 IMNMX ISETP LEA LOP3 MOV P2R
+        PLOP3 PRMT R2P SEL SGXT SHF SHL SHR VABSDIFF VABSDIFF4 VIADDMNMX VIMNMX VIMNMX3 VOTE""",
+    "fma": "FADD FFMA FMUL FSWZADD",
+    "packed": "FADD2 FFMA2 FMUL2 HADD2 HFMA2 HMUL2",
+    "imad": "IDP IMAD IMUL VIADD",
+    "wide": "",  # IMAD.WIDE and IMAD.HI: see classify
+    "mufu": "BREV F2F F2I FCHK FLO FRND I2F MUFU POPC",
+    "memory": "ATOM ATOMG ATOMS LD LDG LDGSTS LDL LDS LDSM RED SHFL ST STG STL STS STSM",
+    "uniform": "CREDUX LDCU R2UR REDUX S2UR VOTEU",  # and all that begin with U
+    "tensor": "HGMMA HMMA",  # and all that begin with UTC
+    # A slot of the scheduler and nothing else that is known to bind.
+    "control": """BAR BPT BRA BREAK BSSY BSYNC CALL CCTL DEPBAR ELECT ERRBAR EXIT FENCE LDC LDGDEPBAR LDTM MEMBAR
+        NANOSLEEP NOP RET S2R STTM SYNCS WARPGROUP WARPSYNC YIELD""",
+}
+_KIND = {opcode: kind for kind, opcodes in KINDS.items() for opcode in opcodes.split()}
+
+# Cycles for which a warp instruction of a kind holds a pipe of its scheduler. Threads a cycle: 16 of the ALU, 4 of
+# MUFU, and 8 of loads and stores, whose unit is the whole multiprocessor's (32), whatever their width: 64, 16 and, of
+# shuffles, 32 results of a multiprocessor in the CUDA C++ Programming Guide, "Throughput of Native Arithmetic
+# Instructions".
+#
+# FMA: an A100's is 16 threads wide for all that it does (64 float32 operations a multiprocessor). Later ones have two
+# such halves (128), of which only one multiplies integers (64), while packed operations take both at once: so the sum
+# is half of the work of both, and the multiplying half has a limit of its own.
+#
+# Wide products (IMAD.WIDE, IMAD.HI) take two passes, 4 cycles, which the guide does not say. Measured so on an A100, an
+# H100 and a GB202 by github.com/cicuvc/nvidia-sass-document, notes/sm90/arch/h100_fixed_pipeline.md, with which the
+# other figures for an A100 and an H100 agree.
+#
+# sm_100: measured on a B300 by github.com/ademeure/QuickRunCUDA, where ALU, FMA with its halves, packed operations and
+# IMAD.HI are as here, MUFU as here or a quarter better. That a B200 is alike, and that IMAD.WIDE takes what IMAD.HI
+# does and FMNMX3 what FMNMX does, is assumed.
+_EVERYWHERE = {"issue": {"issue": 1}, "ALU": {"alu": 2}, "MUFU": {"mufu": 8}, "load/store": {"memory": 4}}
+_WHOLE = {"FMA": {"fma": 2, "packed": 2, "imad": 2, "wide": 4}}
+_HALVES = {"FMA": {"fma": 1, "packed": 2, "imad": 1, "wide": 2}, "multiply": {"packed": 2, "imad": 2, "wide": 4}}
+LIMITS: dict[int, dict[str, dict[str, int]]] = {
+    80: _EVERYWHERE | _WHOLE,
+    90: _EVERYWHERE | _HALVES,
+    100: _EVERYWHERE | _HALVES,
+}
+
+
+class Pipes(NamedTuple):
+    """A thread's instructions for one element, by what executes them: as many as a warp's for 32 elements."""
+
+    generation: int  # 80, 90, 100
+    issue: float  # all of them: each takes one slot of the scheduler
+    alu: float  # integers without products, logic, comparisons, choices, minima; half rate
+    fma: float  # float32 additions and products
+    packed: float  # two of float32 or float16 in one
+    imad: float  # integer products, and what the assembler writes as one
+    wide: float  # those with 64 bits or the upper 32 as their result
+    mufu: float  # logarithms, exponentials, reciprocals, and some conversions and bit counts
+    memory: float  # loads, stores, shuffles
+    uniform: float  # for the whole warp at once: a slot, and nothing of the ALU
+    tensor: float
+    control: float
+    unknown: float  # opcodes that are not in KINDS: taken for a slot
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Cycles that each pipe needs for the 32 elements of a warp."""
+        pipes = LIMITS[self.generation]
+        return {pipe: sum(n * getattr(self, kind) for kind, n in costs.items()) for pipe, costs in pipes.items()}
+
+    @property
+    def cycles(self) -> float:
+        """Cycles of a scheduler for the 32 elements of a warp, at least."""
+        return max(self.limits.values())
+
+    @property
+    def binding(self) -> str:
+        """The pipe that needs them."""
+        return max(self.limits, key=self.limits.get)
+
+
+def seconds(pipes: Pipes, elements: int, multiprocessors: int = MULTIPROCESSORS, clock_hz: float = CLOCK_HZ) -> float:
+    """What the pipe that binds needs for so many elements, at least, where all schedulers have their share of them."""
+    return elements / 32 * pipes.cycles / (multiprocessors * SCHEDULERS * clock_hz)
+
+
+def classify(opcode: str) -> str:
+    """The kind of an opcode with its modifiers, as in ``IMAD.WIDE.U32``."""
+    name, *modifiers = opcode.split(".")
+    if name == "IMAD" and modifiers and modifiers[0] in ("WIDE", "HI"):
+        return "wide"
+    if name.startswith("U"):
+        return "tensor" if name.startswith("UTC") else "uniform"
+    return _KIND.get(name, "unknown")
+
+
+def straight_blocks(code: str) -> list[list[str]]:
+    """The opcodes of machine code, cut at labels and branches."""
+    blocks: list[list[str]] = [[]]
+    for line in code.splitlines():
+        if re.match(r"\s*\.L_", line):
+            blocks.append([])
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            blocks[-1].append(found[1])
+            if found[1].split(".")[0] in ("BRA", "EXIT", "RET"):
+                blocks.append([])
+    return blocks
+
+
+def read_code(code: str, logarithms: int = 1, opcode: str = "MUFU.LG2") -> Pipes | None:
+    """The main block of a disassembly, which has ``logarithms`` times ``opcode`` for each element; None without one."""
+    generation = int(re.search(r"\.target\s+sm_(\d+)|EF_CUDA_SM(\d+)", code).expand(r"\1\2"))
+    blocks = [block for block in straight_blocks(code) if opcode in block and "STG" not in {op[:3] for op in block}]
+    # Of two with as many, one is the loop and one its first or last round, taken out of it: the longer one is safe.
+    best = max(blocks, key=lambda block: (block.count(opcode), len(block)), default=None)
+    if best is None:
+        return None
+    elements = best.count(opcode) / logarithms
+    counts = dict.fromkeys(Pipes._fields[2:], 0.0)
+    for each in best:
+        counts[classify(each)] += 1 / elements
+    return Pipes(generation, len(best) / elements, **counts)
+
+
+def read_cubin(cubin: bytes, logarithms: int = 1, opcode: str = "MUFU.LG2") -> Pipes | None:
+    """``read_code`` of a compiled kernel."""
+    return read_code(run_tool("nvdisasm", cubin, "-c"), logarithms, opcode)
+
+
+def run_tool(name: str, cubin: bytes, *options: str) -> str:
+    """What one of the tools that come with Triton says of a compiled kernel."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,180 @@
+"""What Triton's kernels compile to for three generations of GPUs, none of which need be here, is bounded.
+
+The bounds are in compiled_bounds.py; how machine code is read is tried in test_sass.py.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+from compiled_bounds import Bound, bounds
+
+pytest.importorskip("triton")
+
+from bench.gpu import compiled as tool
+from bench.harness import CHECKOUT
+
+BOUNDS = bounds()
+GENERATIONS: dict[str, list[int]] = {}  # of each case
+for _case, _generation, _kernel in BOUNDS:
+    if _generation not in GENERATIONS.setdefault(_case, []):
+        GENERATIONS[_case].append(_generation)
+
+# What nobody has looked at on the host, by the first word of the message that the device stops with.
+ASSERTED = {
+    ("sweep d=128", "sweep_kernel.walk"): {"chain_ids"},
+    ("sweep d=128", "sweep_kernel.replay"): {"chain_ids"},
+    ("sweep, all given", "sweep_kernel.record"): {"chain_ids", "temperature"},
+    ("sweep, nothing given", "sweep_kernel.record"): set(),
+    ("drawn", "gathered_kernel"): {"chain_ids"},
+    ("given", "gathered_kernel"): {"chain_ids", "proposal"},
+    ("loss d=128", "prepare_kernel"): {"index", "chains.key"},
+    ("gumbel d=128", "gumbel_kernel"): {"chain_ids"},
+    ("gumbel, split", "gumbel_kernel"): {"chain_ids", "temperature"},
+    ("gumbel, nothing given", "gumbel_kernel"): set(),
+}
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    """compiled(case, generation): its rows of bench.gpu.compiled, from a process beside this one, in which kernels are
+    interpreted. A worker of xdist has one such process, and cases are compiled side by side by the workers; without
+    xdist there is one for each core, and all cases are begun at once."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count() if alone else 1, spawn, tool.disable_interpreter) as pool:
+        begin = functools.cache(functools.partial(pool.submit, tool.measure))
+        for item in request.session.items if alone else ():
+            if item.path == Path(__file__) and hasattr(item, "callspec"):
+                for generation in item.callspec.params.get("generations", ()):
+                    begin(item.callspec.params["case"], generation)
+        yield lambda case, generation: begin(case, generation).result(timeout=900)
+
+
+@pytest.mark.parametrize(("case", "generations"), GENERATIONS.items(), ids=GENERATIONS)
+def test_registers_memory_instructions_and_assertions(case, generations, compiled):
+    rows = [row for generation in generations for row in compiled(case, generation)]
+    expected = {row for row in BOUNDS if row[0] == case}
+    assert {(case, row.generation, row.kernel) for row in rows} == expected
+    for row in rows:
+        print(row)
+        bound = BOUNDS[case, row.generation, row.kernel]
+        assert 0 < row.registers <= bound.registers
+        assert row.stack <= bound.stack
+        assert row.shared <= bound.shared
+        assert (row.pipes is None) == (bound.issue is None)
+        if row.pipes is not None:
+            assert 5 < row.pipes.issue <= bound.issue
+            assert 5 < row.pipes.cycles <= bound.cycles
+            assert row.pipes.generation == row.generation
+            assert row.pipes.unknown == 0
+        if (case, row.kernel) in ASSERTED:
+            assert {message.split()[0] for message in row.assertions} == ASSERTED[case, row.kernel]
+
+
+def test_assertions_are_those_of_compiled_kernels():
+    """Or a name that has changed would leave an entry that is compared with nothing."""
+    assert set(ASSERTED) <= {(case, kernel) for case, _generation, kernel in BOUNDS}
+
+
+WITHOUT = """
+from bench.gpu import compiled as tool
+print([row.assertions for row in tool.measure("loss d=128", 90)])
+"""
+
+
+def test_assertions_can_be_left_out():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", WITHOUT]
+    environment |= {"EMC2_DEVICE_ASSERTIONS": "0"}
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "[[], [], [], []]\n", done.stderr[-3000:]
+
+
+TIMES = """
+import json, time
+from bench.gpu import compiled as tool
+
+seconds = {}
+for case in "lse d=128", "sweep d=128":
+    for launched in tool.launches(tool.CASES[case], 90):
+        started = time.process_time()
+        tool.compile_launch(launched, 90)
+        seconds.setdefault(tool.kernel_name(launched), time.process_time() - started)
+print(json.dumps(seconds))
+"""
+
+
+def test_a_first_step_does_not_wait_for_the_compiler(tmp_path):
+    """Processor time, in that of a kernel without a walk (0.7 s here). Both in one took 15 of it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", TIMES]
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seconds = json.loads(done.stdout)
+    print(seconds)
+    assert seconds["sweep_kernel.walk"] < 4 * seconds["lse_kernel"]
+    assert seconds["sweep_kernel.replay"] < 10 * seconds["lse_kernel"]
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """printed(*options): the lines of bench/gpu/compiled.py, of a case that has no walk."""
+
+    def run(*options):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "bench.gpu.compiled", "--generations", "90", *options]
+        done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_the_table_has_a_row_for_each_kernel(printed):
+    header, *rows = printed("--cases", "loss d=128", "lse d=1024")
+    assert header.split() == [
+        "case", "sm", "kernel", "registers", "stack", "shared", "programs", "issue", "ALU", "MUFU", "wide", "cycles",
+        "binds", "ms", "product", "L2",
+    ]  # fmt: skip
+    kernels = [row.split()[3] for row in rows]
+    assert sorted(kernels) == sorted(
+        ["prepare_kernel", "negatives_kernel", "remember_kernel", "gradient_kernel"]
+        + ["lse_kernel", "lse_gradient_kernel", "lse_gradient_kernel"]
+    )
+    for row in rows:
+        assert len(row.split()) == (17 if "lse" in row else 8)
+
+
+def test_bounds_are_printed_as_they_are_written(printed):
+    """So that after a change of the kernels they can be measured again."""
+    lines = printed("--bounds", "--cases", "loss d=128", "lse d=1024")
+    for key, bound in eval("{" + "".join(lines) + "}", {"Bound": Bound}).items():
+        assert key in BOUNDS
+        assert (bound.cycles is None) == ("lse" not in key[0])
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel", "elements", "flops", "l2_bytes"),
+    [
+        ("sweep d=128, no ids", "sweep_kernel.walk", 2**30, 2**38, 2**30 // 64 * 128 * 2),
+        ("sweep d=512, no ids", "sweep_kernel.walk", 2**30, 2**40, 2**30 * 512 * 2 * (1 / 128 + 1 / 128)),
+        # Eight programs of two samples make the same products; the last tile of the keys is filled.
+        ("gumbel d=128", "gumbel_kernel", 16 * 32768 * 100_000, 8 * 2**16 * 128 * 100_000, None),
+        # Each of four chunks of columns makes the scores of both roles anew.
+        ("lse, symmetric d=512", "lse_gradient_kernel", 2 * 4 * 2**26, 4 * 2**27 * (512 + 128), None),
+    ],
+)
+def test_work_of_a_launch(case, kernel, elements, flops, l2_bytes):
+    launched = next(each for each in tool.launches(tool.CASES[case], 90) if tool.kernel_name(each) == kernel)
+    work = tool.work(launched)
+    assert elements <= work.elements <= 1.01 * elements
+    assert flops <= work.flops <= 1.01 * flops
+    assert l2_bytes in (None, work.l2_bytes)
