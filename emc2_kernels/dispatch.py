@@ -7,7 +7,7 @@ A call through torch's dispatcher is a notable share of a step at batch 32 (docs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -31,13 +31,15 @@ def detached(value: Tensor | None) -> Tensor | None:
 def nothing_to_dispatch(arguments: tuple) -> bool:
     """Whether torch would only pass the call on: no graph being traced, no mode, transform, subclass or profiler, and
     every tensor has memory with its values in it, which those of "meta" and views with the negative bit have not."""
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
-    ) and _all_plain(arguments)
+    ):
+        return False
+    return _all_plain(arguments)
 
 
 def _all_plain(arguments: tuple) -> bool:
@@ -51,44 +53,48 @@ def _all_plain(arguments: tuple) -> bool:
     return True
 
 
-def _is_params(hint: Any) -> bool:
-    """Whether it is a NamedTuple, whose fields are arguments each."""
-    return isinstance(hint, type) and issubclass(hint, tuple)
+class Argument(NamedTuple):
+    """One of a function's, or a field of one that is a NamedTuple: what it is in an operator's schema."""
 
+    name: str
+    kind: type | None  # a NamedTuple
+    fields: tuple[Argument, ...]  # of it
+    schema: tuple[str, ...]  # of what is none
+    number: int | float | None  # that stands beside a tensor, of what is either
 
-def schema_of(name: str, hint: Any) -> Iterator[str]:
-    """The arguments of an operator's schema that an argument of a function with this type is."""
-    if _is_params(hint):
-        for field, field_hint in get_type_hints(hint).items():
-            yield from schema_of(field, field_hint)
-    elif hint in _NUMBERS:
-        yield from (f"{_NUMBERS[hint][0]} {name}", f"Tensor? {name}_tensor")
-    else:
-        yield f"{_SCHEMA_TYPES[hint]} {name}"
+    @classmethod
+    def of(cls, name: str, hint: Any) -> Argument:
+        if isinstance(hint, type) and issubclass(hint, tuple):
+            return cls(name, hint, tuple(cls.of(*field) for field in get_type_hints(hint).items()), (), None)
+        if hint in _NUMBERS:
+            kind, number = _NUMBERS[hint]
+            return cls(name, None, (), (f"{kind} {name}", f"Tensor? {name}_tensor"), number)
+        return cls(name, None, (), (f"{_SCHEMA_TYPES[hint]} {name}",), None)
 
+    def schemas(self) -> list[str]:
+        return [text for field in self.fields for text in field.schemas()] + list(self.schema)
 
-def flatten(value: Any, hint: Any) -> Iterator[Any]:
-    """An argument as those of the schema. An unsigned 64-bit seed travels as the int64 with its bits."""
-    if _is_params(hint):
-        for field, field_hint in zip(value, get_type_hints(hint).values(), strict=True):
-            yield from flatten(field, field_hint)
-    elif hint not in _NUMBERS:
-        yield value
-    elif isinstance(value, Tensor):
-        yield from (_NUMBERS[hint][1], value)
-    else:
-        yield from (value - _TWO_64 if hint == int | Tensor and value >= _SIGN_BIT else value, None)
+    def flatten(self, value: Any, flat: list[Any]) -> None:
+        """Adds it as the operator's arguments. An unsigned 64-bit seed travels as the int64 with its bits."""
+        if self.kind is not None:
+            for field, own in zip(self.fields, value, strict=True):
+                field.flatten(own, flat)
+        elif self.number is None:
+            flat.append(value)
+        elif isinstance(value, Tensor):
+            flat.extend((self.number, value))
+        else:
+            flat.extend((value - _TWO_64 if self.number == 0 and value >= _SIGN_BIT else value, None))
 
-
-def unflatten(flat: Iterator[Any], hint: Any) -> Any:
-    """The argument that the next of the schema's are."""
-    if _is_params(hint):
-        return hint(*(unflatten(flat, field_hint) for field_hint in get_type_hints(hint).values()))
-    value = next(flat)
-    if hint in _NUMBERS:
+    def unflatten(self, flat: Iterator[Any]) -> Any:
+        """What the next of the operator's arguments are."""
+        if self.kind is not None:
+            return self.kind(*(field.unflatten(flat) for field in self.fields))
+        value = next(flat)
+        if self.number is None:
+            return value
         tensor = next(flat)
         return value if tensor is None else tensor
-    return value
 
 
 class Operator:
@@ -113,11 +119,12 @@ class Operator:
         differentiable: bool,
     ) -> None:
         self.function, self.__doc__ = function, function.__doc__
-        self.hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
+        hints = get_type_hints(function)
+        self.arguments = tuple(Argument.of(*hint) for hint in hints.items() if hint[0] != "return")
         name = function.__name__
         self.name = f"emc2_kernels::{name}"
-        arguments = ", ".join(text for argument in self.hints.items() for text in schema_of(*argument))
-        LIBRARY.define(f"{name}({arguments}) -> {returns}")
+        schema = ", ".join(text for argument in self.arguments for text in argument.schemas())
+        LIBRARY.define(f"{name}({schema}) -> {returns}")
 
         def dispatched(*flat: Any) -> Any:
             # A subclass that keeps its values as torch does: what looks at them asks for torch's own.
@@ -137,12 +144,15 @@ class Operator:
         if not differentiable:
             LIBRARY.impl(name, without_gradient, "Autograd")
 
-    def flatten(self, arguments: tuple) -> list[Any]:
-        return [x for value, hint in zip(arguments, self.hints.values(), strict=True) for x in flatten(value, hint)]
+    def flatten(self, values: tuple) -> list[Any]:
+        flat: list[Any] = []
+        for argument, value in zip(self.arguments, values, strict=True):
+            argument.flatten(value, flat)
+        return flat
 
     def unflatten(self, flat: list[Any] | tuple) -> list[Any]:
         rest = iter(flat)
-        return [unflatten(rest, hint) for hint in self.hints.values()]
+        return [argument.unflatten(rest) for argument in self.arguments]
 
     def __call__(self, *arguments: Any) -> Any:
         if nothing_to_dispatch(arguments):

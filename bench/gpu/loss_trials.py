@@ -85,7 +85,7 @@ def make_loss(items: int, d: int, backend: str, device: torch.device) -> EMC2Los
 
 def check_fused(loss: EMC2Loss, batch: Batch) -> None:
     """Raises where the plain path would be tested in place of the fused kernels."""
-    if loss.backend in ("triton", "cuda") and not fused.takes(loss, batch.z0, batch.z1):
+    if loss.backend in ("triton", "cuda") and not fused.runs(batch.z0, batch.z1, loss.backend):
         raise RuntimeError("EMC2Loss does not take its fused path here")
 
 

@@ -32,22 +32,22 @@ __all__ = [
 
 class Method(NamedTuple):
     loss: type[nn.Module]
-    hidden: tuple[str, ...] = ()  # options of the class that its name says already
+    fixed: dict[str, Any]  # options that the name stands for
 
     def options(self) -> dict[str, inspect.Parameter]:
         """What ``get`` takes for it."""
         parameters = inspect.signature(self.loss.__init__).parameters
-        return {name: parameter for name, parameter in parameters.items() if name not in ("self", *self.hidden)}
+        return {name: parameter for name, parameter in parameters.items() if name not in ("self", *self.fixed)}
 
 
 TABLE = {
-    "emc2": Method(EMC2Loss),
-    "sogclr": Method(SogCLRLoss, ("individual_temperature",)),
-    "isogclr": Method(ISogCLRLoss, ("individual_temperature",)),
-    "ntxent": Method(NTXentLoss),
-    "simclr": Method(NTXentLoss),
-    "clip": Method(ClipLoss),
-    "cached": Method(CachedSoftmaxLoss),
+    "emc2": Method(EMC2Loss, {}),
+    "sogclr": Method(SogCLRLoss, {"individual_temperature": False}),
+    "isogclr": Method(ISogCLRLoss, {"individual_temperature": True}),
+    "ntxent": Method(NTXentLoss, {}),
+    "simclr": Method(NTXentLoss, {}),
+    "clip": Method(ClipLoss, {}),
+    "cached": Method(CachedSoftmaxLoss, {}),
 }
 
 
@@ -71,4 +71,4 @@ def get(name: str, **options: Any) -> nn.Module:
     missing = [option for option, p in takes.items() if p.default is p.empty and option not in options]
     if missing:
         raise TypeError(f"{missing[0]} must be given for the loss {name!r}, got {', '.join(options) or 'no options'}")
-    return method.loss(**options)
+    return method.loss(**method.fixed, **options)

@@ -49,6 +49,15 @@ class Anchors(NamedTuple):
         return self.repeats == 0
 
 
+def number_pairs(anchors: Anchors, first: int = 0) -> Anchors:
+    """Anchors without items get the numbers of their pairs, from ``first`` on: rows of other pairs are negatives."""
+    if anchors.items is not None:
+        return anchors
+    b = anchors.embeddings.shape[0] // 2
+    pairs = torch.arange(first, first + b, dtype=torch.int64, device=anchors.embeddings.device)
+    return anchors._replace(items=pairs.repeat(2))
+
+
 def check_batch(z0: Any, z1: Any, index: Any, *, dim: int | None, num_items: int | None) -> int | None:
     """Checks a loss's arguments; returns how many rows have an item that an earlier one has, where values are seen.
 

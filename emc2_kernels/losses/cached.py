@@ -95,6 +95,8 @@ class CachedSoftmaxLoss(SampledLoss):
         checks.one_of("gather", gather, ("none", "all"))
         self.num_samples = checks.at_least("num_samples", num_samples, 1)
         DrawParams(None, 0, 0, num_samples).check_num_samples()
+        if checks.at_least("num_items", num_items, 1) * 2 >= checks.MAX_POSITION:
+            raise ValueError(f"num_items must be below 2^30, so that a key's position is an int32, got {num_items}")
         super().__init__(
             num_items, dim, temperature=temperature, carry=_resolved_carry(carry), encode=encode, gather=gather,
             process_group=process_group, seed=seed, bimodal=bimodal, normalize=normalize, bank_dtype=bank_dtype,
@@ -103,8 +105,6 @@ class CachedSoftmaxLoss(SampledLoss):
         warn_of_uniform_weights(self.temperature, normalize)
         if encode is None and refresh not in (0, DEFAULT_REFRESH):
             raise ValueError(f"refresh must be 0 without encode, which makes the new embeddings, got {refresh}")
-        if num_items * 2 >= checks.MAX_POSITION:
-            raise ValueError(f"num_items must be below 2^30, so that a key's position is an int32, got {num_items}")
         self.refresh = refresh
         self.refresh_count = 0 if encode is None else math.ceil(refresh * self.bank.num_slots)
 

@@ -13,7 +13,7 @@ from ..autograd import functorch_active, no_double_backward
 from ..backends.params import ScoreParams
 from ..distributed.keys import Keys, LocalKeys
 from ..lse import NO_SECOND_DERIVATIVE, mean_similarity
-from .anchors import Anchors
+from .anchors import Anchors, number_pairs
 
 
 class Form(NamedTuple):
@@ -174,7 +174,7 @@ def batch_stats(
         total = detached.embeddings.view(2, b, -1).sum(1).square().sum()
         diagonal = detached.embeddings.square().sum()
         return {
-            "ntxent": ntxent(contrast(detached, temperature, Form(bimodal))) if value is None else value,
+            "ntxent": ntxent(contrast(number_pairs(detached), temperature, Form(bimodal))) if value is None else value,
             "positive_similarity": (detached.embeddings[:b] * detached.embeddings[b:]).sum(1).mean(),
             "mean_cosine": (total - diagonal) / max(2 * b * (b - 1), 1),
         }

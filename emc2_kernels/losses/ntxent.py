@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import NAMES
-from ..distributed.shards import GATHERS, Shards
-from .anchors import Anchors, check_batch, compute_dtype
+from ..distributed.shards import GATHERS
+from .anchors import Anchors, check_batch, compute_dtype, number_pairs
 from .in_batch import Form, batch_stats, contrast, ntxent
 from .ranks import batch_keys, reported, shards_of_batch
 from .temperature import TemperedLoss, warn_of_uniform_weights
@@ -98,7 +98,7 @@ class NTXentLoss(TemperedLoss):
                 checks.finite("the similarities of z0 and z1", largest)
         form = {"return_stats": return_stats} if self.gather == "ring" else {}  # the statistics go round too
         shards = shards_of_batch(self, z0, index, log_scale=self.log_scale, **form)
-        anchors = anchors if anchors.items is not None else _number_pairs(anchors, shards)
+        anchors = number_pairs(anchors, 0 if shards is None else shards.first)
         keys = None if shards is None else batch_keys(anchors, shards, self.gather)
         of = contrast(anchors, temperature, Form(self.bimodal, compute_dtype(z0), self.backend), keys)
         # The mean over ranks of each rank's share of the mean, times their number, is that mean.
@@ -116,13 +116,6 @@ class NTXentLoss(TemperedLoss):
         learnt = self.log_scale is not None
         shown = f"learnt, at most {self.max_scale} as a scale" if learnt else f"{self.temperature}"
         return f"temperature={shown}, normalize={self.normalize}"
-
-
-def _number_pairs(anchors: Anchors, shards: Shards | None) -> Anchors:
-    """Without items, rows of other pairs are negatives, on all ranks."""
-    b, first = anchors.embeddings.shape[0] // 2, 0 if shards is None else shards.first
-    pairs = torch.arange(first, first + b, dtype=torch.int64, device=anchors.embeddings.device)
-    return anchors._replace(items=pairs.repeat(2))
 
 
 class ClipLoss(NTXentLoss):

@@ -1,5 +1,6 @@
 """SogCLR and iSogCLR against the papers' update and weights written in plain torch, one anchor and item at a time."""
 
+import copy
 import io
 import math
 
@@ -10,7 +11,7 @@ from slow_losses import slow_pair_statistics, unit
 from sogclr_cases import CONSTRUCTOR_ERRORS, DEGENERATE, FORWARD_ERRORS
 from torch.nn import functional
 
-from emc2_kernels.losses import SogCLRLoss
+from emc2_kernels.losses import ISogCLRLoss, SogCLRLoss
 
 ITEMS, DIM, B, STEPS = 12, 8, 6, 6
 RHO, LR, MOMENTUM = 0.8, 0.02, 0.6
@@ -476,3 +477,15 @@ def test_products_that_overflow_without_normalisation_are_named_and_change_nothi
     with named_error(ValueError, "the similarities"):
         loss(big, big, int64(1, 4, 6, 9))
     assert_unchanged(loss, before)
+
+
+@pytest.mark.parametrize("option", ["temperature_lr", "temperature_momentum", "temperature_bounds", "rho"])
+def test_one_temperature_has_no_options_of_many(option):
+    with pytest.raises(TypeError, match=option):
+        SogCLRLoss(ITEMS, **{option: 0.1})
+
+
+def test_0_1_0_s_spelling_of_isogclr():
+    assert type(SogCLRLoss(ITEMS, individual_temperature=True, rho=2.0)) is ISogCLRLoss
+    assert type(SogCLRLoss(ITEMS, individual_temperature=False)) is SogCLRLoss
+    assert type(copy.deepcopy(ISogCLRLoss(ITEMS))) is ISogCLRLoss

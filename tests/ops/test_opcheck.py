@@ -7,7 +7,7 @@ from helpers import RUNNABLE, normal
 from torch._subclasses.fake_utils import CrossRefFakeMode
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 
-from emc2_kernels.ops import LIBRARY
+from emc2_kernels.dispatch import LIBRARY
 
 N, M, D = 6, 5, 4
 IDS = torch.arange(N) % 4
@@ -26,17 +26,18 @@ USUAL = {
     "state_score": normal(2, N).where(torch.arange(N) > 0, -torch.inf),
     "return_accepts": False,
     "return_lse": False,
+    "symmetric": False,
     "grad": normal(3, N),
     "lse": normal(4, N).exp(),
 }
-PER_ROW = {"temperature": 1.0, "temperatures": torch.full((N,), 0.2)}
+PER_ROW = {"temperature": 1.0, "temperature_tensor": torch.full((N,), 0.2)}
 ALL_IDS = {"chain_ids": torch.arange(N) + 2**33, "query_ids": IDS, "key_ids": torch.arange(M) % 4}
 COUNTERS = {"seed_tensor": torch.tensor(-5), "step_tensor": torch.tensor(3)}
 NO_ROWS = {name: USUAL[name][:0] for name in ("queries", "items", "state_key", "state_score", "grad", "lse")}
 ONE = {
     **dict.fromkeys(("queries", "keys"), normal(5, N, D)),
     **dict.fromkeys(("chain_ids", "query_ids", "key_ids", "key_labels", "state_key"), IDS),
-    **dict.fromkeys(("temperatures", "log_proposal", "state_score", "grad", "lse"), normal(6, N).exp()),
+    **dict.fromkeys(("temperature_tensor", "log_proposal", "state_score", "grad", "lse"), normal(6, N).exp()),
     **dict.fromkeys(("seed_tensor", "step_tensor"), torch.tensor(3)),
 }
 
@@ -46,14 +47,14 @@ OPERANDS = {
     "key ids alone": {"key_ids": torch.arange(M)},
     "a temperature for each row": PER_ROW,
     "no rows": NO_ROWS,
-    "no rows, no temperatures": NO_ROWS | {"temperatures": torch.ones(0)},
+    "no rows, no temperatures": NO_ROWS | {"temperature_tensor": torch.ones(0)},
     "no keys": {"keys": USUAL["keys"][:0]},
     "bfloat16": {name: USUAL[name].bfloat16() for name in ("queries", "keys")},
     "rows apart": {"queries": normal(4, N, 2 * D)[:, :D], "keys": normal(5, 2 * M, D)[::2]},
     "one row": {"queries": normal(0, 1, D).expand(N, D)},
     "differentiable": {name: USUAL[name].clone().requires_grad_() for name in ("queries", "keys")},
     "one tensor": ONE,
-    "one tensor, one temperature": ONE | {"temperatures": None},
+    "one tensor, one temperature": ONE | {"temperature_tensor": None},
 }
 WALKS = OPERANDS | {
     "everything": ALL_IDS
@@ -62,7 +63,7 @@ WALKS = OPERANDS | {
     | {"log_proposal": normal(7, M), "key_labels": torch.arange(M), "burn_in": 1, "num_samples": 3}
     | {"return_accepts": True, "return_lse": True},
     "drawn": {"num_draws": 7, "num_samples": 2},
-    "drawn, ids": ALL_IDS | COUNTERS | {"num_draws": 5, "temperatures": torch.tensor(0.2).expand(N)},
+    "drawn, ids": ALL_IDS | COUNTERS | {"num_draws": 5, "temperature_tensor": torch.tensor(0.2).expand(N)},
     "positions": {"positions": torch.arange(N * 7).view(N, 7) % M},
     "positions, ids": ALL_IDS | {"positions": torch.arange(N * 7).view(N, 7) % M, "burn_in": 3},
     "a shard": {"first_proposal": 3, "num_samples": 2},
@@ -71,12 +72,16 @@ LABELS = torch.arange(5)
 SUMS = {
     **OPERANDS,
     **{
-        f"{name}, keys None": OPERANDS[name] | {"keys": None, "key_ids": None} for name in OPERANDS if name != "no keys"
+        f"{name}, symmetric": OPERANDS[name]
+        | {"symmetric": True}
+        | {key: (USUAL | OPERANDS[name]).get(query) for key, query in (("keys", "queries"), ("key_ids", "query_ids"))}
+        for name in OPERANDS
+        if name not in ("no keys", "key ids alone")
     },
-    "other ids, keys None": {"keys": None, "query_ids": IDS, "key_ids": IDS.flip(0)},
+    "one operand, other ids": {"keys": USUAL["queries"], "query_ids": IDS, "key_ids": IDS.flip(0)},
 }
 TABLE = {
-    "labels_of": {
+    "label_at": {
         "usual": {"position": torch.arange(N) % M - 1, "key_labels": torch.arange(M)},
         "apart": {"position": (torch.arange(N * 2) % M)[::2], "key_labels": torch.arange(M * 3)[::3]},
         "no keys": {"position": torch.full((N,), -1), "key_labels": torch.arange(0)},

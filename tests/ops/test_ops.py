@@ -17,10 +17,10 @@ from emc2_kernels import (
     Transition,
     apply,
     compose,
+    dispatch,
     init_state,
     mh_step,
     mh_transition,
-    ops,
 )
 from emc2_kernels.losses import EMC2Loss, NTXentLoss
 
@@ -431,8 +431,8 @@ class TestTheDispatcherIsPassedByOnlyWhereItHasNothingToDo:
 
     def test_eager_calls_pass_it_by(self, monkeypatch):
         asked = []
-        real = ops.nothing_to_dispatch
-        monkeypatch.setattr(ops, "nothing_to_dispatch", lambda operand: asked.append(real(operand)) or asked[-1])
+        real = dispatch.nothing_to_dispatch
+        monkeypatch.setattr(dispatch, "nothing_to_dispatch", lambda operand: asked.append(real(operand)) or asked[-1])
         self.step()
         assert asked == [True]
 

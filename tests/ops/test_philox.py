@@ -269,7 +269,7 @@ def test_view_coin() -> None:
         for step in STEPS:
             expected = [plain_words(item, 0, stream=3, seed=seed, step=step)[0] // 2**31 for item in items.tolist()]
             assert rng.view_coin(items, seed=seed, step=step).tolist() == expected
-            assert ops.view_coin(items, *ops.integer_or_tensor(seed), step, None, "cpu").tolist() == expected
+            assert ops.view_coin(items, seed, step, "cpu").tolist() == expected
 
 
 def test_view_coin_is_fair_and_new_at_each_step() -> None:

@@ -147,7 +147,7 @@ def test_labels_of_positions_that_no_key_has_are_named(position, place, how):
 def test_items_of_the_view_coin_are_chains(backend):
     for item in (-1, 2**40):
         with pytest.raises(ValueError, match=rf"^items must hold values in .*, got {item} at \[1\]$"):
-            ops.view_coin(int64(0, item), 1, None, 2, None, backend)
+            ops.view_coin(int64(0, item), 1, 2, backend)
 
 
 # Arguments of the operator by itself that would have the core read past the end of something.
@@ -159,8 +159,8 @@ WRONG_SHAPES = {
     "no key ids": ({"query_ids": torch.arange(N)}, "query_ids"),
     "too few chain ids": ({"chain_ids": torch.arange(N - 1)}, "chain_ids"),
     "short ids": ({"chain_ids": torch.arange(N, dtype=torch.int32)}, "chain_ids"),
-    "too few temperatures": ({"temperatures": torch.ones(N - 1)}, "temperature"),
-    "double temperatures": ({"temperatures": torch.ones(N).double()}, "temperature"),
+    "too few temperatures": ({"temperature_tensor": torch.ones(N - 1)}, "temperature"),
+    "double temperatures": ({"temperature_tensor": torch.ones(N).double()}, "temperature"),
     "too few weights": ({"log_proposal": torch.zeros(M - 1)}, "log_proposal"),
     "too few rows of positions": ({"positions": torch.zeros(N - 1, M, dtype=torch.int64)}, "proposal"),
     "too few states": ({"state_key": torch.zeros(N - 1, dtype=torch.int64)}, r"state\.key"),

@@ -69,7 +69,7 @@ def arguments_of_scores(source: Source) -> dict:
     given = {"queries": source.floats(n, d, dtype=dtype), "keys": source.floats(m, d, dtype=dtype)}
     given |= {"temperature": 0.3, "backend": "cpu"}
     if source.chance(0.4):
-        given["temperatures"] = source.laid_out(torch.rand(n, generator=source.generator) + 0.1)
+        given["temperature_tensor"] = source.laid_out(torch.rand(n, generator=source.generator) + 0.1)
     if source.chance(0.5):
         given |= {"query_ids": source.integers(0, 9, n), "key_ids": source.integers(0, 9, m)}
     if source.chance(0.5):
@@ -148,8 +148,8 @@ def faults(source: Source, given: dict) -> list[tuple[str, object]]:
             wrong = [*WILD, given["keys"].shape[0]]
         if name in ("chain_ids", "items"):
             wrong = [value for value in WILD if not 0 <= value < 2**40]
-        if name in ("temperatures", "log_proposal"):
-            wrong = [torch.nan, torch.inf] + [0.0, -1.0] * (name == "temperatures")
+        if name in ("temperature_tensor", "log_proposal"):
+            wrong = [torch.nan, torch.inf] + [0.0, -1.0] * (name == "temperature_tensor")
         if wrong and value.numel():
             changed = value.clone(memory_format=torch.contiguous_format)
             changed.view(-1)[source.below(changed.numel())] = source.one_of(tuple(wrong))
