@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gradient_bias
-from compare_methods import trained
-from pretrain import cpu_threads
-
-from study.cells import Row, finish
+from examples.pretrain.processes import cpu_threads
+from examples.study import gradient_bias
+from examples.study.cells import Row, finish
+from examples.study.compare_methods import trained
 
 BANK = {"proposals": "bank"}
 # What differs from EMC2Loss's defaults: proposals from the batch, one view, burn-in 0.5, carry cached, all states up to

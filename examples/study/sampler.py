@@ -12,13 +12,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from pretrain import cpu_threads
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import emc2_kernels as emc2
-from study.cells import Row, finish
-from study.finite import Finite
+from examples.pretrain.processes import cpu_threads
+from examples.study.cells import Row, finish
+from examples.study.finite import Finite
 
 KINDS = ("uniform", "sweep, one view", "sweep, both views")
 NAMES = ("data", "num_items", "training_steps", "chains", "temperature", "anchor", "proposals")
