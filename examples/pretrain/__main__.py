@@ -158,7 +158,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     processes, stderr = Processes.launched(), sys.stderr
-    with processes.only_first_prints():
+    with processes.silence_others():
         config = parse_arguments(arguments)
         try:
             results = train(config)

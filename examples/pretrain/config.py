@@ -116,21 +116,21 @@ class Config:
             raise ValueError("--device: expected cpu or auto, as PyTorch finds no CUDA device here, got cuda")
 
     def _check_choices(self) -> None:
-        expect_one_of("method", self.method, METHODS)
-        expect_one_of("proposals", self.proposals, PROPOSALS)
-        expect_one_of("estimator", self.estimator, ESTIMATORS)
-        expect_one_of("carry", self.carry, CARRIES)
-        expect_one_of("views", self.views, VIEWS)
-        expect_one_of("batching", self.batching, BATCHINGS)
-        expect_one_of("scope", self.scope, SCOPES)
-        expect_one_of("gather", self.gather, ("auto", *GATHERS))
-        expect_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        expect_one_of("encoder", self.encoder, ENCODERS)
-        expect_one_of("stem", self.stem, STEMS)
-        expect_one_of("norm", self.norm, NORMS)
-        expect_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        expect_one_of("amp", self.amp, AMP)
-        expect_one_of("probe", self.probe, PROBES)
+        expect_choice("method", self.method, METHODS)
+        expect_choice("proposals", self.proposals, PROPOSALS)
+        expect_choice("estimator", self.estimator, ESTIMATORS)
+        expect_choice("carry", self.carry, CARRIES)
+        expect_choice("views", self.views, VIEWS)
+        expect_choice("batching", self.batching, BATCHINGS)
+        expect_choice("scope", self.scope, SCOPES)
+        expect_choice("gather", self.gather, ("auto", *GATHERS))
+        expect_choice("device", self.device, ("auto", "cpu", "cuda"))
+        expect_choice("encoder", self.encoder, ENCODERS)
+        expect_choice("stem", self.stem, STEMS)
+        expect_choice("norm", self.norm, NORMS)
+        expect_choice("optimizer", self.optimizer, OPTIMIZERS)
+        expect_choice("amp", self.amp, AMP)
+        expect_choice("probe", self.probe, PROBES)
 
     def _check_training(self) -> None:
         """Numbers that mean something with every method."""
@@ -275,5 +275,5 @@ def expect_at_least(name: str, value: int, least: int) -> None:
     expect(name, value, f"an integer of at least {least}", value >= least)
 
 
-def expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def expect_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     expect(name, value, "one of " + ", ".join(choices), value in choices)

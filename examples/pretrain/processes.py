@@ -79,14 +79,14 @@ class Processes:
             dist.all_reduce(values)
         return values / self.count
 
-    def of_each(self, value: Any) -> list[Any]:
+    def collect(self, value: Any) -> list[Any]:
         """By rank."""
         values = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, make: Callable[[], Made]) -> Made:
+    def share_first(self, make: Callable[[], Made]) -> Made:
         """What the first process makes, or the error that it meets, in all of them."""
         if self.count == 1:
             return make()
@@ -128,7 +128,7 @@ class Processes:
             dist.destroy_process_group()
 
     @contextmanager
-    def only_first_prints(self) -> Iterator[None]:
+    def silence_others(self) -> Iterator[None]:
         """What all processes have to say is said once. Errors that nothing catches are shown by each."""
         if self.first:
             yield

@@ -25,22 +25,10 @@ from examples.pretrain.report import History
 from examples.pretrain.tracing import Tracer
 
 TRACE = "trace.json"
-FIELDS = (
-    "settings",
-    "job",
-    "epoch",
-    "step",
-    "encoder",
-    "losses",
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "sampler",
-    "generators",
-    "again_generators",
-    "history",
-    "seconds",
-)
+FIELDS = (  # of a checkpoint
+    "settings", "job", "epoch", "step", "encoder", "losses", "optimizer", "scheduler", "scaler", "sampler",
+    "generators", "again_generators", "history", "seconds",
+)  # fmt: skip
 ONE = Processes()
 
 
@@ -221,7 +209,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Of all processes, which all call this."""
-        of_each = self.processes.of_each
+        collect = self.processes.collect
         loss = {name: value.cpu() for name, value in self.loss.state_dict().items()}
         generators = [self.order_generator, self.view_generator]
         return {
@@ -231,13 +219,13 @@ class Run:
             "step": self.step,
             "encoder": self.encoder.state_dict(),
             # Replicated state once, else by rank.
-            "losses": of_each(loss) if self.config.gathers == "none" else [loss],
+            "losses": collect(loss) if self.config.gathers == "none" else [loss],
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
             "generators": [generator.get_state() for generator in generators],
-            "again_generators": of_each(self.again_generator.get_state()),
+            "again_generators": collect(self.again_generator.get_state()),
             "history": self.history,
             "seconds": self.seconds,
         }

@@ -47,7 +47,7 @@ def train(config: Config) -> Results | None:
         return _train(Run(config, split.to(config.torch_device), processes))
 
 
-def state_to_go_on_from(config: Config, processes: Processes, path: Path) -> dict[str, Any] | None:
+def find_state(config: Config, processes: Processes, path: Path) -> dict[str, Any] | None:
     """The checkpoint's, where asked for it and where torchrun has started the processes again; None: a fresh start."""
     if config.resume:
         return load_checkpoint(path, config.settings())
@@ -61,7 +61,7 @@ def _train(run: Run) -> Results | None:
     config, processes = run.config, run.processes
     paths = tuple(config.directory / name for name in (CHECKPOINT, METRICS, CURVES))
     config.directory.mkdir(parents=True, exist_ok=True)
-    state = processes.from_first(lambda: state_to_go_on_from(config, processes, paths[0]))
+    state = processes.share_first(lambda: find_state(config, processes, paths[0]))
     if state is None:
         # Also replaces the checkpoint of an older run: --resume after an early interrupt must not continue that one.
         run.save(paths[0])

@@ -5,20 +5,20 @@ python -m examples.two_towers.finetune_verses --batching gcbs
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from examples.pretrain.config import expect, expect_one_of
+from examples.pretrain.config import expect, expect_choice
 from examples.pretrain.report import table
+from examples.two_towers.arguments import parse_settings
 from examples.two_towers.halves import retrieve
 from examples.two_towers.verses import Pair, encoder, verses
 
@@ -43,7 +43,7 @@ class Settings:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        expect_one_of("batching", self.batching, BATCHINGS)
+        expect_choice("batching", self.batching, BATCHINGS)
         expect("pairs", self.pairs, "an integer of at least 2", self.pairs >= 2)
         expect("held_out", self.held_out, "an integer of at least 2", self.held_out >= 2)
         expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
@@ -148,24 +148,8 @@ def compare(settings: Settings) -> str:
     return "\n".join([table(rows), explained, "MRR: mean reciprocal rank. Seconds: of training, embeddings included."])
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in fields(Settings):
-        flag, default = "--" + field.name.replace("_", "-"), field.default
-        if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", help=HELP[field.name])
-        else:
-            help_text = f"{HELP[field.name]} (default: {'none' if default == '' else default})"
-            kind = type(default)
-            parser.add_argument(flag, type=kind, default=default, help=help_text, metavar=kind.__name__.upper())
-    try:
-        return Settings(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        parser.error(str(error))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    settings = parse_arguments(arguments)
+    settings = parse_settings(Settings, HELP, __doc__.splitlines()[0], arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that is needed is installed
     try:
         print(compare(settings))

@@ -8,14 +8,13 @@ batches are chosen by the towers as they are; random batches beside them.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,10 +32,11 @@ from emc2_kernels.batching import (
     similarity_graph,
 )
 from emc2_kernels.losses import ClipLoss
-from examples.pretrain.config import expect, expect_one_of
+from examples.pretrain.config import expect, expect_choice
 from examples.pretrain.optimizers import warmup_cosine
 from examples.pretrain.processes import cpu_threads
 from examples.pretrain.report import COLOURS, table
+from examples.two_towers.arguments import parse_settings
 from examples.two_towers.pairs import DATASETS, Pairs
 
 RANDOM = "random"
@@ -60,8 +60,8 @@ class Settings:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        expect_one_of("data", self.data, tuple(DATASETS))
-        expect_one_of("scope", self.scope, ("global", "row"))
+        expect_choice("data", self.data, tuple(DATASETS))
+        expect_choice("scope", self.scope, ("global", "row"))
         expect("quantiles", self.quantiles, "shares from 0 to below 1, with commas between", bool(self.shares()))
         expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
         expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
@@ -158,7 +158,7 @@ def purity(classes: Tensor | None, batches: Sequence[Tensor]) -> float:
 HEADER = ("", "gap untrained", "halfway", "gap", "global loss", "same class %", "MRR %", "@1 %", "s a choice")
 
 
-def table_of(settings: Settings, rows: Sequence[Epoch]) -> str:
+def tabulate(settings: Settings, rows: Sequence[Epoch]) -> str:
     """Means and standard deviations over seeds, after the last epoch where nothing else is said."""
 
     def cell(batching: str, epoch: int, field: str, scale: float = 1) -> str:
@@ -245,27 +245,11 @@ def run(settings: Settings) -> str:
     )
     plot(out / "figure.png", title, rows, pictured, shown)
     about = f"{title}, {settings.epochs} epochs; gap = global loss - in-batch loss, nats; a choice includes embedding"
-    return "\n".join([table_of(settings, rows), about, f"written: {out / 'epochs.csv'}, {out / 'figure.png'}"])
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in fields(Settings):
-        flag, default = "--" + field.name.replace("_", "-"), field.default
-        if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", help=HELP[field.name])
-        else:
-            help_text = f"{HELP[field.name]} (default: {default})"
-            kind = type(default)
-            parser.add_argument(flag, type=kind, default=default, help=help_text, metavar=kind.__name__.upper())
-    try:
-        return Settings(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        parser.error(str(error))
+    return "\n".join([tabulate(settings, rows), about, f"written: {out / 'epochs.csv'}, {out / 'figure.png'}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    settings = parse_arguments(arguments)
+    settings = parse_settings(Settings, HELP, __doc__.splitlines()[0], arguments)
     try:
         print(run(settings))
     except (ImportError, OSError, ValueError) as error:

@@ -5,11 +5,10 @@ python -m examples.two_towers.halves --method sogclr
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +17,13 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from emc2_kernels import losses
-from examples.pretrain.config import expect, expect_one_of
+from examples.pretrain.config import expect, expect_choice
 from examples.pretrain.data import digits
 from examples.pretrain.images import batches
 from examples.pretrain.optimizers import warmup_cosine
 from examples.pretrain.processes import cpu_threads
 from examples.pretrain.report import table
+from examples.two_towers.arguments import parse_settings
 
 # Of the losses that losses.get knows, those that have a setting for two modalities.
 METHODS = ("clip", "sogclr", "isogclr", "emc2", "cached")
@@ -45,7 +45,7 @@ class Settings:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        expect_one_of("method", self.method, ("all", *METHODS))
+        expect_choice("method", self.method, ("all", *METHODS))
         expect("batch_size", self.batch_size, "an integer of at least 2", self.batch_size >= 2)
         expect("epochs", self.epochs, "an integer of at least 1", self.epochs >= 1)
         expect("lr", self.lr, "a finite number above 0", 0 < self.lr < float("inf"))
@@ -206,24 +206,8 @@ def compare(settings: Settings) -> str:
     )
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in fields(Settings):
-        flag, default = "--" + field.name.replace("_", "-"), field.default
-        if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", help=HELP[field.name])
-        else:
-            help_text = f"{HELP[field.name]} (default: {default})"
-            kind = type(default)
-            parser.add_argument(flag, type=kind, default=default, help=help_text, metavar=kind.__name__.upper())
-    try:
-        return Settings(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        parser.error(str(error))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    settings = parse_arguments(arguments)
+    settings = parse_settings(Settings, HELP, __doc__.splitlines()[0], arguments)
     try:
         print(compare(settings))
     except ValueError as error:

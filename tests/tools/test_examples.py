@@ -153,14 +153,14 @@ def test_a_fresh_run_replaces_an_old_checkpoint_at_once(tmp_path: Path, monkeypa
 def test_started_again_a_process_goes_on_with_its_own_job_only(tmp_path: Path, split: images.Split) -> None:
     run, path = replace(TINY, method="simclr"), tmp_path / "checkpoint.pt"
     again = Processes(job="this", restarts=1)
-    assert training.state_to_go_on_from(run, again, path) is None
+    assert training.find_state(run, again, path) is None
     for job, goes_on in (("older", False), ("this", True)):
         Run(run, split, Processes(job=job)).save(path)
-        assert (training.state_to_go_on_from(run, again, path) is not None) == goes_on
-        assert training.state_to_go_on_from(run, Processes(job="this"), path) is None
+        assert (training.find_state(run, again, path) is not None) == goes_on
+        assert training.find_state(run, Processes(job="this"), path) is None
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="expected a whole checkpoint"):
-        training.state_to_go_on_from(run, again, path)
+        training.find_state(run, again, path)
 
 
 @pytest.mark.usefixtures("few_images")

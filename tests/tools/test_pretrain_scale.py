@@ -29,7 +29,7 @@ def one_thread():
         yield
 
 
-def end_of(path):
+def read_end(path):
     state = load_checkpoint(path, torch.load(path)["settings"])
     del state["seconds"]
     for row in state["history"]:
@@ -70,7 +70,7 @@ def test_resnet18_on_stl10_from_a_file_of_settings_resumes_to_the_same_bits(tmp_
     assert not torch.autograd.profiler._is_profiler_enabled  # that would crash at exit
     assert main([*flags, f"--out={tmp_path / 'broken'}", "--resume"]) == 0
     assert "no trace: fewer than 4 steps were left" in capsys.readouterr().out
-    ends = [end_of(tmp_path / name / "checkpoint.pt") for name in ("whole", "broken")]
+    ends = [read_end(tmp_path / name / "checkpoint.pt") for name in ("whole", "broken")]
     assert differences(*ends) == []
     assert len(ends[0]["history"]) == 2
     assert any("velocity" in state for state in ends[0]["optimizer"]["state"].values())
@@ -83,7 +83,7 @@ def test_half_precision_resumes_to_the_same_bits(tmp_path, monkeypatch):
     assert main([*flags, f"--out={tmp_path / 'whole'}"]) == 0
     interrupted(monkeypatch, *flags, f"--out={tmp_path / 'broken'}")
     assert main([*flags, f"--out={tmp_path / 'broken'}", "--resume"]) == 0
-    ends = [end_of(tmp_path / name / "checkpoint.pt") for name in ("whole", "broken")]
+    ends = [read_end(tmp_path / name / "checkpoint.pt") for name in ("whole", "broken")]
     assert differences(*ends) == []
     assert ends[0]["scaler"]["_growth_tracker"] == 6
 

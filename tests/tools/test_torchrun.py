@@ -28,7 +28,7 @@ def torchrun(*arguments, timeout=300):
     return done.returncode, done.stdout + done.stderr, time.time()
 
 
-def end_of(path):
+def read_end(path):
     """A checkpoint's state without what the clock and torchrun put into it."""
     state = checkpoint.load(path)
     del state["seconds"], state["job"]
@@ -41,7 +41,7 @@ def test_two_processes_agree_with_one_and_survive_one_kill(tmp_path):
     # What survives a kill has two seconds to say so before torchrun ends it.
     status, said, ended = torchrun("--max-restarts=1", "--monitor-interval=2", HERE / "torchrun_worker.py", tmp_path)
     assert (tmp_path / "checked").exists(), said
-    assert differences(end_of(tmp_path / "3.pt"), end_of(tmp_path / "broken" / "checkpoint.pt")) == [], said
+    assert differences(read_end(tmp_path / "3.pt"), read_end(tmp_path / "broken" / "checkpoint.pt")) == [], said
     assert "going on after epoch 1 of" in said
     assert status != 0
     assert "another process of the run is gone" in said
@@ -57,7 +57,7 @@ RUNS = {
 }
 
 
-def worker_of(job, rank):
+def find_worker(job, rank):
     """The process id, once there is one."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -69,12 +69,12 @@ def worker_of(job, rank):
     return None
 
 
-def epochs_in(directory):
+def count_epochs(directory):
     metrics = directory / "metrics.csv"
     return len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
 
 
-def until(happens, job, seconds=120):
+def wait_until(happens, job, seconds=120):
     """What `happens` returns, once it is true, and how long that took."""
     start = time.time()
     while not (found := happens()):
@@ -95,16 +95,16 @@ def test_killed_at_random_moments_a_run_ends_as_it_would_have(name, tmp_path):
     with open(tmp_path / "said", "w") as said:
         job = subprocess.Popen(command, env=ENVIRONMENT, stdout=said, stderr=said)
         for kill in range(3):
-            until(lambda at_least=2 * kill + 1: epochs_in(broken) >= at_least, job)
+            wait_until(lambda at_least=2 * kill + 1: count_epochs(broken) >= at_least, job)
             time.sleep(draws.uniform(0, 1))
-            before, victim = epochs_in(broken), worker_of(job, rank=draws.randrange(2))
+            before, victim = count_epochs(broken), find_worker(job, rank=draws.randrange(2))
             os.kill(victim, signal.SIGKILL)
-            _, seconds = until(lambda before=before: epochs_in(broken) > before, job)
+            _, seconds = wait_until(lambda before=before: count_epochs(broken) > before, job)
             print(f"{name}: killed after epoch {before}; {seconds:.1f} s until the next one was done")
         assert job.wait(timeout=120) == 0
     said = (tmp_path / "said").read_text()
     assert said.count("going on after epoch") == 3, said
-    assert differences(*(end_of(tmp_path / run / "checkpoint.pt") for run in ("whole", "broken"))) == []
+    assert differences(*(read_end(tmp_path / run / "checkpoint.pt") for run in ("whole", "broken"))) == []
 
 
 @pytest.mark.slow
@@ -118,8 +118,8 @@ def test_a_lost_process_ends_the_job(rank, what, limit, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    until(lambda: epochs_in(tmp_path) > 0, job)
-    os.kill(worker_of(job, rank), what)
+    wait_until(lambda: count_epochs(tmp_path) > 0, job)
+    os.kill(find_worker(job, rank), what)
     start = time.time()
     said = job.communicate(timeout=limit)[1]
     print(f"rank {rank}, {what.name}: ended after {time.time() - start:.1f} s")

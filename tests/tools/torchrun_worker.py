@@ -66,7 +66,7 @@ def check_agreement(options, split, processes):
     steps = ties = 0
     for _ in range(BASE.epochs):
         for part in together.batches():
-            whole = torch.cat(processes.of_each(part))
+            whole = torch.cat(processes.collect(part))
             assert len(whole) == together.config.batch_size and len(whole.unique()) == len(whole)
             alone.restore(together.state())
             value = processes.mean(together.train_step(part)["loss"].double())
@@ -83,7 +83,7 @@ def check_agreement(options, split, processes):
         together.epoch += 1
     assert steps == 6 and ties <= 1, options
     state = together.state()
-    first, second = processes.of_each([state[name] for name in ("encoder", "losses", "optimizer", "generators")])
+    first, second = processes.collect([state[name] for name in ("encoder", "losses", "optimizer", "generators")])
     assert differences(first, second) == []
 
 
@@ -93,7 +93,7 @@ def check_own_chains(split, processes, directory):
     with tqdm(disable=True) as progress:
         run.train_epoch(progress)
         run.save(directory / "own.pt")
-        kept = processes.from_first(lambda: checkpoint.load(directory / "own.pt"))
+        kept = processes.share_first(lambda: checkpoint.load(directory / "own.pt"))
         assert differences(*kept["losses"]) != []
         resumed.restore(kept)
         for each in (run, resumed):
@@ -104,12 +104,12 @@ def check_own_chains(split, processes, directory):
     assert differences(*states) == []
 
 
-def check_error_of_the_first(processes):
+def check_first_error(processes):
     def fail():
         raise checkpoint.CheckpointError("damaged")
 
     try:
-        processes.from_first(fail)
+        processes.share_first(fail)
     except checkpoint.CheckpointError as error:
         assert str(error) == "damaged"
     else:
@@ -141,7 +141,7 @@ def check(directory):
             check_agreement(options, split, processes)
         Run.encode_again = encode_again
         check_own_chains(split, processes, directory)
-        check_error_of_the_first(processes)
+        check_first_error(processes)
         train_uninterrupted(split, processes, directory)
     if processes.first:
         (directory / "checked").touch()
