@@ -56,8 +56,8 @@ HELP = {
     "temperature": "similarities are divided by this",
     "burn_in": "emc2 only: share of a visit's proposals that give no sample",
     "proposals": "emc2 only: what is proposed to the chains, the batch or draws from the bank of all embeddings",
-    "estimator": "emc2 only: chains' states, or recycled, which also counts what was rejected",
-    "carry": "emc2 and cached only: what stands for samples outside the batch, see EMC2Loss; auto is the loss's choice",
+    "carry": "emc2 and cached only: what stands for samples outside the batch: kept embeddings (cached for emc2 with "
+    "proposals from the batch, else corrected), or new encodings (recompute); auto is the kept ones",
     "views": "emc2 only: views of an image that are proposed, one or both (both is the paper's choice, biased)",
     "gamma": "sogclr and isogclr only: weight of the present batch in an image's running denominator",
     "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",

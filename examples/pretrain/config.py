@@ -20,9 +20,8 @@ from examples.pretrain.processes import Processes
 
 # Of the losses that losses.get knows, those for two views of one modality.
 METHODS = ("emc2", "simclr", "sogclr", "isogclr", "cached")
-CARRIES = ("auto", "cached", "corrected", "two_sided", "recompute", "drop")
+CARRIES = ("auto", "cached", "corrected", "recompute")
 PROPOSALS = ("batch", "bank")
-ESTIMATORS = ("states", "recycled")
 VIEWS = ("one", "both")
 BATCHINGS = ("shuffle", "gcbs")
 AMP = ("none", "bfloat16", "float16")
@@ -31,7 +30,6 @@ AMP = ("none", "bfloat16", "float16")
 # path counts.
 ONLY_WITH = {
     "proposals": ("method", ("emc2",)),
-    "estimator": ("method", ("emc2",)),
     "burn_in": ("method", ("emc2",)),
     "carry": ("method", ("emc2", "cached")),
     "views": ("method", ("emc2",)),
@@ -80,7 +78,6 @@ class Config:
     temperature: float = 0.2
     burn_in: float = 0.5
     proposals: str = "batch"
-    estimator: str = "states"
     carry: str = "auto"
     views: str = "one"
     gamma: float = 0.9
@@ -118,7 +115,6 @@ class Config:
     def _check_choices(self) -> None:
         expect_choice("method", self.method, METHODS)
         expect_choice("proposals", self.proposals, PROPOSALS)
-        expect_choice("estimator", self.estimator, ESTIMATORS)
         expect_choice("carry", self.carry, CARRIES)
         expect_choice("views", self.views, VIEWS)
         expect_choice("batching", self.batching, BATCHINGS)
@@ -167,6 +163,11 @@ class Config:
         expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
         expect("refresh", self.refresh, "a share from 0 to 1", 0 <= self.refresh <= 1)
         expect_at_least("num_proposals", 1 if self.num_proposals is None else self.num_proposals, 1)
+        if self.unmet("carry") is None:
+            kept = "cached" if (self.method, self.proposals) == ("emc2", "batch") else "corrected"
+            setting = f"--proposals {self.proposals}" if self.method == "emc2" else f"--method {self.method}"
+            possible = ("auto", kept, "recompute")
+            expect("carry", self.carry, f"one of {', '.join(possible)} with {setting}", self.carry in possible)
         self._check_samples()
         expect("quantile", self.quantile, "a share from 0 to below 1", 0 <= self.quantile < 1)
         if (self.method, self.proposals, self.batching) == ("emc2", "batch", "gcbs"):

@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 def trained(**settings: Any) -> Results:
-    """A run of `examples.pretrain`, of which nothing is kept; settings that collapse are meant to be."""
+    """A run of `examples.pretrain`, of which nothing is kept. What it would warn of is what is measured here."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as out:
         warnings.simplefilter("ignore")
         return train(Config(**settings, out=out, quiet=True))

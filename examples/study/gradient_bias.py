@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -84,22 +83,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "SogCLR": {"name": "sogclr"},
     "SogCLR, gamma 0.1": {"name": "sogclr", "gamma": 0.1},
     # Its whole cache fits the encoder's present parameters only while these are fixed.
-    "cache, cached": {"name": "cached", "carry": "cached"},
     "cache, corrected": {"name": "cached", "carry": "corrected"},
     "cache, recompute": {"name": "cached", "carry": "recompute", "refresh": 0},
     "EMC², recompute": {"name": "emc2", "carry": "recompute"},
-    "EMC², recompute, recycled": {"name": "emc2", "carry": "recompute", "estimator": "recycled"},
     "EMC², cached": {"name": "emc2"},
-    "EMC², corrected": {"name": "emc2", "carry": "corrected"},
-    "EMC², two_sided": {"name": "emc2", "carry": "two_sided"},
     "EMC² from the bank, recompute": {"name": "emc2", "proposals": "bank", "carry": "recompute"},
-    "EMC² from the bank, recompute, recycled": {
-        "name": "emc2", "proposals": "bank", "carry": "recompute", "estimator": "recycled",
-    },
-    "EMC² from the bank, cached": {"name": "emc2", "proposals": "bank", "carry": "cached"},
     "EMC² from the bank, corrected": {"name": "emc2", "proposals": "bank", "carry": "corrected"},
-    "EMC² from the bank, two_sided": {"name": "emc2", "proposals": "bank", "carry": "two_sided"},
-}  # fmt: skip
+}
 
 
 def make_loss(options: Mapping[str, Any], encode: Encode, num_items: int, dim: int, temperature: float) -> nn.Module:
@@ -109,9 +99,7 @@ def make_loss(options: Mapping[str, Any], encode: Encode, num_items: int, dim: i
     given = {name: value for name, value in common.items() if name in takes} | options
     if options.get("carry") == "recompute" or options.get("refresh"):
         given["encode"] = encode
-    with warnings.catch_warnings():  # settings that collapse are measured here on purpose
-        warnings.simplefilter("ignore", UserWarning)
-        return losses.get(**given)
+    return losses.get(**given)
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ OWN_COLUMNS = {
     "weight_sum": ("sogclr", "isogclr"),
     "temperature": ("isogclr",),
 }
-RUNS: list[dict[str, Any]] = [{"method": name, "carry": "cached"} for name in config.METHODS]
+RUNS: list[dict[str, Any]] = [{"method": name} for name in config.METHODS]
 RUNS += [{"method": name, "carry": "recompute", "num_samples": 2} for name in config.ONLY_WITH["carry"][1]]
 # Cold chains, and an encoder that stands still: many are found where they were left.
 SITTING = {"temperature": 1e-4, "lr": 1e-9, "num_samples": 32}
 RUNS += [{"method": "emc2", "carry": "cached", **SITTING}]
+RUNS += [{"method": "emc2", "proposals": "bank", "carry": "corrected"}]
 RUNS += [{"method": "simclr", "batching": "gcbs"}]
 RUNS += [{"method": "emc2", "proposals": "bank", "batching": "gcbs", "quantile": 0.9, "scope": "row"}]
 RUNS += [{"method": "emc2", "proposals": "bank", "num_proposals": 12, "num_samples": 3}]
@@ -217,12 +218,24 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
         (["--temperature=0"], "--temperature: expected a finite number above 0, got 0.0"),
         (["--dim=1"], "--dim: expected an integer of at least 2, got 1"),
         (["--burn-in=1"], "--burn-in: expected a share from 0 to below 1, got 1.0"),
-        (["--carry=keep"], "--carry: expected one of auto, cached, corrected, two_sided, recompute, drop, got 'keep'"),
+        (["--carry=keep"], "--carry: expected one of auto, cached, corrected, recompute, got 'keep'"),
+        (
+            ["--carry=corrected"],
+            "--carry: expected one of auto, cached, recompute with --proposals batch, got 'corrected'",
+        ),
+        (
+            ["--proposals=bank", "--carry=cached"],
+            "--carry: expected one of auto, corrected, recompute with --proposals bank, got 'cached'",
+        ),
+        (
+            ["--method=cached", "--carry=cached"],
+            "--carry: expected one of auto, corrected, recompute with --method cached, got 'cached'",
+        ),
         (["--views=two"], "--views: expected one of one, both, got 'two'"),
         (["--method=simclr", "--burn-in=0.5"], "--burn-in: expected only with --method emc2, got --method simclr"),
         (["--gamma=0.5"], "--gamma: expected only with --method sogclr or isogclr, got --method emc2"),
         (["--method=sogclr", "--rho=0.5"], "--rho: expected only with --method isogclr, got --method sogclr"),
-        (["--method=isogclr", "--carry=drop"], "--carry: expected only with --method emc2 or cached, got"),
+        (["--method=isogclr", "--carry=cached"], "--carry: expected only with --method emc2 or cached, got"),
         (["--method=simclr", "--refresh=0.1"], "--refresh: expected only with --method cached, got --method simclr"),
         (
             ["--method=simclr", "--num-samples=4"],

@@ -34,11 +34,10 @@ def test_recompute_approaches_the_exact_gradient_and_ntxent_does_not():
     assert errors("NT-Xent", 2000)[-1] > 0.4
 
 
-def test_correcting_and_recomputing_what_is_proposed_from_the_bank_is_less_biased_than_keeping_it():
-    kept, corrected, again = (
-        errors(f"EMC² from the bank, {carry}", 1200)[-1] for carry in ("cached", "corrected", "recompute")
-    )
-    assert again < 0.6 * kept and corrected < 0.9 * kept, (kept, corrected, again)
+def test_proposals_from_the_bank_are_less_biased_than_ntxent_and_least_where_they_are_encoded_again():
+    again, corrected = (errors(f"EMC² from the bank, {carry}", 1200)[-1] for carry in ("recompute", "corrected"))
+    ntxent = errors("NT-Xent", 1200)[-1]
+    assert again < 0.7 * corrected and corrected < 0.6 * ntxent, (again, corrected, ntxent)
 
 
 def test_bias_is_told_apart_from_noise():
@@ -89,11 +88,10 @@ def test_the_global_loss_table(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_bias_in_long_runs(capsys, monkeypatch):
-    """With one view per item the error keeps falling; with both it stays, as where the carried key is dropped."""
-    more = {"both views": {"carry": "recompute", "views": "both"}, "drop": {"carry": "drop"}}
-    for name, options in more.items():
-        monkeypatch.setitem(gradient_bias.METHODS, f"EMC², {name}", {"name": "emc2", **options})
-    names = ("EMC², recompute", "EMC², both views", "EMC², cached", "EMC², drop", "NT-Xent")
+    """With one view per item the error keeps falling; with both it stays."""
+    both = {"name": "emc2", "carry": "recompute", "views": "both"}
+    monkeypatch.setitem(gradient_bias.METHODS, "EMC², both views", both)
+    names = ("EMC², recompute", "EMC², both views", "EMC², cached", "NT-Xent")
     found = {name: errors(name, 60_000) for name in (*names, "EMC² from the bank, recompute")}
     with capsys.disabled():
         print(f"\nrelative error of the mean gradient after {gradient_bias.marks(60_000)} batches of 4")
@@ -101,4 +99,4 @@ def test_bias_in_long_runs(capsys, monkeypatch):
             print(f"{name:32}" + "".join(f"{value:8.3f}" for value in values))
     one, both = found["EMC², recompute"][-1], found["EMC², both views"][-1]
     assert one < 0.06 and both > 1.5 * one and found["EMC² from the bank, recompute"][-1] < 0.06
-    assert found["EMC², drop"][-1] > 0.3 and found["NT-Xent"][-1] > 0.5
+    assert found["NT-Xent"][-1] > 0.5

@@ -2,7 +2,9 @@
 
 import csv
 import math
+import shutil
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +133,8 @@ def test_an_interrupted_study_measures_what_is_missing(tmp_path):
     assert calls == [*wanted, ("b", 1)] and len(rows) == 6
     assert rows[2]["value"] == pytest.approx(2 / 3, rel=1e-5) and rows[2]["note"] is None and rows[3]["note"] == "text"
     assert len(cells.finish(path, ("name", "number"), wanted[:1], measure)) == 2 and len(calls) == 4
+    shown = [("a", 2), ("z", 9)]
+    assert len(cells.finish(path, ("name", "number"), wanted[:1], measure, shown)) == 4 and len(calls) == 4
     with pytest.raises(ValueError, match="expected columns that begin with .*'other'"):
         cells.finish(path, ("other",), [(1,)], measure)
     assert [path] == list(tmp_path.iterdir())
@@ -236,3 +240,14 @@ def test_the_settings_of_the_full_study_are_legal():
         started = finite.Finite(settings, "digits", 12, 4, seed=0)
         gradients = [started.gradient(started.loss, index) for index in islice(started.batches(), 2)]
         assert all(gradient.isfinite().all() and gradient.norm() > 0 for gradient in gradients)
+
+
+def test_rows_of_removed_options_are_shown_where_they_are_measured(tmp_path, monkeypatch):
+    """Part d of docs/results.md is made from the CSV files beside it, without measuring anything."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    shutil.copytree(docs / "results", tmp_path / "results")
+    for measure in ("measure_bias", "measure_accuracy"):
+        monkeypatch.setattr(options, measure, lambda *_: pytest.fail("measured again"))
+    table = tables.options(*options.run(tmp_path / "results", quick=False))
+    assert table in (docs / "results.md").read_text()
+    assert all(f"| {name} |" in table for name in options.REMOVED)
