@@ -66,7 +66,7 @@ def compare(base: Config) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m examples.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/demo", help="directory of runs and curves (default: runs/demo)")
     options = parser.parse_args(arguments)
     start = time.perf_counter()

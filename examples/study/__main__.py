@@ -61,7 +61,7 @@ PARTS: dict[str, Callable[[Path, Path, bool], str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m examples.study", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART")
     parser.add_argument("--quick", action="store_true", help="the same with little of everything: a minute or two")
     parser.add_argument("--out", type=Path, help="folder of CSV files (default: runs/study, runs/study-quick)")

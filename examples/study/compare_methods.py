@@ -65,7 +65,8 @@ def run(variant: str, batch_size: int, epochs: int, seed: int, data: str) -> Row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="All methods over batch sizes and seeds.")
+    program = "python -m examples.study.compare_methods"
+    parser = argparse.ArgumentParser(program, description="All methods over batch sizes and seeds.")
     parser.add_argument("--data", default="digits")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 128], metavar="B")
     parser.add_argument("--epochs", type=int, default=20)

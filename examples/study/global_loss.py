@@ -99,7 +99,8 @@ def best(runs: dict[float, list[Trained]], field: str) -> tuple[float, float, fl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Exact global loss after training by each method.")
+    program = "python -m examples.study.global_loss"
+    parser = argparse.ArgumentParser(program, description="Exact global loss after training by each method.")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16], metavar="B")

@@ -214,7 +214,8 @@ def write_csv(path: Path, found: dict[tuple[str, int], Found], batches: int) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Error of each method's mean gradient at fixed parameters.")
+    program = "python -m examples.study.gradient_bias"
+    parser = argparse.ArgumentParser(program, description="Error of each method's mean gradient at fixed parameters.")
     parser.add_argument("--batches", type=int, default=4000, help="batches averaged (default: 4000)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16, 64], metavar="B")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")

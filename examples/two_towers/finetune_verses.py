@@ -149,7 +149,8 @@ def compare(settings: Settings) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    settings = parse_settings(Settings, HELP, __doc__.splitlines()[0], arguments)
+    program = "python -m examples.two_towers.finetune_verses"
+    settings = parse_settings(program, __doc__.splitlines()[0], Settings, HELP, arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that is needed is installed
     try:
         print(compare(settings))

@@ -249,7 +249,8 @@ def run(settings: Settings) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    settings = parse_settings(Settings, HELP, __doc__.splitlines()[0], arguments)
+    program = "python -m examples.two_towers.gcbs"
+    settings = parse_settings(program, __doc__.splitlines()[0], Settings, HELP, arguments)
     try:
         print(run(settings))
     except (ImportError, OSError, ValueError) as error:

@@ -207,7 +207,8 @@ def compare(settings: Settings) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    settings = parse_settings(Settings, HELP, __doc__.splitlines()[0], arguments)
+    program = "python -m examples.two_towers.halves"
+    settings = parse_settings(program, __doc__.splitlines()[0], Settings, HELP, arguments)
     try:
         print(compare(settings))
     except ValueError as error:
