@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-slow test-isa bench gpu-check compiled lint core-test clean install-into-this-environment
 
 demo: $(INSTALLED)
-	$(RUN) examples/demo.py
+	$(RUN) -m examples.demo
 
 # One test a core, up to four; a thread that waits sleeps, as the tests beside it have use for its core.
 test: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""A whole training step of examples/pretrain.py with each method: its time, and what part of it is the loss.
+"""A whole training step of examples.pretrain with each method: its time, and what part of it is the loss.
 
 `python -m bench.end_to_end` prints, for each batch size and method, the median time of a step (views, encoder, loss,
 backward, optimizer), its ratio to the step with NT-Xent, the share of the loss, forward and backward by itself on
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from bench.harness import machine, report, timing
-from examples.config import Config
-from examples.data import DATASETS, Split
-from examples.sources import load
-from examples.training import Run
+from examples.pretrain.config import Config
+from examples.pretrain.data import DATASETS, load
+from examples.pretrain.images import Split
+from examples.pretrain.run import Run
 
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"method": "simclr"},

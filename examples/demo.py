@@ -1,6 +1,6 @@
 """EMC² beside SimCLR on a CPU in about a minute: the same encoder, batches, augmentations and settings, another loss.
 
-python examples/demo.py
+python -m examples.demo
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from config import Config
-from data import DATASETS
-from evaluate import FEW_LABELS, Accuracy, accuracy, encode, raw_pixels
-from model import build_encoder
-from plots import plot_curves
-from pretrain import Results, Run, cpu_threads, train
+
+from examples.pretrain.config import Config
+from examples.pretrain.data import DATASETS
+from examples.pretrain.encoders import build_encoder
+from examples.pretrain.evaluate import FEW_LABELS, Accuracy, accuracy, encode, raw_pixels
+from examples.pretrain.processes import cpu_threads
+from examples.pretrain.report import plot_curves, table
+from examples.pretrain.run import Run
+from examples.pretrain.training import Results, train
 
 NAMES = {"simclr": "SimCLR", "emc2": "EMC²"}
 HEADER = ("", "probe", "1-NN", "probe*", "1-NN*", "NT-Xent", "mean cosine", "seconds", "ms/step")
@@ -30,15 +33,6 @@ def row(name: str, found: Accuracy, results: Results | None = None) -> tuple[str
     last = results.history[-1]
     speed = 1000 * results.seconds / results.steps
     return (*cells, f"{last['ntxent']:.3f}", f"{last['mean_cosine']:.3f}", f"{results.seconds:.1f}", f"{speed:.1f}")
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
 
 
 def compare(base: Config) -> str:
@@ -72,7 +66,7 @@ def compare(base: Config) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m examples.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/demo", help="directory of runs and curves (default: runs/demo)")
     options = parser.parse_args(arguments)
     start = time.perf_counter()

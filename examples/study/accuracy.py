@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compare_methods import VARIANTS, trained
-
-from study.cells import Row, finish
+from examples.study.cells import Row, finish
+from examples.study.compare_methods import VARIANTS, trained
 
 NAMED = ("SimCLR", "EMC²", "EMC² from the bank", "SogCLR", "iSogCLR", "negative cache")
-# Settings of pretrain.py; with both views, EMC² is the paper's.
+# Settings of examples.pretrain; with both views, EMC² is the paper's.
 METHODS: dict[str, dict[str, Any]] = {name: VARIANTS[name] for name in NAMED}
 METHODS["EMC², both views"] = {"method": "emc2", "views": "both"}
 NAMES = ("data", "epochs", "lr", "batch_size", "seed", "method")
 FILE = "accuracy.csv"
-LR, LOWER = 1e-3, 3e-4  # pretrain.py's, and one at which nothing collapses
+LR, LOWER = 1e-3, 3e-4  # the default, and one at which nothing collapses
 SIZES = (8, 16, 32, 64, 128, 256)
 # Data, epochs, learning rate, batch sizes, seeds.
 FULL = (

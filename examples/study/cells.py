@@ -24,13 +24,16 @@ def read(path: Path) -> list[Row]:
         return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
-def finish(path: Path, names: Sequence[str], cells: Iterable[tuple], measure: Measure) -> list[Row]:
+def finish(
+    path: Path, names: Sequence[str], cells: Iterable[tuple], measure: Measure, shown: Iterable[tuple] = ()
+) -> list[Row]:
     """Measures the cells that the file lacks, writes them to it one by one, and returns the rows of all of `cells`.
 
     Args:
         names: of a cell's values; the file's first columns. All that a result depends on belongs there, or a cell that
             was measured with other settings would be taken for finished.
         measure: called with a cell's values; returns its rows, which all have the same further columns.
+        shown: cells whose rows are returned, too, where the file has them, and that are never measured.
 
     Raises:
         ValueError: the file has other columns.
@@ -47,7 +50,7 @@ def finish(path: Path, names: Sequence[str], cells: Iterable[tuple], measure: Me
                 raise ValueError(f"{path}: expected columns {list(found[0])}, got {list(rows[0])}")
             rows += found
             _write(path, rows)
-    wanted = set(cells)
+    wanted = {*cells, *shown}
     return [row for row in rows if _cell(row, names) in wanted]
 
 

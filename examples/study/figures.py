@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradient_bias import COLOURS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from study.cells import Row, grouped
-from study.speed import ratios
-from study.tables import curves, last_epochs
+from examples.study.cells import Row, grouped
+from examples.study.gradient_bias import COLOURS
+from examples.study.speed import ratios
+from examples.study.tables import curves, last_epochs
 
 STYLES = [*((colour, "-") for colour in COLOURS), *((colour, "--") for colour in COLOURS)]
 

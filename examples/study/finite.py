@@ -1,22 +1,74 @@
-"""Training on fixed views by plain SGD, where the exact loss and gradient are at hand to compare with."""
+"""Training by plain SGD on two views of every image that are drawn once, so that the exact global loss and its gradient
+are at hand to compare with."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from data import batches
-from gradient_bias import make_loss
-from model import build_encoder
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from study.exact import Exact, exact, flat
-from study.fixed_views import fixed_views
+from emc2_kernels import contrastive_lse
+from examples.pretrain.augment import augment_digits, draw_digit_noise
+from examples.pretrain.data import DATASETS
+from examples.pretrain.encoders import build_encoder
+from examples.pretrain.images import batches
+from examples.study.gradient_bias import make_loss, mean_cosine
 
 DIM, TEMPERATURE = 64, 0.2  # the paper's beta is 5
+
+
+@cache
+def fixed_views(data: str, num_items: int, seed: int = 0) -> Tensor:
+    """(num_items, 2, 1, h, w): two augmentations of each of the first training images, the same in every run."""
+    images = DATASETS[data]().train_images
+    if num_items > len(images):
+        raise ValueError(f"num_items must be at most {len(images)}, the training images of {data}, got {num_items}")
+    twice = images[:num_items].repeat(2, 1, 1, 1)
+    noise = draw_digit_noise(2 * num_items, twice, torch.Generator().manual_seed(seed))
+    return torch.stack(augment_digits(twice, noise).chunk(2), dim=1)
+
+
+class Exact(NamedTuple):
+    loss: float  # nats an anchor
+    gradient: Tensor  # (p,) of all parameters, one after another
+    mean_cosine: float  # over all pairs of views
+
+
+def flat(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def exact(encoder: nn.Module, views: Tensor, temperature: float, tile: int = 256) -> Exact:
+    """Mean over the 2n anchors of -s+ + log sum over the other items' 2n - 2 views of exp(s).
+
+    Neither the (2n, 2n) scores nor the encoder's activations for all views exist at once: `contrastive_lse` makes
+    scores by tiles, and `tile` images at a time are encoded, once for their embeddings and again for the gradient.
+
+    Args:
+        encoder: (k, ...) images -> (k, d); an embedding must not depend on the other images (no BatchNorm).
+        views: (n, 2, ...), the two views of each item.
+    """
+    n = len(views)
+    images = views.transpose(0, 1).flatten(0, 1)
+    with torch.no_grad():
+        embeddings = torch.cat([encoder(part) for part in images.split(tile)])
+    embeddings.requires_grad_()
+    z = normalize(embeddings, dim=1)
+    items = torch.arange(n, device=z.device).repeat(2)
+    positive = (z * z.roll(n, 0)).sum(1) / temperature
+    loss = (contrastive_lse(z, z, temperature=temperature, query_ids=items, key_ids=items) - positive).mean()
+    (by_embedding,) = torch.autograd.grad(loss, embeddings)
+    parameters = list(encoder.parameters())
+    gradient = torch.zeros_like(flat(parameters))
+    for part, wanted in zip(images.split(tile), by_embedding.split(tile), strict=True):
+        gradient += flat(torch.autograd.grad(encoder(part), parameters, wanted))
+    return Exact(loss.item(), gradient.detach(), mean_cosine(z.detach()))
 
 
 class Error(NamedTuple):

@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from pretrain import cpu_threads
 
-from study.cells import Row, finish
-from study.finite import Finite
-from study.subset import METHODS
+from examples.pretrain.processes import cpu_threads
+from examples.study.cells import Row, finish
+from examples.study.finite import Finite
+from examples.study.subset import METHODS
 
 CHOSEN = ("SogCLR", "EMC²", "EMC², both views", "EMC², re-encoded")
 NAMES = ("data", "num_items", "batch_size", "steps", "lr", "seed", "method")

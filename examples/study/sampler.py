@@ -12,13 +12,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from pretrain import cpu_threads
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import emc2_kernels as emc2
-from study.cells import Row, finish
-from study.finite import Finite
+from examples.pretrain.processes import cpu_threads
+from examples.study.cells import Row, finish
+from examples.study.finite import Finite
 
 KINDS = ("uniform", "sweep, one view", "sweep, both views")
 NAMES = ("data", "num_items", "training_steps", "chains", "temperature", "anchor", "proposals")
@@ -133,7 +133,7 @@ def walk(query: Tensor, keys: Tensor, kind: str, chains: int, temperature: float
     return found
 
 
-def by_item(law: Tensor) -> Tensor:
+def sum_items(law: Tensor) -> Tensor:
     """(m,) of the views -> (m / 2,) of the items, whose views are alike."""
     return law.view(-1, 2).sum(1)
 
@@ -163,7 +163,7 @@ def measure(
             points, laws(scores, points), walk(query, keys, kind, chains, temperature, most), strict=True
         ):
             expected, deviation = noisy(law, target, chains)
-            items, target_items = by_item(counts / chains), by_item(target)
+            items, target_items = sum_items(counts / chains), sum_items(target)
             rows.append(
                 {
                     "after": mark,
@@ -172,8 +172,8 @@ def measure(
                     "expected_distance": expected,
                     "deviation": deviation,
                     "chains_distance_items": distance(items, target_items),
-                    "exact_distance_items": distance(by_item(law), target_items),
-                    "expected_distance_items": noisy(by_item(law), target_items, chains)[0],
+                    "exact_distance_items": distance(sum_items(law), target_items),
+                    "expected_distance_items": noisy(sum_items(law), target_items, chains)[0],
                     "bound": bound(target, mark),
                     "worst_bound": worst_bound(temperature, mark),
                 }

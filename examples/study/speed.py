@@ -13,10 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from compare_methods import trained
-
-from study.accuracy import METHODS
-from study.cells import Row, finish, grouped
+from examples.study.accuracy import METHODS
+from examples.study.cells import Row, finish, grouped
+from examples.study.compare_methods import trained
 
 NAMES = ("data", "batch_size", "round")
 FILE = "speed.csv"

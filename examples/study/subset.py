@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from pretrain import cpu_threads
 
-from study.cells import Row, finish
-from study.finite import Finite
+from examples.pretrain.processes import cpu_threads
+from examples.study.cells import Row, finish
+from examples.study.finite import Finite
 
 METHODS = {
     "SimCLR": {"name": "ntxent"},

