@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "../operands.h"
-#include "lanes.h"
+#include "../params.h"
+#include "simd.h"
 
 namespace emc2 {
 

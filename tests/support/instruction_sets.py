@@ -63,14 +63,14 @@ SEEDS_RUN_WITH = SETTINGS["native, 2 threads"]
 NOT_INHERITED = {name for _, variables in SETTINGS.values() for name in variables} - {"OPENBLAS_CORETYPE"}
 # What compiles, writes files, or drives the check of a GPU: their numbers are no floats of this processor's.
 WITHOUT_ARITHMETIC = (
-    "test_compiled.py", "test_compile_cache.py", "test_sass.py", "test_native_cuda.py", "test_gpu_check.py",
-    "test_gpu_stages.py", "test_build.py", "test_files.py", "gpu",
+    "test_compiled.py", "test_compile_cache.py", "test_sass.py", "test_cuda_build.py", "test_gpu_check.py",
+    "test_gpu_stages.py", "test_extension.py", "test_files.py", "gpu",
 )  # fmt: skip
 
 IN_FORCE = """
 import torch
-from emc2_kernels.backends import native
-print(f"ATen {torch.backends.cpu.get_cpu_capability()}, core {native.library().instruction_set}")
+from emc2_kernels.backends.cpu import build
+print(f"ATen {torch.backends.cpu.get_cpu_capability()}, core {build.library().instruction_set}")
 """
 
 
