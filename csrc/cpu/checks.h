@@ -44,8 +44,7 @@ inline void require_temperatures(const ScoreParams& scores) {
 
 inline void require_schedule(const Schedule& schedule) {
   const int64_t total = schedule.total_proposals, first = schedule.first_proposal, count = schedule.num_proposals;
-  const bool whole =
-      first >= 0 && count >= 0 && total <= kMaxProposals && first <= total && count <= total - first;
+  const bool whole = first >= 0 && count >= 0 && total <= kMaxProposals && first <= total && count <= total - first;
   const int64_t kept = total - schedule.burn_in;
   const bool sampled =
       schedule.num_samples >= 1 && schedule.burn_in >= 0 && (total == 0 || (kept > 0 && schedule.num_samples <= kept));

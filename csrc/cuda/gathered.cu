@@ -180,9 +180,9 @@ const char* launch_typed(const Walk& walk, LaunchTarget target) {
 }  // namespace
 
 const char* load_gathered(int device) {
-  return load({pointer_to(gathered_kernel<float, true>), pointer_to(gathered_kernel<float, false>),
-               pointer_to(gathered_kernel<Bfloat16, true>), pointer_to(gathered_kernel<Bfloat16, false>),
-               pointer_to(gathered_kernel<Float16, true>), pointer_to(gathered_kernel<Float16, false>)},
+  return load({kernel_pointer(gathered_kernel<float, true>), kernel_pointer(gathered_kernel<float, false>),
+               kernel_pointer(gathered_kernel<Bfloat16, true>), kernel_pointer(gathered_kernel<Bfloat16, false>),
+               kernel_pointer(gathered_kernel<Float16, true>), kernel_pointer(gathered_kernel<Float16, false>)},
               device);
 }
 

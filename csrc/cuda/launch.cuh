@@ -50,7 +50,7 @@ inline SampleClock sample_clock(const Schedule& schedule, int64_t first, int64_t
 }
 
 template <class... Parameters>
-const void* pointer_to(void (*kernel)(Parameters...)) {
+const void* kernel_pointer(void (*kernel)(Parameters...)) {
   return reinterpret_cast<const void*>(kernel);
 }
 

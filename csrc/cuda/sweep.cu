@@ -258,9 +258,9 @@ const char* launch_typed(const Walk& walk, LaunchTarget target) {
 }  // namespace
 
 const char* load_sweep(int device) {
-  return load({pointer_to(sweep_kernel<float, 1>), pointer_to(sweep_kernel<float, 2>),
-               pointer_to(sweep_kernel<Bfloat16, 1>), pointer_to(sweep_kernel<Bfloat16, 2>),
-               pointer_to(sweep_kernel<Float16, 1>), pointer_to(sweep_kernel<Float16, 2>)},
+  return load({kernel_pointer(sweep_kernel<float, 1>), kernel_pointer(sweep_kernel<float, 2>),
+               kernel_pointer(sweep_kernel<Bfloat16, 1>), kernel_pointer(sweep_kernel<Bfloat16, 2>),
+               kernel_pointer(sweep_kernel<Float16, 1>), kernel_pointer(sweep_kernel<Float16, 2>)},
               device);
 }
 
