@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "../operands.h"
-#include "lanes.h"
+#include "../params.h"
+#include "simd.h"
 
 namespace emc2 {
 
@@ -30,7 +30,7 @@ EMC2_HD Floats load_floats(const Float16* from) {
   return (Floats)(((half & 0x7c00u) == 0x7c00u ? not_finite : finite) | (half & 0x8000u) << 16);
 }
 
-EMC2_HD float sum_of_lanes(Floats lanes) {
+EMC2_HD float lane_sum(Floats lanes) {
   float sum = 0.0f;
   for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
   return sum;
@@ -62,7 +62,7 @@ EMC2_HD float dot(const float* query, const Element* key, int64_t dim) {
   }
   for (; i + kLanes <= dim; i += kLanes) sums[0] += load<Floats>(query + i) * load_floats(key + i);
   if (i < dim) sums[1] += load<Floats>(query + i) * load_floats(key + i, dim - i);
-  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 }  // namespace emc2

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "checks.h"
 #include "dot.h"
-#include "values.h"
+#include "walk_output.h"
 
 namespace emc2 {
 namespace {
@@ -19,29 +20,30 @@ struct Chunk {
   int64_t position[kChunk];
 };
 
-EMC2_HD PhiloxBlock<Words> chain_blocks(const Walk& walk, uint64_t chain, Stream stream, uint32_t first_block) {
+EMC2_HD PhiloxBlock<Words> chain_blocks(const StreamParams& streams, uint64_t chain, Stream stream,
+                                        uint32_t first_block) {
   Words block;
   for (int lane = 0; lane < kLanes; ++lane) block[lane] = first_block + lane;
   const Words low = Words{} + static_cast<uint32_t>(chain), tag = Words{} + counter_tag(chain, stream),
-              step = Words{} + walk.step;
+              step = Words{} + streams.step_value();
   const auto state =
-      philox_rounds<SplitWords>({split(block), split(low), split(tag), split(step)}, philox_key(walk.seed));
+      philox_rounds<SplitWords>({split(block), split(low), split(tag), split(step)}, philox_key(streams.seed_value()));
   return {join(state.c0), join(state.c1), join(state.c2), join(state.c3)};
 }
 
-void draw_acceptance(const Walk& walk, uint64_t chain, int64_t first, Chunk& chunk) {
+void draw_acceptance(const WalkParams& walk, uint64_t chain, int64_t first, Chunk& chunk) {
   const auto words = chain_blocks(walk, chain, kAcceptanceStream, static_cast<uint32_t>(first / 4));
   const Floats e[4] = {exponential(words.c0), exponential(words.c1), exponential(words.c2), exponential(words.c3)};
   for (int i = 0; i < kChunk; ++i) chunk.e[i] = e[i % 4][i / 4];
 }
 
-void draw_positions(const Walk& walk, uint64_t chain, int64_t first, Chunk& chunk) {
+void draw_positions(const WalkParams& walk, uint64_t chain, int64_t first, Chunk& chunk) {
   for (int half = 0; half < 2; ++half) {  // a block has two positions, so the chunk takes two calls
     const auto words = chain_blocks(walk, chain, kPositionStream, static_cast<uint32_t>(first / 2 + half * kLanes));
     for (int lane = 0; lane < kLanes; ++lane) {
       int64_t* position = chunk.position + half * kChunk / 2 + 2 * lane;
-      position[0] = scale_to_range(words.c0[lane], words.c1[lane], walk.keys);
-      position[1] = scale_to_range(words.c2[lane], words.c3[lane], walk.keys);
+      position[0] = scale_to_range(words.c0[lane], words.c1[lane], walk.num_keys);
+      position[1] = scale_to_range(words.c2[lane], words.c3[lane], walk.num_keys);
     }
   }
 }
@@ -56,16 +58,20 @@ EMC2_HD void prefetch_row(const Element* row, int64_t dim) {
 template <class Element>
 class RowScores {
  public:
-  RowScores(const Walk& walk, const Operands& operands, int64_t row, float* query)
-      : walk_(walk), operands_(operands), keys_(static_cast<const Element*>(operands.keys)), row_(row), query_(query) {
+  RowScores(const Walk& walk, int64_t row, float* query)
+      : walk_(walk),
+        keys_(static_cast<const Element*>(walk.operands.keys)),
+        row_(row),
+        query_(query),
+        inverse_temperature_(1.0f / walk.row_temperature(row)) {
+    const Operands& operands = walk.operands;
     load_row(static_cast<const Element*>(operands.queries) + row * operands.query_stride, operands.dim, query);
-    inverse_temperature_ = 1.0f / (walk.temperatures ? walk.temperatures[row] : walk.temperature);
   }
 
-  EMC2_HD const Element* key(int64_t position) const { return keys_ + position * operands_.key_stride; }
+  EMC2_HD const Element* key(int64_t position) const { return keys_ + position * walk_.operands.key_stride; }
 
   EMC2_HD float score(int64_t position) const {
-    const float score = dot(query_, key(position), operands_.dim) * inverse_temperature_;
+    const float score = dot(query_, key(position), walk_.operands.dim) * inverse_temperature_;
     return walk_.log_proposal ? score - walk_.log_proposal[position] : score;
   }
 
@@ -75,7 +81,6 @@ class RowScores {
 
  private:
   const Walk& walk_;
-  const Operands& operands_;
   const Element* keys_;
   int64_t row_;
   const float* query_;
@@ -83,12 +88,12 @@ class RowScores {
 };
 
 // Draws the proposals from .. to - 1 of a row, all within one chunk.
-void fill_chunk(const Walk& walk, const Positions& positions, int64_t row, int64_t from, int64_t to, Chunk& chunk) {
-  const uint64_t chain = walk.chain_ids ? walk.chain_ids[row] : row;
+void fill_chunk(const WalkParams& walk, int64_t row, int64_t from, int64_t to, Chunk& chunk) {
+  const uint64_t chain = walk.chain(row);
   const int64_t first = from / kChunk * kChunk;
   draw_acceptance(walk, chain, first, chunk);
-  if (positions.data) {
-    const int64_t* given = positions.data + row * positions.stride - walk.schedule.first;
+  if (walk.positions) {
+    const int64_t* given = walk.positions + row * walk.position_stride - walk.first_proposal;
     std::copy(given + from, given + to, chunk.position + (from - first));
   } else {
     draw_positions(walk, chain, first, chunk);
@@ -96,30 +101,27 @@ void fill_chunk(const Walk& walk, const Positions& positions, int64_t row, int64
 }
 
 template <class Element>
-void walk_row(const Recorder& recorder, const Operands& operands, const Positions& positions, int64_t row,
-              float* query) {
-  const Walk& walk = recorder.walk;
-  const Schedule& schedule = walk.schedule;
-  const RowScores<Element> scores(walk, operands, row, query);
-  const float state = recorder.incoming(row);
+void walk_row(const Walk& walk, int64_t row, float* query) {
+  const RowScores<Element> scores(walk, row, query);
+  const float state = incoming_score(walk, row);
   RowTransition prefix{-kInfinity, -kInfinity, -1};
   float current = state;
   int32_t accepted = 0;
   int64_t sample = 0;
   const auto record_until = [&](int64_t end) {
-    for (; sample < end; ++sample) recorder.sample(row, sample, prefix, state);
-    return sample < schedule.samples && schedule.count ? schedule.proposal_of_sample(sample) : -1;
+    for (; sample < end; ++sample) write_sample(walk, row, sample, prefix, state);
+    return sample < walk.num_samples && walk.num_proposals ? walk.sample_point(sample) : -1;
   };
 
-  const int64_t end = schedule.first + schedule.count;
-  int64_t sample_at = record_until(schedule.samples_before(schedule.first));
-  for (int64_t from = schedule.first, to; from < end; from = to) {
+  const int64_t end = walk.end_proposal();
+  int64_t sample_at = record_until(walk.count_samples(walk.first_proposal));
+  for (int64_t from = walk.first_proposal, to; from < end; from = to) {
     to = std::min(from / kChunk * kChunk + kChunk, end);
     Chunk chunk;
-    fill_chunk(walk, positions, row, from, to, chunk);
+    fill_chunk(walk, row, from, to, chunk);
     for (int64_t p = from; p < to; ++p) {
       if (p + kPrefetchDistance < to)
-        prefetch_row(scores.key(chunk.position[(p + kPrefetchDistance) % kChunk]), operands.dim);
+        prefetch_row(scores.key(chunk.position[(p + kPrefetchDistance) % kChunk]), walk.operands.dim);
       const int64_t key = chunk.position[p % kChunk];
       const float score = scores.score(key);
       const float threshold = score < kInfinity && !scores.excluded(key) ? score + chunk.e[p % kChunk] : -kInfinity;
@@ -129,35 +131,33 @@ void walk_row(const Recorder& recorder, const Operands& operands, const Position
       if (p == sample_at) sample_at = record_until(sample + 1);
     }
   }
-  record_until(schedule.samples);
-  recorder.end(row, prefix, state);
-  if (recorder.step.accepted) recorder.step.accepted[row] = accepted;
+  record_until(walk.num_samples);
+  write_end(walk, row, prefix, state);
+  if (walk.step_output.accepted) walk.step_output.accepted[row] = accepted;
 }
 
 template <class Element>
-void walk_rows(const Recorder& recorder, const Operands& operands, const Positions& positions) {
-  const Walk& walk = recorder.walk;
-  const int64_t padded = (operands.dim + kLanes - 1) / kLanes * kLanes;
-  const bool parallel = walk.rows * walk.schedule.count * operands.dim >= kParallelMultiplies;
-#pragma omp parallel num_threads(walk.threads) if (parallel)
+void walk_rows(const Walk& walk) {
+  const int64_t dim = walk.operands.dim, padded = (dim + kLanes - 1) / kLanes * kLanes;
+  const bool parallel = walk.num_rows * walk.num_proposals * dim >= kParallelMultiplies;
+#pragma omp parallel num_threads(walk.num_threads) if (parallel)
   {
     std::vector<float> query(padded);
 #pragma omp for schedule(dynamic, 8)
-    for (int64_t row = 0; row < walk.rows; ++row) walk_row<Element>(recorder, operands, positions, row, query.data());
+    for (int64_t row = 0; row < walk.num_rows; ++row) walk_row<Element>(walk, row, query.data());
   }
 }
 
 }  // namespace
 
-void walk_gathered(const Recorder& recorder, const Operands& operands, const Positions& positions) {
-  const Walk& walk = recorder.walk;
-  require_sound(walk);
-  require(walk.keys > 0 || walk.schedule.count == 0, "proposal: there are no keys to propose");
-  for (int64_t row = 0; row < walk.rows && positions.data; ++row) {
-    require_within(positions.data + row * positions.stride, walk.schedule.count, walk.keys,
+void walk_gathered(const Walk& walk) {
+  require_walk(walk);
+  require(walk.num_keys > 0 || walk.num_proposals == 0, "proposal: there are no keys to propose");
+  for (int64_t row = 0; row < walk.num_rows && walk.positions; ++row) {
+    require_within(walk.positions + row * walk.position_stride, walk.num_proposals, walk.num_keys,
                    "proposal: a position that no key has");
   }
-  with_element(operands.dtype, [&](auto element) { walk_rows<decltype(element)>(recorder, operands, positions); });
+  dispatch_dtype(walk.operands.dtype, [&](auto element) { walk_rows<decltype(element)>(walk); });
 }
 
 }  // namespace emc2

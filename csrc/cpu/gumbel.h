@@ -10,22 +10,6 @@ namespace emc2 {
 
 constexpr int64_t kMaxSamples = (int64_t{1} << 16) - 1;  // the counter has 16 bits for their numbers
 
-// Strides count elements, pointers belong to the caller.
-struct GumbelDraw {
-  int64_t rows;
-  int64_t keys;
-  int64_t samples;
-  uint64_t seed;
-  uint32_t step;
-  float temperature;          // of all rows, unless:
-  const float* temperatures;  // (rows,) or null
-  const int64_t* chain_ids;   // (rows,) or null: the row number
-  const int64_t* query_ids;   // (rows,) or null: nothing is excluded
-  const int64_t* key_ids;     // (keys,) or null
-  int threads;
-  int64_t* positions;  // (rows, samples), contiguous; -1: the row has no key
-};
-
 // The best key so far of kLanes neighbouring rows, for one sample.
 struct Race {
   Floats filter;  // what a score must exceed, beside a bound on its noise, to be looked at: see scan_samples
@@ -35,7 +19,7 @@ struct Race {
 
 class GumbelSampler {
  public:
-  explicit GumbelSampler(const GumbelDraw& draw);  // throws std::invalid_argument for values that are not legal
+  explicit GumbelSampler(const GumbelParams& params);  // throws std::invalid_argument for values that are not legal
 
   // Tiles of a row block come in key order: its first key starts the rows, its last one writes their positions.
   void scan(const Tile& tile);
@@ -43,11 +27,11 @@ class GumbelSampler {
  private:
   struct Rows;
 
-  Rows rows_of(const Tile& tile, int64_t group) const;
+  Rows load_rows(const Tile& tile, int64_t group) const;
   Ints excluded(const Rows& rows, int64_t key) const;
   void scan_samples(const Tile& tile, const Rows& rows, int64_t first, int64_t count, Race* races) const;
 
-  GumbelDraw draw_;
+  GumbelParams params_;
   std::vector<Race> races_;  // of a row block: (groups, samples)
 };
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "products.h"
-#include "values.h"
+#include "checks.h"
+#include "small_matmul.h"
 
 namespace emc2 {
 namespace {
@@ -27,26 +27,23 @@ EMC2_HD Words low_words(const int64_t* values, int64_t begin, int64_t rows, int 
 
 }  // namespace
 
-Sweep::Sweep(const Recorder& recorder)
-    : recorder_(recorder), walk_(recorder_.walk), groups_((walk_.rows + kLanes - 1) / kLanes) {
-  require_sound(walk_);
-}
+Sweep::Sweep(const Walk& walk) : walk_(walk), groups_((walk.num_rows + kLanes - 1) / kLanes) { require_walk(walk); }
 
 void Sweep::start(int64_t group) {
   RowGroup& rows = groups_[group];
   const int64_t begin = group * kLanes;
-  const Words chain_low = low_words(walk_.chain_ids, begin, walk_.rows, 0);
-  const Words chain_high = low_words(walk_.chain_ids, begin, walk_.rows, 32);
+  const Words chain_low = low_words(walk_.chain_ids, begin, walk_.num_rows, 0);
+  const Words chain_high = low_words(walk_.chain_ids, begin, walk_.num_rows, 32);
   const Words tag = chain_high << 8 | counter_tag(0, kAcceptanceStream);
-  rows.draws = AcceptanceDraws(philox_key(walk_.seed), walk_.step, chain_low, tag);
+  rows.draws = VectorPhilox(philox_key(walk_.seed_value()), walk_.step_value(), chain_low, tag);
   if (walk_.query_ids) {
-    rows.query_id_low = low_words(walk_.query_ids, begin, walk_.rows, 0);
-    rows.query_id_high = low_words(walk_.query_ids, begin, walk_.rows, 32);
+    rows.query_id_low = low_words(walk_.query_ids, begin, walk_.num_rows, 0);
+    rows.query_id_high = low_words(walk_.query_ids, begin, walk_.num_rows, 32);
   }
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t row = std::min(begin + lane, walk_.rows - 1);
-    rows.inverse_temperature[lane] = 1.0f / (walk_.temperatures ? walk_.temperatures[row] : walk_.temperature);
-    rows.state[lane] = recorder_.incoming(row);
+    const int64_t row = std::min(begin + lane, walk_.num_rows - 1);
+    rows.inverse_temperature[lane] = 1.0f / walk_.row_temperature(row);
+    rows.state[lane] = incoming_score(walk_, row);
   }
   rows.prefix = {all_floats(-kInfinity), all_floats(-kInfinity), all_ints(-1)};
   rows.current = rows.state;
@@ -54,20 +51,18 @@ void Sweep::start(int64_t group) {
   rows.lse_max = all_floats(-kInfinity);
   rows.lse_sum = all_floats(0.0f);
   // What was due before this shard, the shard leaves alone.
-  for (int64_t r = 0; r < walk_.schedule.samples_before(walk_.schedule.first); ++r) record(group, r);
+  for (int64_t r = 0; r < walk_.count_samples(walk_.first_proposal); ++r) write_samples(group, r);
 }
 
 void Sweep::end(int64_t group) const {
   const RowGroup& rows = groups_[group];
-  const Schedule& schedule = walk_.schedule;
   // What is due after this shard is left at the shard's own last state.
-  for (int64_t r = schedule.samples_before(schedule.first + schedule.count); r < schedule.samples; ++r)
-    record(group, r);
-  for (int64_t row = group * kLanes; row < std::min((group + 1) * kLanes, walk_.rows); ++row) {
+  for (int64_t r = walk_.count_samples(walk_.end_proposal()); r < walk_.num_samples; ++r) write_samples(group, r);
+  for (int64_t row = group * kLanes; row < std::min((group + 1) * kLanes, walk_.num_rows); ++row) {
     const int lane = row % kLanes;
-    recorder_.end(row, prefix_of(rows, lane), rows.state[lane]);
-    if (recorder_.step.accepted) recorder_.step.accepted[row] = rows.accepted[lane];
-    if (recorder_.step.lse) recorder_.step.lse[row] = rows.lse_max[lane] + std::log(rows.lse_sum[lane]);
+    write_end(walk_, row, lane_prefix(rows, lane), rows.state[lane]);
+    if (walk_.step_output.accepted) walk_.step_output.accepted[row] = rows.accepted[lane];
+    if (walk_.step_output.lse) walk_.step_output.lse[row] = rows.lse_max[lane] + std::log(rows.lse_sum[lane]);
   }
 }
 
@@ -81,19 +76,18 @@ EMC2_HD Ints Sweep::excluded(const RowGroup& rows, int64_t key) const {
 template <bool kExclude, bool kWeighted, bool kCount>
 void Sweep::walk_group(const Tile& tile, int64_t group) {
   RowGroup& rows = groups_[group];
-  const Schedule& schedule = walk_.schedule;
   const float* dots = tile.dots + (group * kLanes - tile.row_begin);
-  const int64_t begin = schedule.first + tile.key_begin;
-  const int64_t end = schedule.first + tile.key_end;
-  int64_t sample = schedule.samples_before(begin);
-  int64_t sample_at = sample < schedule.samples ? schedule.proposal_of_sample(sample) : -1;
+  const int64_t begin = walk_.first_proposal + tile.key_begin;
+  const int64_t end = walk_.first_proposal + tile.key_end;
+  int64_t sample = walk_.count_samples(begin);
+  int64_t sample_at = sample < walk_.num_samples ? walk_.sample_point(sample) : -1;
   // Locals stay in registers; through `rows` each proposal would store them.
   auto prefix = rows.prefix;
   Floats current = rows.current;
   Ints accepted = rows.accepted;
 
   const auto propose = [&](int64_t proposal, Floats e) __attribute__((always_inline)) {
-    const int64_t key = proposal - schedule.first;
+    const int64_t key = proposal - walk_.first_proposal;
     Floats score = load<Floats>(dots + (key - tile.key_begin) * tile.stride) * rows.inverse_temperature;
     if (kWeighted) score -= walk_.log_proposal[key];
     Floats threshold = score < kInfinity ? score + e : all_floats(-kInfinity);
@@ -106,8 +100,8 @@ void Sweep::walk_group(const Tile& tile, int64_t group) {
     }
     if (__builtin_expect(proposal == sample_at, 0)) {
       rows.prefix = prefix;
-      record(group, sample);
-      sample_at = ++sample < schedule.samples ? schedule.proposal_of_sample(sample) : -1;
+      write_samples(group, sample);
+      sample_at = ++sample < walk_.num_samples ? walk_.sample_point(sample) : -1;
     }
   };
 
@@ -152,22 +146,22 @@ void Sweep::add_lse(const Tile& tile, int64_t group) {
   rows.lse_sum = sum;
 }
 
-RowTransition Sweep::prefix_of(const RowGroup& rows, int lane) const {
+RowTransition Sweep::lane_prefix(const RowGroup& rows, int lane) const {
   const int32_t key = rows.prefix.position[lane];
-  return {rows.prefix.threshold[lane], rows.prefix.score[lane], key < 0 ? -1 : walk_.schedule.first + key};
+  return {rows.prefix.threshold[lane], rows.prefix.score[lane], key < 0 ? -1 : walk_.first_proposal + key};
 }
 
-void Sweep::record(int64_t group, int64_t sample) const {
+void Sweep::write_samples(int64_t group, int64_t sample) const {
   const RowGroup& rows = groups_[group];
   const int64_t begin = group * kLanes;
-  const int64_t end = std::min(begin + kLanes, walk_.rows);
-  if (int32_t* samples = recorder_.step.samples) {
+  const int64_t end = std::min(begin + kLanes, walk_.num_rows);
+  if (int32_t* samples = walk_.step_output.samples) {
     const Ints reached = rows.state < rows.prefix.threshold ? rows.prefix.position : all_ints(-1);
-    for (int64_t row = begin; row < end; ++row) samples[row * walk_.schedule.samples + sample] = reached[row - begin];
+    for (int64_t row = begin; row < end; ++row) samples[row * walk_.num_samples + sample] = reached[row - begin];
     return;
   }
   for (int64_t row = begin; row < end; ++row) {
-    recorder_.sample(row, sample, prefix_of(rows, row - begin), rows.state[row - begin]);
+    write_sample(walk_, row, sample, lane_prefix(rows, row - begin), rows.state[row - begin]);
   }
 }
 
@@ -177,7 +171,7 @@ Sweep::Kernel Sweep::kernel() const {
        {&Sweep::walk_group<false, true, false>, &Sweep::walk_group<false, true, true>}},
       {{&Sweep::walk_group<true, false, false>, &Sweep::walk_group<true, false, true>},
        {&Sweep::walk_group<true, true, false>, &Sweep::walk_group<true, true, true>}}};
-  return kernels[walk_.query_ids != nullptr][walk_.log_proposal != nullptr][recorder_.step.accepted != nullptr];
+  return kernels[walk_.query_ids != nullptr][walk_.log_proposal != nullptr][walk_.step_output.accepted != nullptr];
 }
 
 // `prepare(group)` makes the scores of a group of rows, where they are not there yet.
@@ -186,13 +180,13 @@ void Sweep::walk_groups(const Tile& tile, bool parallel, Prepare prepare) {
   const Kernel walk_one = kernel();
   const int64_t first = tile.row_begin / kLanes;
   const int64_t last = (tile.row_end + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(dynamic) num_threads(walk_.threads) if (parallel)
+#pragma omp parallel for schedule(dynamic) num_threads(walk_.num_threads) if (parallel)
   for (int64_t group = first; group < last; ++group) {
     prepare(group);
     if (tile.key_begin == 0) start(group);
     (this->*walk_one)(tile, group);
-    if (recorder_.step.lse) add_lse(tile, group);
-    if (tile.key_end == walk_.keys) end(group);
+    if (walk_.step_output.lse) add_lse(tile, group);
+    if (tile.key_end == walk_.num_keys) end(group);
   }
 }
 
@@ -202,19 +196,20 @@ void Sweep::walk(const Tile& tile) {
 }
 
 template <class Element>
-void Sweep::walk_small_of(const Operands& operands) {
+void Sweep::walk_small() {
+  const Operands& operands = walk_.operands;
   const int64_t stride = static_cast<int64_t>(groups_.size()) * kLanes;
-  std::vector<float> dots(stride * walk_.keys);
-  const bool parallel = walk_.rows * walk_.keys * operands.dim >= kParallelMultiplies;
-  walk_groups({dots.data(), stride, 0, walk_.rows, 0, walk_.keys}, parallel, [&](int64_t group) {
-    group_products(static_cast<const Element*>(operands.queries), operands.query_stride, group * kLanes, walk_.rows,
-                   static_cast<const Element*>(operands.keys), operands.key_stride, walk_.keys, operands.dim,
+  std::vector<float> dots(stride * walk_.num_keys);
+  const bool parallel = walk_.num_rows * walk_.num_keys * operands.dim >= kParallelMultiplies;
+  walk_groups({dots.data(), stride, 0, walk_.num_rows, 0, walk_.num_keys}, parallel, [&](int64_t group) {
+    group_products(static_cast<const Element*>(operands.queries), operands.query_stride, group * kLanes, walk_.num_rows,
+                   static_cast<const Element*>(operands.keys), operands.key_stride, walk_.num_keys, operands.dim,
                    dots.data() + group * kLanes, stride);
   });
 }
 
-void Sweep::walk_small(const Operands& operands) {
-  with_element(operands.dtype, [&](auto element) { walk_small_of<decltype(element)>(operands); });
+void Sweep::walk_small() {
+  dispatch_dtype(walk_.operands.dtype, [&](auto element) { walk_small<decltype(element)>(); });
 }
 
 }  // namespace emc2

@@ -5,9 +5,8 @@
 
 #include <vector>
 
-#include "acceptance.h"
-#include "../operands.h"
-#include "recorder.h"
+#include "vector_philox.h"
+#include "walk_output.h"
 
 namespace emc2 {
 
@@ -24,7 +23,7 @@ struct Tile {
 // kLanes neighbouring rows and how far their walk has come.
 struct RowGroup {
   Transition<Floats, Ints> prefix;
-  AcceptanceDraws draws;
+  VectorPhilox draws;
   Floats inverse_temperature;
   Words query_id_low, query_id_high;
   Floats state;    // incoming score
@@ -35,13 +34,11 @@ struct RowGroup {
 
 class Sweep {
  public:
-  explicit Sweep(const Recorder& recorder);  // throws std::invalid_argument for values that are not legal
-
-  Sweep(const Sweep&) = delete;  // walk_ refers into recorder_
+  explicit Sweep(const Walk& walk);  // throws std::invalid_argument for values that are not legal
 
   // Tiles of a row block come in key order: its first key starts the rows, its last one ends them.
   void walk(const Tile& tile);
-  void walk_small(const Operands& operands);  // all keys, products included; there may be none
+  void walk_small();  // all keys, products with walk.operands included; there may be none
 
  private:
   using Kernel = void (Sweep::*)(const Tile&, int64_t);
@@ -52,16 +49,15 @@ class Sweep {
   template <class Prepare>
   void walk_groups(const Tile& tile, bool parallel, Prepare prepare);
   template <class Element>
-  void walk_small_of(const Operands& operands);
+  void walk_small();
   template <bool kExclude, bool kWeighted, bool kCount>
   void walk_group(const Tile& tile, int64_t group);
   void add_lse(const Tile& tile, int64_t group);
-  void record(int64_t group, int64_t sample) const;
-  RowTransition prefix_of(const RowGroup& rows, int lane) const;
+  void write_samples(int64_t group, int64_t sample) const;
+  RowTransition lane_prefix(const RowGroup& rows, int lane) const;
   Ints excluded(const RowGroup& rows, int64_t key) const;
 
-  Recorder recorder_;
-  const Walk& walk_;
+  Walk walk_;
   std::vector<RowGroup> groups_;
 };
 

@@ -8,7 +8,7 @@
 #include <cassert>
 
 #include "launch.cuh"
-#include "loads.cuh"
+#include "vector_loads.cuh"
 #include "warp_walk.cuh"
 
 namespace emc2 {
@@ -44,11 +44,11 @@ class BatchDraws {
     block_ = {recomputed(drawn.c0), recomputed(drawn.c1), recomputed(drawn.c2), recomputed(drawn.c3)};
   }
 
-  __device__ __forceinline__ uint32_t acceptance() const { return word_of(block_, 16 + lane_ / 4, lane_ % 4); }
+  __device__ __forceinline__ uint32_t acceptance() const { return shuffle_word(block_, 16 + lane_ / 4, lane_ % 4); }
 
   __device__ __forceinline__ int64_t position(int64_t keys) const {
     const int source = lane_ / 2, word = lane_ % 2 * 2;
-    const uint32_t low = word_of(block_, source, word), high = word_of(block_, source, word + 1);
+    const uint32_t low = shuffle_word(block_, source, word), high = shuffle_word(block_, source, word + 1);
     return static_cast<int64_t>(scale_to_range(low, high, static_cast<uint64_t>(keys)));
   }
 
@@ -90,7 +90,7 @@ class RowProducts {
         pack_(load_pack<kAligned>(query_, at_, static_cast<int>(operands.dim))) {}
 
   // `position` is the lane's own key. The order of additions depends on neither the lane nor the batch.
-  __device__ __forceinline__ float with(const Operands& operands, uint32_t position) {
+  __device__ __forceinline__ float product(const Operands& operands, uint32_t position) {
     float product = 0.0f;
     for (int first = 0; first < width_; first += kCount) {
       float sums[kCount] = {};
@@ -129,16 +129,14 @@ class RowProducts {
 
 template <class Element, bool kAligned>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp, kBlocksPerProcessor)
-    gathered_kernel(const __grid_constant__ DeviceWalk walk, int width) {
+    gathered_kernel(const __grid_constant__ TimedWalk walk, int width) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (row >= walk.walk.rows) return;  // whole warps, and there is no barrier below
-  const Walk& common = walk.walk;
-  const int64_t begin = common.schedule.first;
+  if (row >= walk.num_rows) return;  // whole warps, and there is no barrier below
+  const int64_t begin = walk.first_proposal;
   ChainDraws draws(walk, row);
   RowProducts<Element, kAligned> products(walk.operands, row, width);
-  const float inverse_temperature =
-      1.0f / (common.temperatures ? common.temperatures[row * walk.temperature_stride] : common.temperature);
-  const int64_t query_id = common.query_ids ? common.query_ids[row] : 0;
+  const float inverse_temperature = 1.0f / walk.row_temperature(row);
+  const int64_t query_id = walk.query_ids ? walk.query_ids[row] : 0;
   WarpWalk chain(walk, row, 0);
   chain.begin(walk);
   bool is_outside = false;  // a given position, of the keys
@@ -149,18 +147,18 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp, kBlocksPerProcessor)
     const BatchDraws drawn(draws, first);
     int64_t position = 0;
     if (!walk.positions) {
-      position = drawn.position(common.keys);
+      position = drawn.position(walk.num_keys);
     } else if (is_in_shard) {
       position = walk.positions[row * walk.position_stride + (proposal - begin)];
-      if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(common.keys)) {
+      if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(walk.num_keys)) {
         is_outside = true;
         position = 0;
       }
     }
-    const float product = products.with(walk.operands, static_cast<uint32_t>(position));
+    const float product = products.product(walk.operands, static_cast<uint32_t>(position));
     float score = __fmul_rn(product, inverse_temperature);
-    if (common.log_proposal) score = __fsub_rn(score, common.log_proposal[position]);
-    const bool proposable = is_in_shard && !(common.query_ids && common.key_ids[position] == query_id);
+    if (walk.log_proposal) score = __fsub_rn(score, walk.log_proposal[position]);
+    const bool proposable = is_in_shard && !(walk.query_ids && walk.key_ids[position] == query_id);
     chain.batch(walk, proposed(score, exponential(drawn.acceptance()), static_cast<int32_t>(position), proposable));
   }
   chain.end(walk);
@@ -169,31 +167,30 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp, kBlocksPerProcessor)
 }
 
 template <class Element>
-const char* launch_for(const DeviceWalk& walk, DeviceQueue queue) {
+const char* launch_typed(const Walk& walk, LaunchTarget target) {
   int width = kGroup;
   while (width < kWarp && width * kPackElements<Element> < walk.operands.dim) width *= 2;
-  DeviceWalk timed = walk;
-  timed.clock = sample_clock(walk.walk.schedule, walk.walk.schedule.first / kWarp * kWarp, kWarp);
-  const int64_t blocks = (walk.walk.rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
+  const TimedWalk timed{walk, sample_clock(walk, walk.first_proposal / kWarp * kWarp, kWarp)};
+  const int64_t blocks = (walk.num_rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
   const auto kernel =
       rows_are_packs<Element>(walk.operands) ? gathered_kernel<Element, true> : gathered_kernel<Element, false>;
-  return launch(kernel, blocks, kWarpsPerBlock * kWarp, queue, timed, width);
+  return launch(kernel, blocks, kWarpsPerBlock * kWarp, target, timed, width);
 }
 
 }  // namespace
 
 const char* load_gathered(int device) {
-  return load({pointer_to(gathered_kernel<float, true>), pointer_to(gathered_kernel<float, false>),
-               pointer_to(gathered_kernel<Bfloat16, true>), pointer_to(gathered_kernel<Bfloat16, false>),
-               pointer_to(gathered_kernel<Float16, true>), pointer_to(gathered_kernel<Float16, false>)},
+  return load({kernel_pointer(gathered_kernel<float, true>), kernel_pointer(gathered_kernel<float, false>),
+               kernel_pointer(gathered_kernel<Bfloat16, true>), kernel_pointer(gathered_kernel<Bfloat16, false>),
+               kernel_pointer(gathered_kernel<Float16, true>), kernel_pointer(gathered_kernel<Float16, false>)},
               device);
 }
 
-const char* launch_gathered(const DeviceWalk& walk, DeviceQueue queue) {
+const char* launch_gathered(const Walk& walk, LaunchTarget target) {
   if (const char* error = why_unsupported(walk.operands)) return error;
-  if (walk.walk.keys == 0 && walk.walk.schedule.count > 0)
-    return "proposal must hold no positions where there are no keys";
-  return with_element(walk.operands.dtype, [&](auto element) { return launch_for<decltype(element)>(walk, queue); });
+  if (walk.num_keys == 0 && walk.num_proposals > 0) return "proposal must hold no positions where there are no keys";
+  return dispatch_dtype(walk.operands.dtype,
+                        [&](auto element) { return launch_typed<decltype(element)>(walk, target); });
 }
 
 }  // namespace emc2

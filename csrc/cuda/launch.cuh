@@ -5,7 +5,7 @@
 
 #include <initializer_list>
 
-#include "launch.h"
+#include "kernels.h"
 
 namespace emc2 {
 
@@ -34,15 +34,15 @@ inline const char* why_unsupported(const Operands& operands) {
 
 // `first`: number of the proposal in the first batch's lane 0, which may lie before the shard.
 inline SampleClock sample_clock(const Schedule& schedule, int64_t first, int64_t batch) {
-  const int64_t kept = schedule.total - schedule.burn_in, samples = schedule.samples;
+  const int64_t kept = schedule.total_proposals - schedule.burn_in, samples = schedule.num_samples;
   if (kept <= 0) return {};
   const int64_t progress = (first - schedule.burn_in) * samples;
   const int64_t done = progress >= 0 ? progress / kept : -((-progress + kept - 1) / kept);  // rounded down
-  const int64_t end = schedule.first + schedule.count;
+  const int64_t end = schedule.end_proposal();
   return {kept,
-          schedule.count > 0 ? end : 0,  // or a batch of nothing would be walked, with no key to score
-          schedule.samples_before(schedule.first),
-          schedule.samples_before(end),
+          schedule.num_proposals > 0 ? end : 0,  // or a batch of nothing would be walked, with no key to score
+          schedule.count_samples(schedule.first_proposal),
+          schedule.count_samples(end),
           done,
           progress - done * kept,
           batch * samples / kept,
@@ -50,7 +50,7 @@ inline SampleClock sample_clock(const Schedule& schedule, int64_t first, int64_t
 }
 
 template <class... Parameters>
-const void* pointer_to(void (*kernel)(Parameters...)) {
+const void* kernel_pointer(void (*kernel)(Parameters...)) {
   return reinterpret_cast<const void*>(kernel);
 }
 
@@ -66,17 +66,17 @@ inline const char* load(std::initializer_list<const void*> kernels, int device) 
 }
 
 template <class... Parameters>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, DeviceQueue queue,
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, LaunchTarget target,
                    const Parameters&... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "queries have more rows than one launch can take";
-  const DeviceScope scope(queue.device);
+  const DeviceScope scope(target.device);
   cudaError_t error = scope.error();
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.stream = static_cast<cudaStream_t>(queue.stream);
+    config.stream = static_cast<cudaStream_t>(target.stream);
     error = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
   if (error == cudaSuccess) return nullptr;

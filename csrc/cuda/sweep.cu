@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "launch.cuh"
-#include "loads.cuh"
+#include "vector_loads.cuh"
 #include "warp_walk.cuh"
 
 namespace emc2 {
@@ -64,14 +64,14 @@ struct Share {
 
 // All loads before the first store, which would wait for them.
 template <class Element, bool kAligned, int kRows>
-__device__ __forceinline__ void stage(const DeviceWalk& walk, int64_t first_row, int64_t first_key, int at,
+__device__ __forceinline__ void stage(const TimedWalk& walk, int64_t first_row, int64_t first_key, int at,
                                       Staged<kRows>& staged) {
   const Operands& operands = walk.operands;
   const int dim = static_cast<int>(operands.dim);
   Share<Element, kTile> keys;
   Share<Element, kWarps * kRows> queries;
-  keys.template load<kAligned>(operands.keys, operands.key_stride, first_key, walk.walk.keys, at, dim);
-  queries.template load<kAligned>(operands.queries, operands.query_stride, first_row, walk.walk.rows, at, dim);
+  keys.template load<kAligned>(operands.keys, operands.key_stride, first_key, walk.num_keys, at, dim);
+  queries.template load<kAligned>(operands.queries, operands.query_stride, first_row, walk.num_rows, at, dim);
   keys.store(staged.keys);
   queries.store(staged.queries);
 }
@@ -124,9 +124,9 @@ struct LaneKey {
   int64_t position, id;
   float log_proposal;
 
-  __device__ __forceinline__ LaneKey(const Walk& walk, int64_t position_)
+  __device__ __forceinline__ LaneKey(const WalkParams& walk, int64_t position_)
       : position(position_), id(0), log_proposal(0) {
-    if (position >= walk.keys) return;
+    if (position >= walk.num_keys) return;
     if (walk.query_ids) id = walk.key_ids[position];
     if (walk.log_proposal) log_proposal = walk.log_proposal[position];
   }
@@ -139,27 +139,27 @@ struct SweepRow {
   WarpWalk chain;
   LogSumExp lse;
 
-  __device__ __forceinline__ SweepRow(const DeviceWalk& walk, int64_t row)
+  __device__ __forceinline__ SweepRow(const TimedWalk& walk, int64_t row)
       : draws(walk, row),
-        query_id(walk.walk.query_ids ? walk.walk.query_ids[row] : 0),
-        temperature(walk.walk.temperatures ? walk.walk.temperatures[row * walk.temperature_stride]
-                                           : walk.walk.temperature),
-        chain(walk, row, walk.walk.schedule.first) {}
+        query_id(walk.query_ids ? walk.query_ids[row] : 0),
+        temperature(walk.row_temperature(row)),
+        chain(walk, row, walk.first_proposal) {}
 
   // Walks 32 keys, one a lane. Lane i of the warp has the draws of the tile's i-th block of proposals.
-  __device__ __forceinline__ void batch(const DeviceWalk& walk, const LaneKey& key, float product,
+  __device__ __forceinline__ void batch(const TimedWalk& walk, const LaneKey& key, float product,
                                         const PhiloxBlock<uint32_t>& drawn, int64_t first_block) {
-    const int64_t proposal = walk.walk.schedule.first + key.position;
-    const uint32_t word = word_of(drawn, static_cast<int>(proposal / 4 - first_block), static_cast<int>(proposal % 4));
+    const int64_t proposal = walk.first_proposal + key.position;
+    const uint32_t word =
+        shuffle_word(drawn, static_cast<int>(proposal / 4 - first_block), static_cast<int>(proposal % 4));
     // Taken out of the loop, the division would wait for the temperature before the keys are asked for.
     const float similarity = __fmul_rn(product, 1.0f / recomputed(temperature));
-    const float score = walk.walk.log_proposal ? __fsub_rn(similarity, key.log_proposal) : similarity;
-    const bool proposable = key.position < walk.walk.keys && !(walk.walk.query_ids && key.id == query_id);
+    const float score = walk.log_proposal ? __fsub_rn(similarity, key.log_proposal) : similarity;
+    const bool proposable = key.position < walk.num_keys && !(walk.query_ids && key.id == query_id);
     chain.batch(walk, proposed(score, exponential(word), static_cast<int32_t>(key.position), proposable));
     if (walk.step_output.lse && proposable && fabsf(similarity) < __builtin_inff()) lse.add(similarity);
   }
 
-  __device__ __forceinline__ void end(const DeviceWalk& walk) const {
+  __device__ __forceinline__ void end(const TimedWalk& walk) const {
     chain.end(walk);
     if (!walk.step_output.lse) return;
     const float total = lse.total();
@@ -174,11 +174,11 @@ struct WarpRows {
   int count;
 
   template <int... kIndex>
-  __device__ __forceinline__ WarpRows(const DeviceWalk& walk, int64_t first, std::integer_sequence<int, kIndex...>)
-      : at{SweepRow(walk, first + kIndex < walk.walk.rows ? first + kIndex : walk.walk.rows - 1)...},
-        count(static_cast<int>(walk.walk.rows - first < kRows ? walk.walk.rows - first : kRows)) {}
+  __device__ __forceinline__ WarpRows(const TimedWalk& walk, int64_t first, std::integer_sequence<int, kIndex...>)
+      : at{SweepRow(walk, first + kIndex < walk.num_rows ? first + kIndex : walk.num_rows - 1)...},
+        count(static_cast<int>(walk.num_rows - first < kRows ? walk.num_rows - first : kRows)) {}
 
-  __device__ __forceinline__ void end(const DeviceWalk& walk) const {
+  __device__ __forceinline__ void end(const TimedWalk& walk) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r < count) {
@@ -191,7 +191,7 @@ struct WarpRows {
 
 // Products of the warp's rows with the lane's keys of a tile, which all warps of the block stage chunk by chunk.
 template <class Element, int kRows>
-__device__ __forceinline__ void tile_products(const DeviceWalk& walk, bool is_aligned, int64_t tile,
+__device__ __forceinline__ void tile_products(const TimedWalk& walk, bool is_aligned, int64_t tile,
                                               Staged<kRows>& staged, float (&products)[kHalves][kRows]) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, dim = static_cast<int>(walk.operands.dim);
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * (kWarps * kRows);
@@ -206,7 +206,7 @@ __device__ __forceinline__ void tile_products(const DeviceWalk& walk, bool is_al
     const int quads = dim - at < kChunk ? (dim - at + 3) / 4 : kQuads;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      if (tile + half * kWarp < walk.walk.keys) {
+      if (tile + half * kWarp < walk.num_keys) {
         add_products<kRows>(staged.keys[half * kWarp + lane_id()], staged.queries + warp * kRows, quads,
                             products[half]);
       }
@@ -216,9 +216,8 @@ __device__ __forceinline__ void tile_products(const DeviceWalk& walk, bool is_al
 
 template <class Element, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    sweep_kernel(const __grid_constant__ DeviceWalk walk, bool is_aligned) {
+    sweep_kernel(const __grid_constant__ TimedWalk walk, bool is_aligned) {
   __shared__ Staged<kRows> staged;
-  const Walk& common = walk.walk;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t warp_row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kRows;
   WarpRows<kRows> rows(walk, warp_row, std::make_integer_sequence<int, kRows>());
@@ -226,11 +225,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   for (int r = 0; r < kRows; ++r) {
     if (r < rows.count) rows.at[r].chain.begin(walk);
   }
-  for (int64_t tile = 0; tile < common.keys; tile += kTile) {
-    const LaneKey keys[kHalves] = {LaneKey(common, tile + lane_id()), LaneKey(common, tile + kWarp + lane_id())};
+  for (int64_t tile = 0; tile < walk.num_keys; tile += kTile) {
+    const LaneKey keys[kHalves] = {LaneKey(walk, tile + lane_id()), LaneKey(walk, tile + kWarp + lane_id())};
     float products[kHalves][kRows] = {};
     tile_products<Element>(walk, is_aligned, tile, staged, products);
-    const int64_t first_block = (common.schedule.first + tile) / 4;
+    const int64_t first_block = (walk.first_proposal + tile) / 4;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows.count) break;
@@ -238,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       const auto drawn = rows.at[r].draws.block(kAcceptanceStream, first_block + lane_id());
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        if (tile + half * kWarp < common.keys)
+        if (tile + half * kWarp < walk.num_keys)
           rows.at[r].batch(walk, keys[half], products[half][r], drawn, first_block);
       }
     }
@@ -247,28 +246,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }
 
 template <class Element>
-const char* launch_for(const DeviceWalk& walk, DeviceQueue queue) {
-  DeviceWalk timed = walk;
-  timed.clock = sample_clock(walk.walk.schedule, walk.walk.schedule.first, kWarp);
+const char* launch_typed(const Walk& walk, LaunchTarget target) {
+  const TimedWalk timed{walk, sample_clock(walk, walk.first_proposal, kWarp)};
   const bool is_aligned = rows_are_packs<Element>(walk.operands);
-  const int rows = walk.walk.rows > kManyRows ? 2 : 1;
+  const int rows = walk.num_rows > kManyRows ? 2 : 1;
   const auto kernel = rows == 2 ? sweep_kernel<Element, 2> : sweep_kernel<Element, 1>;
-  const int64_t blocks = (walk.walk.rows + kWarps * rows - 1) / (kWarps * rows);
-  return launch(kernel, blocks, kThreads, queue, timed, is_aligned);
+  const int64_t blocks = (walk.num_rows + kWarps * rows - 1) / (kWarps * rows);
+  return launch(kernel, blocks, kThreads, target, timed, is_aligned);
 }
 
 }  // namespace
 
 const char* load_sweep(int device) {
-  return load({pointer_to(sweep_kernel<float, 1>), pointer_to(sweep_kernel<float, 2>),
-               pointer_to(sweep_kernel<Bfloat16, 1>), pointer_to(sweep_kernel<Bfloat16, 2>),
-               pointer_to(sweep_kernel<Float16, 1>), pointer_to(sweep_kernel<Float16, 2>)},
+  return load({kernel_pointer(sweep_kernel<float, 1>), kernel_pointer(sweep_kernel<float, 2>),
+               kernel_pointer(sweep_kernel<Bfloat16, 1>), kernel_pointer(sweep_kernel<Bfloat16, 2>),
+               kernel_pointer(sweep_kernel<Float16, 1>), kernel_pointer(sweep_kernel<Float16, 2>)},
               device);
 }
 
-const char* launch_sweep(const DeviceWalk& walk, DeviceQueue queue) {
+const char* launch_sweep(const Walk& walk, LaunchTarget target) {
   if (const char* error = why_unsupported(walk.operands)) return error;
-  return with_element(walk.operands.dtype, [&](auto element) { return launch_for<decltype(element)>(walk, queue); });
+  return dispatch_dtype(walk.operands.dtype,
+                        [&](auto element) { return launch_typed<decltype(element)>(walk, target); });
 }
 
 }  // namespace emc2

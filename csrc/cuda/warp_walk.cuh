@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../transition.h"
-#include "draws.cuh"
+#include "warp_draws.cuh"
 
 namespace emc2 {
 
@@ -19,7 +19,7 @@ __device__ __forceinline__ LaneTransition proposed(float score, float e, int32_t
   return {__fadd_rn(score, e), score, position};
 }
 
-__device__ __forceinline__ LaneTransition of_lane(const LaneTransition& mine, int lane) {
+__device__ __forceinline__ LaneTransition shuffle_transition(const LaneTransition& mine, int lane) {
   return {__shfl_sync(kAllLanes, mine.threshold, lane), __shfl_sync(kAllLanes, mine.score, lane),
           __shfl_sync(kAllLanes, mine.position, lane)};
 }
@@ -41,27 +41,27 @@ __device__ __forceinline__ LaneTransition prefixes(LaneTransition mine) {
 class WarpWalk {
  public:
   // `position_offset`: what transitions add to a key's place in `keys`.
-  __device__ __forceinline__ WarpWalk(const DeviceWalk& walk, int64_t row, int64_t position_offset)
+  __device__ __forceinline__ WarpWalk(const TimedWalk& walk, int64_t row, int64_t position_offset)
       : prefix_(identity()),
-        incoming_(walk.states.score ? walk.states.score[row] : kMinusInfinity),
+        incoming_(walk.input.score ? walk.input.score[row] : kMinusInfinity),
         row_(row),
         position_offset_(position_offset) {}
 
   __device__ __forceinline__ int64_t row() const { return row_; }
 
   // What was due before this shard, the shard leaves alone.
-  __device__ __forceinline__ void begin(const DeviceWalk& walk) {
+  __device__ __forceinline__ void begin(const TimedWalk& walk) {
     const SampleClock& clock = walk.clock;
     for (int64_t r = lane_id(); r < clock.before_shard; r += kWarp) write_sample(walk, r, prefix_);
-    if (walk.walk.schedule.count == 0) return;
-    const uint64_t ahead = clock.first_remainder + lane_id() * walk.walk.schedule.samples, kept = clock.kept;
+    if (walk.num_proposals == 0) return;
+    const uint64_t ahead = clock.first_remainder + lane_id() * walk.num_samples, kept = clock.kept;
     const uint64_t samples_ahead = ahead / kept;
     sample_ = clock.first + static_cast<int64_t>(samples_ahead);
     remainder_ = static_cast<int64_t>(ahead - samples_ahead * kept);
   }
 
   // Walks the next 32 proposals, in the order of the lanes; those outside the shard hold the identity.
-  __device__ __forceinline__ void batch(const DeviceWalk& walk, const LaneTransition& mine) {
+  __device__ __forceinline__ void batch(const TimedWalk& walk, const LaneTransition& mine) {
     const int lane = lane_id();
     const LaneTransition scan = prefixes({mine.threshold, mine.score, mine.position < 0 ? -1 : lane});
     const int32_t position = __shfl_sync(kAllLanes, mine.position, scan.position & (kWarp - 1));
@@ -71,12 +71,12 @@ class WarpWalk {
       accepted_ += __popc(__ballot_sync(kAllLanes, own));
     }
     tick(walk, after);
-    prefix_ = of_lane(after, kWarp - 1);
+    prefix_ = shuffle_transition(after, kWarp - 1);
   }
 
   // What is due after this shard is left at the shard's own last state.
-  __device__ __forceinline__ void end(const DeviceWalk& walk) const {
-    for (int64_t r = walk.clock.by_end + lane_id(); r < walk.walk.schedule.samples; r += kWarp) {
+  __device__ __forceinline__ void end(const TimedWalk& walk) const {
+    for (int64_t r = walk.clock.by_end + lane_id(); r < walk.num_samples; r += kWarp) {
       write_sample(walk, r, prefix_);
     }
     const StepOutput& out = walk.step_output;
@@ -85,9 +85,9 @@ class WarpWalk {
     out.score[row_] = moves ? prefix_.score : state();
     out.threshold[row_] = prefix_.threshold;
     if (moves) {
-      out.key[row_] = out.labels ? out.labels[prefix_.position] : prefix_.position;
+      out.key[row_] = walk.input.key_labels ? walk.input.key_labels[prefix_.position] : prefix_.position;
     } else {
-      out.key[row_] = state() > kMinusInfinity ? walk.states.key[row_] : -1;
+      out.key[row_] = state() > kMinusInfinity ? walk.input.key[row_] : -1;
     }
     if (out.accepted) out.accepted[row_] = accepted_;
   }
@@ -98,9 +98,9 @@ class WarpWalk {
 
   // Each lane writes the sample that is due after its proposal, if one is; there is at most one, because samples <=
   // kept. A lane outside the shard may write what begin() and end() write too.
-  __device__ __forceinline__ void tick(const DeviceWalk& walk, const LaneTransition& after) {
+  __device__ __forceinline__ void tick(const TimedWalk& walk, const LaneTransition& after) {
     const SampleClock& clock = walk.clock;
-    const int64_t samples = walk.walk.schedule.samples;
+    const int64_t samples = walk.num_samples;
     const bool is_sample =
         static_cast<uint64_t>(sample_) < static_cast<uint64_t>(samples);  // not before burn-in either
     if (is_sample && remainder_ + samples >= clock.kept) write_sample(walk, sample_, after);
@@ -112,15 +112,15 @@ class WarpWalk {
     }
   }
 
-  __device__ __forceinline__ void write_sample(const DeviceWalk& walk, int64_t sample, const LaneTransition& t) const {
-    const int64_t at = row_ * walk.walk.schedule.samples + sample;
+  __device__ __forceinline__ void write_sample(const TimedWalk& walk, int64_t sample, const LaneTransition& t) const {
+    const int64_t at = row_ * walk.num_samples + sample;
     if (walk.step_output.samples) {
       walk.step_output.samples[at] = state() < t.threshold ? t.position : -1;
       return;
     }
-    walk.transition.threshold[at] = t.threshold;
-    walk.transition.score[at] = t.score;
-    walk.transition.position[at] = t.position < 0 ? -1 : t.position + position_offset_;
+    walk.transition_output.threshold[at] = t.threshold;
+    walk.transition_output.score[at] = t.score;
+    walk.transition_output.position[at] = t.position < 0 ? -1 : t.position + position_offset_;
   }
 
   LaneTransition prefix_;  // of the proposals walked so far

@@ -58,6 +58,12 @@ def source_root() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent
 
 
+def headers(folder: str) -> list[Path]:
+    """What the sources of csrc/<folder> and their binding may include."""
+    folders = ("csrc", f"csrc/{folder}", "python_bindings")
+    return [path for place in folders for path in source_root().glob(f"{place}/*.*") if path.suffix in (".h", ".cuh")]
+
+
 def cache_root() -> Path:
     """Raises Unavailable where nothing says where: no variable, and a user without a home."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
@@ -68,7 +74,7 @@ def cache_root() -> Path:
     return Path(os.path.abspath(root)) / "emc2_kernels"
 
 
-def digest_of(files: Iterable[Path], parts: Iterable[str]) -> str:
+def source_digest(files: Iterable[Path], parts: Iterable[str]) -> str:
     """A folder name in the cache."""
     digest = hashlib.sha256()
     try:
@@ -81,7 +87,7 @@ def digest_of(files: Iterable[Path], parts: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def words_of(variable: str, otherwise: str) -> list[str]:
+def shell_words(variable: str, otherwise: str) -> list[str]:
     """The words of an environment variable, split and unquoted as by a shell."""
     value = os.environ.get(variable, otherwise)
     try:
@@ -105,7 +111,7 @@ def find_compiler(what: str, variable: str, usual: Sequence[str], install: str) 
     found = next(filter(None, map(shutil.which, [chosen] if chosen else usual)), None)
     if found is not None:  # also where its path has spaces
         return [found]
-    command = words_of(variable, "")
+    command = shell_words(variable, "")
     program = shutil.which(command[0]) if command else None
     if program is None:
         wanted = chosen if command else f"{variable}={chosen!r}" if chosen else ", ".join(usual)

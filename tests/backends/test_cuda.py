@@ -20,9 +20,8 @@ from test_parity import assert_walks, call, everything
 
 import emc2_kernels as emc2
 from emc2_kernels import mh, ops
-from emc2_kernels.backends import extension as build
-from emc2_kernels.backends import gpu
-from emc2_kernels.backends.cuda import build as native_cuda
+from emc2_kernels.backends import extension, gpu
+from emc2_kernels.backends.cuda import build as cuda_build
 from emc2_kernels.backends.cuda import mh as cuda
 from emc2_kernels.backends.params import WalkParams
 from emc2_kernels.backends.reference import mh as reference
@@ -52,20 +51,23 @@ def emulated_module(tmp_path_factory):
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        run_checked("g++", *flags, *build.include_flags(), "-x", "c++", "-c", source, "-o", target)
+        run_checked("g++", *flags, *extension.include_flags(), "-x", "c++", "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, native_cuda.sources()))
+        objects = list(pool.map(compiled, cuda_build.sources()))
     run_checked("g++", "-shared", *objects, "-o", folder / "emc2_cuda.so")
-    module = build.load("emc2_cuda", folder / "emc2_cuda.so")
+    module = extension.load("emc2_cuda", folder / "emc2_cuda.so")
     module.load(0)
     return module
 
 
-def poisoned_empty(*args, real_empty=torch.empty, **kwargs):
-    tensor = real_empty(*args, **kwargs)
-    return tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
+def poisoned(allocate):
+    def allocate_poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
+
+    return allocate_poisoned
 
 
 @pytest.fixture
@@ -76,7 +78,8 @@ def emulated(emulated_module, monkeypatch):
     monkeypatch.setattr(cuda, "_current_stream", lambda device: 0)
     monkeypatch.setattr(ops, "resolve", lambda name, *a: cuda if name == "emulated" else resolve(name, *a))
     monkeypatch.setattr(mh, "NAMES", (*mh.NAMES, "emulated"))
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     return "emulated"
 
 
@@ -341,7 +344,7 @@ def test_view_coin(emulated, count):
 
 
 def test_acceptance_without_a_conversion():
-    """draws.cuh makes u by a bit pattern and one subtraction: the contract's u, for all 2^23 of them."""
+    """warp_draws.cuh makes u by a bit pattern and one subtraction: the contract's u, for all 2^23 of them."""
     draws = np.arange(2**23, dtype=np.uint32)
     u = (draws | np.uint32(0x3F800000)).view(np.float32) - np.float32(1 - 2**-24)
     assert np.array_equal(u.astype(np.float64), draws * 2.0**-23 + 2.0**-24)
@@ -374,5 +377,5 @@ def test_why_unavailable(monkeypatch):
     assert "8.0" in gpu.why_no_cuda_kernels() and "7.5" in gpu.why_no_cuda_kernels()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *index: (10, 0))
     asked = []
-    monkeypatch.setattr(native_cuda, "why_unavailable", lambda architecture: asked.append(architecture))
+    monkeypatch.setattr(cuda_build, "why_unavailable", lambda architecture: asked.append(architecture))
     assert gpu.why_no_cuda_kernels() is None and asked == [100]

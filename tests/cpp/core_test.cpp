@@ -10,13 +10,13 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/acceptance.h"
-#include "cpu/draws.h"
+#include "cpu/checks.h"
 #include "cpu/gathered.h"
 #include "cpu/gumbel.h"
-#include "cpu/products.h"
+#include "cpu/philox_arrays.h"
+#include "cpu/small_matmul.h"
 #include "cpu/sweep.h"
-#include "cpu/values.h"
+#include "cpu/vector_philox.h"
 #include "problem.h"
 
 namespace {
@@ -50,7 +50,7 @@ void philox_has_the_published_answers() {
 }
 
 // Hoisting two rounds must not change a bit.
-void acceptance_draws_equal_the_plain_generator() {
+void vector_philox_equals_the_plain_generator() {
   const uint64_t seeds[] = {0, 1, 0xffffffffull, 1ull << 32, (1ull << 63) + 12345, ~0ull};
   const uint32_t steps[] = {0, 1, 77, 0x80000000u, 0xffffffffu};
   for (int group = 0; group < 40; ++group) {
@@ -65,7 +65,7 @@ void acceptance_draws_equal_the_plain_generator() {
     for (const uint64_t seed : seeds) {
       for (const uint32_t step : steps) {
         const emc2::PhiloxKey key = emc2::philox_key(seed);
-        const emc2::AcceptanceDraws draws(key, step, low, tag);
+        const emc2::VectorPhilox draws(key, step, low, tag);
         for (const uint32_t block :
              {0u, 1u, 2u, 255u, 0x80000001u, 0xffffffffu, static_cast<uint32_t>(random_bits())}) {
           const auto words = draws.words(block);
@@ -242,22 +242,22 @@ void samples_are_taken_where_the_schedule_says() {
         for (int64_t r = 0; r < samples; ++r) {
           int64_t after = 1;  // the least number of proposals that holds a share (r + 1) / samples of those kept
           while (after * samples < (r + 1) * kept) ++after;
-          CHECK(schedule.proposal_of_sample(r) == burn_in + after - 1, "sample %d of %d, %d + %d proposals", int(r),
+          CHECK(schedule.sample_point(r) == burn_in + after - 1, "sample %d of %d, %d + %d proposals", int(r),
                 int(samples), int(burn_in), int(kept));
           for (int64_t p = burn_in + after; p <= total; ++p) ++taken[p];
         }
         for (int64_t p = 0; p <= total; ++p) {
-          CHECK(schedule.samples_before(p) == taken[p], "before proposal %d: %d of %d samples, %d + %d proposals",
-                int(p), int(schedule.samples_before(p)), int(samples), int(burn_in), int(kept));
+          CHECK(schedule.count_samples(p) == taken[p], "before proposal %d: %d of %d samples, %d + %d proposals",
+                int(p), int(schedule.count_samples(p)), int(samples), int(burn_in), int(kept));
         }
       }
     }
   }
   const emc2::Schedule nothing{0, 0, 0, 5, 3};  // no keys: legal, whatever was asked
-  CHECK(nothing.samples_before(0) == 0, "a walk of nothing takes samples");
+  CHECK(nothing.count_samples(0) == 0, "a walk of nothing takes samples");
   const int64_t many = (1ll << 31) - 1;  // products of two such numbers must not overflow
   const emc2::Schedule longest{many, 0, many, 0, many};
-  CHECK(longest.proposal_of_sample(many - 1) == many - 1 && longest.samples_before(many - 1) == many - 1, "overflow");
+  CHECK(longest.sample_point(many - 1) == many - 1 && longest.count_samples(many - 1) == many - 1, "overflow");
 }
 
 // The high 64 bits of a 64 x 64 bit product, by long multiplication in base 2^16.
@@ -290,21 +290,21 @@ void positions_scale_exactly() {
 
 void walk_of_uniform_draws(const Problem& problem, int threads) {
   Results got(problem);
-  emc2::walk_gathered(got.recorder(problem, threads), problem.operands(), {nullptr, 0});
+  emc2::walk_gathered(got.walk(problem, threads));
   const auto drawn = [&](int64_t row, int64_t p) { return problem.drawn_position(row, p); };
   check_same(got, walk_by_the_book(problem, drawn, false), "uniform draws");
 }
 
 void sweeps(const Problem& problem, int threads) {
-  const auto in_order = [&](int64_t, int64_t p) { return p - problem.schedule.first; };
+  const auto in_order = [&](int64_t, int64_t p) { return p - problem.schedule.first_proposal; };
   const Results want = walk_by_the_book(problem, in_order, true);
   Results small(problem);
-  emc2::Sweep with_products(small.recorder(problem, threads));
-  with_products.walk_small(problem.operands());
+  emc2::Sweep with_products(small.walk(problem, threads));
+  with_products.walk_small();
   check_same(small, want, "a small sweep");
 
   Results tiled(problem);
-  emc2::Sweep by_tiles(tiled.recorder(problem, threads));
+  emc2::Sweep by_tiles(tiled.walk(problem, threads));
   const int64_t stride = (problem.rows + 63) / 64 * 64;
   for (int64_t begin = 0, end; begin < problem.keys; begin = end) {
     end = std::min(begin + 10, problem.keys);  // tiles that do not end with a block of four draws either
@@ -363,9 +363,12 @@ void gumbel_draws_follow_the_book(int threads) {
   for (const auto& [rows, keys, dim, samples] : shapes) {
     const Problem problem(rows, keys, dim, {keys, 0, keys, 0, 1}, true);
     std::vector<int64_t> positions(rows * samples, -77);
-    emc2::GumbelSampler sampler({rows, keys, samples, problem.seed, problem.step, 0.5f, nullptr,
-                                 problem.chain_ids.data(), problem.query_ids.data(), problem.key_ids.data(), threads,
-                                 positions.data()});
+    emc2::GumbelParams params{};
+    params.num_rows = rows, params.num_keys = keys, params.temperature = 0.5f, params.num_threads = threads;
+    params.query_ids = problem.query_ids.data(), params.key_ids = problem.key_ids.data();
+    params.seed = problem.seed, params.step = problem.step, params.chain_ids = problem.chain_ids.data();
+    params.num_samples = samples, params.positions = positions.data();
+    emc2::GumbelSampler sampler(params);
     for (int64_t row_begin = 0; row_begin < rows; row_begin += 64) {
       const int64_t row_end = std::min(row_begin + 64, rows);
       for (int64_t begin = 0, end; begin < keys; begin = end) {
@@ -405,12 +408,11 @@ void bad_values_are_refused() {
     positions[(rows - 1) * stride + draws - 1] = position;
     Results got(problem);
     const Results poisoned(problem);
-    emc2::Recorder recorder = got.recorder(problem, 1);
-    recorder.walk.schedule = schedule;
-    const bool given = schedule.count == draws && schedule.first == 0;
-    const bool refused = refuses([&] {
-      emc2::walk_gathered(recorder, problem.operands(), {given ? positions.data() : nullptr, stride});
-    });
+    emc2::Walk walk = got.walk(problem, 1);
+    static_cast<emc2::Schedule&>(walk) = schedule;
+    const bool given = schedule.num_proposals == draws && schedule.first_proposal == 0;
+    walk.positions = given ? positions.data() : nullptr, walk.position_stride = stride;
+    const bool refused = refuses([&] { emc2::walk_gathered(walk); });
     if (refused) check_same(got, poisoned, "a walk that was refused");
     return refused;
   };
@@ -430,16 +432,18 @@ void bad_values_are_refused() {
       {draws, many, many, 0, 1},       {draws, 0, draws, many, many},
   };
   for (const emc2::Schedule& schedule : wrong) {
-    CHECK(walk(schedule, 0, 0), "a schedule of %lld proposals is taken", static_cast<long long>(schedule.total));
+    CHECK(walk(schedule, 0, 0), "a schedule of %lld proposals is taken",
+          static_cast<long long>(schedule.total_proposals));
   }
   const float temperatures[] = {1.0f, 0x1p-120f, 0x1p100f, 0x1p-121f, 0.0f, std::nanf(""), kInfinity, -1.0f};
   for (int64_t i = 0; i < 8; ++i) {
-    CHECK(refuses([&] { emc2::require_temperatures(temperatures + i, 1); }) == (i > 2), "temperature %g",
-          temperatures[i]);
+    const emc2::ScoreParams scores{2, 1, 1.0f, temperatures + i, 0, nullptr, nullptr};
+    CHECK(refuses([&] { emc2::require_temperatures(scores); }) == (i > 2), "temperature %g", temperatures[i]);
   }
   for (const int64_t samples : {int64_t{0}, int64_t{1} << 16}) {
-    const emc2::GumbelDraw draw{1, 1, samples, 0, 0, 1.0f, nullptr, nullptr, nullptr, nullptr, 1, nullptr};
-    CHECK(refuses([&] { emc2::GumbelSampler sampler(draw); }), "%d samples are taken", static_cast<int>(samples));
+    emc2::GumbelParams params{};
+    params.num_samples = samples;
+    CHECK(refuses([&] { emc2::GumbelSampler sampler(params); }), "%d samples are taken", static_cast<int>(samples));
   }
 }
 
@@ -447,7 +451,7 @@ void bad_values_are_refused() {
 
 int main() {
   philox_has_the_published_answers();
-  acceptance_draws_equal_the_plain_generator();
+  vector_philox_equals_the_plain_generator();
   exponential_is_minus_the_logarithm();
   exp_nonpositive_is_the_exponential();
   every_half_is_widened_right<emc2::Bfloat16>("bfloat16");

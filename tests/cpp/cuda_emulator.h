@@ -1,9 +1,9 @@
 // Runs the kernels of csrc/cuda on the CPU, compiled by g++: each CUDA thread is a fiber, blocks run one after another.
 //
-// tests/backends/test_cuda.py puts this header in the place of <cuda_runtime.h>. What it is strict about: all 32 lanes of a warp
-// must meet at the same kind of shuffle, all threads of a block at a barrier, 16-byte loads must be aligned, and from
-// launch to launch the threads run in another order, so that what a missing barrier would leave to chance comes out
-// differently. What it cannot show: registers, timing, the approximate logarithm, and the memory model.
+// tests/backends/test_cuda.py puts this header in the place of <cuda_runtime.h>. What it is strict about: all 32 lanes
+// of a warp must meet at the same kind of shuffle, all threads of a block at a barrier, 16-byte loads must be aligned,
+// and from launch to launch the threads run in another order, so that what a missing barrier would leave to chance
+// comes out differently. What it cannot show: registers, timing, the approximate logarithm, and the memory model.
 #pragma once
 
 #include <setjmp.h>

@@ -8,7 +8,7 @@
 
 #include "check.h"
 #include "cpu/gathered.h"
-#include "cpu/lanes.h"
+#include "cpu/simd.h"
 
 using emc2::kInfinity;
 using emc2::Words;
@@ -83,7 +83,7 @@ struct Results {
   std::vector<float> score, threshold, score_at, threshold_at;
 
   explicit Results(const Problem& problem) {
-    const int64_t rows = problem.rows, sampled = rows * problem.schedule.samples;
+    const int64_t rows = problem.rows, sampled = rows * problem.schedule.num_samples;
     if (problem.steps) {
       samples.resize(sampled, -77), accepted.resize(rows, -77), key.resize(rows, -77);
       score.resize(rows, -77.0f), threshold.resize(rows, -77.0f);
@@ -92,21 +92,20 @@ struct Results {
     }
   }
 
-  emc2::Recorder recorder(const Problem& problem, int threads) {
-    emc2::Recorder recorder{};
-    emc2::Walk& walk = recorder.walk;
-    walk.rows = problem.rows, walk.keys = problem.keys, walk.schedule = problem.schedule;
-    walk.seed = problem.seed, walk.step = problem.step, walk.temperature = 0.5f, walk.threads = threads;
+  emc2::Walk walk(const Problem& problem, int threads) {
+    emc2::Walk walk{};
+    static_cast<emc2::Schedule&>(walk) = problem.schedule;
+    walk.num_rows = problem.rows, walk.num_keys = problem.keys, walk.operands = problem.operands();
+    walk.seed = problem.seed, walk.step = problem.step, walk.temperature = 0.5f, walk.num_threads = threads;
     walk.chain_ids = problem.chain_ids.data();
     walk.query_ids = problem.query_ids.data(), walk.key_ids = problem.key_ids.data();
     if (problem.steps) {
-      recorder.states = {problem.state_key.data(), problem.state_score.data()};
-      recorder.step = {samples.data(),  key.data(), score.data(),          threshold.data(),
-                       accepted.data(), nullptr,    problem.key_ids.data()};
+      walk.input = {problem.state_key.data(), problem.state_score.data(), problem.key_ids.data()};
+      walk.step_output = {samples.data(), key.data(), score.data(), threshold.data(), accepted.data(), nullptr};
     } else {
-      recorder.transition = {threshold_at.data(), score_at.data(), position_at.data()};
+      walk.transition_output = {threshold_at.data(), score_at.data(), position_at.data()};
     }
-    return recorder;
+    return walk;
   }
 };
 
@@ -123,20 +122,20 @@ Results walk_by_the_book(const Problem& problem, KeyOfProposal key_of, bool numb
     int64_t position = -1;
     float threshold = -kInfinity;
     int32_t accepted = 0;
-    for (int64_t p = std::min(schedule.first, schedule.burn_in); p < schedule.total; ++p) {
-      const bool in_shard = p >= schedule.first && p < schedule.first + schedule.count;
+    for (int64_t p = std::min(schedule.first_proposal, schedule.burn_in); p < schedule.total_proposals; ++p) {
+      const bool in_shard = p >= schedule.first_proposal && p < schedule.end_proposal();
       const int64_t proposed = in_shard ? key_of(row, p) : 0;
       if (in_shard && problem.key_ids[proposed] != problem.query_ids[row]) {
         const float score = problem.dot(row, proposed) * 2.0f, e = problem.e(row, p);
         threshold = std::max(threshold, score + e);
         if (score + e > current) {
-          current = score, position = proposed + (numbered ? schedule.first : 0), key = problem.key_ids[proposed];
-          ++accepted;
+          current = score, key = problem.key_ids[proposed], ++accepted;
+          position = proposed + (numbered ? schedule.first_proposal : 0);
         }
       }
-      for (int64_t r = 0; r < schedule.samples; ++r) {
-        if (schedule.proposal_of_sample(r) != p) continue;
-        const int64_t at = row * schedule.samples + r;
+      for (int64_t r = 0; r < schedule.num_samples; ++r) {
+        if (schedule.sample_point(r) != p) continue;
+        const int64_t at = row * schedule.num_samples + r;
         if (problem.steps) {
           out.samples[at] = static_cast<int32_t>(position);
         } else {

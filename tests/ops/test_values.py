@@ -25,7 +25,9 @@ from emc2_kernels import (
     mh_transition,
     ops,
 )
+from emc2_kernels.backends import kernel_calls
 from emc2_kernels.backends.cpu import build as native
+from emc2_kernels.backends.params import WalkParams
 
 N, M, D = 4, 5, 8
 QUERIES, KEYS = normal(0, N, D), normal(1, M, D)
@@ -191,9 +193,13 @@ def test_the_core_refuses_what_its_python_side_has_not_looked_at():
     """Its own guard, which the operators rely on in an eager call: no shape of a walk is looked at twice there."""
     with pytest.raises(ValueError, match="at most 2\\^33"):
         mh_transition(QUERIES, KEYS, temperature=0.2, seed=1, step=2, first_proposal=2**33)
-    recorder = native.library().Recorder(N, M, M, 0, M, M, 1, 0, 0, 1.0, *[0] * 5, 1, *[0] * 9, *[0] * 3)
+    core = native.library()
+    walk = WalkParams(
+        QUERIES, KEYS, 1.0, 0, 0, *[None] * 6, burn_in=M, num_samples=1, first_proposal=0, total_proposals=M
+    )
+    params = kernel_calls.walk_params(core, walk, (0, 0), (0, 0), 1)
     with pytest.raises(ValueError, match="do not fit each other"):  # burn-in of the whole walk would divide by zero
-        native.library().Sweep(recorder)
+        core.Sweep(params, None, None, None)
 
 
 # The negative bit: memory holds the values with the other sign.

@@ -88,7 +88,7 @@ MANY_STEPS = (
     + """
 import builtins, os, resource
 import emc2_kernels.backends.cpu, emc2_kernels.backends.reference
-from emc2_kernels.backends import native
+from emc2_kernels.backends.cpu import build
 
 class Broken:
     def __init__(self, error):
@@ -107,8 +107,8 @@ def surrounded(variables, user, limit, triton, names):
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if user is not None:  # who need not be able to read this checkout
-        *_, key, name = native._library_path().parts
-        native._extension.path = lambda: native.cache_root() / key / name
+        *_, key, name = build._library_path().parts
+        build._extension.path = lambda: build.cache_root() / key / name
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)

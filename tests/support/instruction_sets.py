@@ -63,14 +63,15 @@ SEEDS_RUN_WITH = SETTINGS["native, 2 threads"]
 NOT_INHERITED = {name for _, variables in SETTINGS.values() for name in variables} - {"OPENBLAS_CORETYPE"}
 # What compiles, writes files, or drives the check of a GPU: their numbers are no floats of this processor's.
 WITHOUT_ARITHMETIC = (
-    "tools/test_compiled.py", "tools/test_compile_cache.py", "tools/test_sass.py", "test_native_cuda.py",
-    "tools/test_gpu_check.py", "tools/test_gpu_stages.py", "test_build.py", "test_files.py", "gpu",
+    "tools/test_compiled.py", "tools/test_compile_cache.py", "tools/test_sass.py", "tools/test_gpu_check.py",
+    "tools/test_gpu_stages.py", "backends/test_cuda_build.py", "backends/test_extension.py", "stores/test_files.py",
+    "gpu",
 )  # fmt: skip
 
 IN_FORCE = """
 import torch
-from emc2_kernels.backends import native
-print(f"ATen {torch.backends.cpu.get_cpu_capability()}, core {native.library().instruction_set}")
+from emc2_kernels.backends.cpu import build
+print(f"ATen {torch.backends.cpu.get_cpu_capability()}, core {build.library().instruction_set}")
 """
 
 

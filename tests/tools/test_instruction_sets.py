@@ -172,7 +172,7 @@ def test_the_report_says_what_fails_and_passes_what_does_not(capsys):
     assert "1 < 2  t\n         3.0 a < b" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # builds the core twice; test_native.py has what a build says of itself
+@pytest.mark.slow  # builds the core twice; test_cpu_build.py has what a build says of itself
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are x86's")
 @pytest.mark.parametrize("name", ["avx2", "baseline"])
 def test_the_settings_are_in_force(name):

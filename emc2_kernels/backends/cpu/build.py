@@ -1,4 +1,5 @@
-"""The compiled core: built on first use with the machine's C++ compiler (``build.py`` says where it is kept).
+"""The compiled core: built on first use with the machine's C++ compiler (``backends/extension.py`` says where it is
+kept).
 
 What is compiled for one processor may not run on another: the cache's key covers the sources, the flags, Python, torch
 and the processor's features.
@@ -14,21 +15,30 @@ from types import ModuleType
 
 import torch
 
-from ..extension import Extension, cache_root, compile_and_link, digest_of, find_compiler, source_root, words_of
+from ..extension import (
+    Extension,
+    cache_root,
+    compile_and_link,
+    find_compiler,
+    headers,
+    shell_words,
+    source_digest,
+    source_root,
+)
 
-MODULE = "emc2_native"
+MODULE = "emc2_cpu"
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-Wno-psabi")
 
 
 def architecture_flags() -> list[str]:
     """Which instruction sets: ``$EMC2_ARCH``, as for CMake; by default this processor's. Empty: what all of its kind
     have."""
-    return words_of("EMC2_ARCH", "-march=native")
+    return shell_words("EMC2_ARCH", "-march=native")
 
 
 def sources() -> list[Path]:
     root = source_root()
-    return sorted(root.glob("csrc/cpu/*.cpp")) + [root / "python_bindings" / "module.cpp"]
+    return sorted(root.glob("csrc/cpu/*.cpp")) + [root / "python_bindings" / "cpu_module.cpp"]
 
 
 def compiler() -> list[str]:
@@ -57,10 +67,9 @@ def library() -> ModuleType:
 
 @cache
 def _library_path() -> Path:
-    root = source_root()
-    files = (*sources(), *root.glob("csrc/*.h"), *root.glob("csrc/cpu/*.h"))
+    files = (*sources(), *headers("cpu"))
     parts = (*FLAGS, *architecture_flags(), sys.implementation.cache_tag, torch.__version__, _processor())
-    key = digest_of(files, parts)
+    key = source_digest(files, parts)
     return cache_root() / key / f"{MODULE}.so"
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernel_calls import address, contiguous, temperature_fields
 from ..params import ScoreParams
 from ..reference.gumbel import check_values
 from .build import library
-from .mh import address, contiguous, seed_bits, step_number
+from .mh import seed_number, step_number
 from .tiles import ROW_ALIGNMENT, score_tiles
 
 RACES = 1 << 18  # (row, sample) of a block of rows, 17 bytes each
@@ -21,22 +22,29 @@ def gumbel_sample(
     """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``."""
     n, m = scores.queries.shape[0], scores.keys.shape[0]
     positions = torch.empty(n, num_samples, dtype=torch.int64, device="cpu")
-    vectors = (scores.temperature if isinstance(scores.temperature, Tensor) else None, chain_ids, scores.query_ids)
-    temperatures, chain_ids, query_ids = map(contiguous, vectors)
-    key_ids = contiguous(scores.key_ids)
-    arguments = (
-        n,
-        m,
-        num_samples,
-        seed_bits(seed),
-        step_number(step),
-        1.0 if temperatures is not None else scores.temperature,
-        *map(address, (temperatures, chain_ids, query_ids, key_ids)),
-        torch.get_num_threads(),
-        positions.data_ptr(),
+    chain_ids, query_ids, key_ids = map(contiguous, (chain_ids, scores.query_ids, scores.key_ids))
+    temperature, temperatures, temperature_stride = temperature_fields(scores.temperature)
+    (seed_value, _), (step_value, _) = seed_number(seed), step_number(step)
+    core = library()
+    params = core.GumbelParams(
+        num_rows=n,
+        num_keys=m,
+        temperature=temperature,
+        temperatures=temperatures,
+        temperature_stride=temperature_stride,
+        query_ids=address(query_ids),
+        key_ids=address(key_ids),
+        seed=seed_value,
+        seed_address=0,
+        step=step_value,
+        step_address=0,
+        chain_ids=address(chain_ids),
+        num_samples=num_samples,
+        positions=positions.data_ptr(),
+        num_threads=torch.get_num_threads(),
     )
     try:
-        sampler = library().GumbelSampler(*arguments)
+        sampler = core.GumbelSampler(params)
     except ValueError:  # the core has refused a value
         check_values(scores, chain_ids, step)  # says which, and where it is
         raise

@@ -1,5 +1,5 @@
-"""The CUDA kernels: built on first use with nvcc, for the one architecture asked for (``build.py`` says where they are
-kept).
+"""The CUDA kernels: built on first use with nvcc, for the one architecture asked for (``backends/extension.py``
+says where they are kept).
 
 nvcc is called directly. torch's own builder refuses where its CUDA version is another than nvcc's; these sources have
 no header of torch, and a runtime of their own is linked in, so the two need not agree. The cache's key covers the
@@ -18,7 +18,16 @@ from pathlib import Path
 from types import ModuleType
 
 from .. import gpu
-from ..extension import Extension, Unavailable, cache_root, compile_and_link, digest_of, find_compiler, source_root
+from ..extension import (
+    Extension,
+    Unavailable,
+    cache_root,
+    compile_and_link,
+    find_compiler,
+    headers,
+    source_digest,
+    source_root,
+)
 
 MODULE = "emc2_cuda"
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden")
@@ -47,7 +56,7 @@ def definitions() -> list[str]:
     return [] if gpu.asserts() else ["-DEMC2_NO_DEVICE_ASSERTIONS"]
 
 
-def code_for(*architectures: int) -> list[str]:
+def gencode_flags(*architectures: int) -> list[str]:
     """nvcc's flags: code for exactly these, such as 90 for compute capability 9.0."""
     return [flag for a in architectures for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
 
@@ -78,11 +87,9 @@ _extensions: dict[int, Extension] = {}
 @cache
 def _library_path(architecture: int) -> Path:
     """In a folder named after the sources and nvcc's version; without nvcc, what the newest version has left there."""
-    root = source_root()
-    headers = (*root.glob("csrc/*.h"), *root.glob("csrc/cuda/*.h"), *root.glob("csrc/cuda/*.cuh"))
-    flags = (*FLAGS, *LINK_FLAGS, *definitions(), *code_for(architecture))
+    flags = (*FLAGS, *LINK_FLAGS, *definitions(), *gencode_flags(architecture))
     parts = (*flags, sys.implementation.cache_tag, sysconfig.get_platform())
-    key = digest_of((*sources(), *headers), parts)
+    key = source_digest((*sources(), *headers("cuda")), parts)
     try:
         return cache_root() / f"{key}-nvcc{_version(tuple(compiler()))}" / f"{MODULE}.so"
     except Unavailable:
@@ -103,5 +110,5 @@ def _version(nvcc: tuple[str, ...]) -> str:
 
 def _compile(architecture: int, compiler: list[str], target: Path) -> None:
     *kernels, binding = sources()
-    flags = [*FLAGS, *definitions(), *code_for(architecture)]
+    flags = [*FLAGS, *definitions(), *gencode_flags(architecture)]
     compile_and_link([*compiler, *flags], LINK_FLAGS, kernels, binding, target)

@@ -15,7 +15,7 @@ import torch
 from first_use import finish, run_checked, start_python
 
 import emc2_kernels
-from emc2_kernels.backends.cpu import build as native
+from emc2_kernels.backends.cpu import build as cpu_build
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +42,7 @@ class Build(NamedTuple):
 
     @property
     def module(self) -> Path:
-        (module,) = self.folder.glob("emc2_native*.so")
+        (module,) = self.folder.glob("emc2_cpu*.so")
         return module
 
 
@@ -71,15 +71,15 @@ def test_cmake_builds_and_its_tests_pass(build: Build) -> None:
 def test_cmake_has_the_flags_of_the_first_use(build: Build) -> None:
     """Or the two builds would differ in speed, or in rounding."""
     compiles = [line for line in build.log.splitlines() if " -c " in line and "/csrc/" in line]
-    assert len(compiles) == len(native.sources()) - 1
-    assert all(set(native.FLAGS) <= set(line.split()) for line in compiles)
-    assert all(str(source) in build.log for source in native.sources())
+    assert len(compiles) == len(cpu_build.sources()) - 1
+    assert all(set(cpu_build.FLAGS) <= set(line.split()) for line in compiles)
+    assert all(str(source) in build.log for source in cpu_build.sources())
     assert "torch/include" not in build.log
 
 
 NAMES = """
 import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("emc2_native", sys.argv[1])
+spec = importlib.util.spec_from_file_location("emc2_cpu", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 assert "torch" not in sys.modules
@@ -94,10 +94,18 @@ def test_the_module_built_ahead_of_time_has_the_same_names(build: Build) -> None
     """In a process without torch, which it must not need."""
     out, _ = finish(start_python(NAMES, build.module))
     said, out = out.splitlines()
-    jit = native.library()
+    jit = cpu_build.library()
     assert said in INSTRUCTION_SETS[build.architecture]
     members = [name for name in dir(jit) if not name.startswith("__")]
-    assert {"Recorder", "Sweep", "small_sweep", "walk_gathered", "view_coins", "philox_words"} <= set(members)
+    assert {
+        "WalkParams",
+        "GumbelParams",
+        "Sweep",
+        "walk_small_sweep",
+        "walk_gathered",
+        "view_coins",
+        "philox_words",
+    } <= set(members)
     expected = {name: [m for m in dir(getattr(jit, name)) if not m.startswith("__")] for name in members}
     assert json.loads(out) == expected
 
@@ -146,11 +154,11 @@ def walk_arguments() -> dict[str, tuple[tuple, dict]]:
 # The module at argv[1] in place of the one of the first use; arguments and results travel as files.
 WALKS = """
 import importlib.util, sys, torch, emc2_kernels
-from emc2_kernels.backends import cpu, native
-spec = importlib.util.spec_from_file_location("emc2_native", sys.argv[1])
+from emc2_kernels.backends.cpu import build, mh
+spec = importlib.util.spec_from_file_location("emc2_cpu", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-native.library = cpu.library = lambda: module
+build.library = mh.library = lambda: module
 cases = torch.load(sys.argv[2], weights_only=False)
 results = {name: emc2_kernels.mh_step(*a, **k, backend="cpu") for name, (a, k) in cases["walks"].items()}
 words = torch.empty_like(cases["counters"])
@@ -169,7 +177,7 @@ def test_every_instruction_set_walks_the_same_chains(build: Build, tmp_path: Pat
     got = torch.load(tmp_path / "results", weights_only=False)
 
     words = torch.empty_like(counters)
-    native.library().philox_words(counters.data_ptr(), len(counters), 2**63 + 7, words.data_ptr())
+    cpu_build.library().philox_words(counters.data_ptr(), len(counters), 2**63 + 7, words.data_ptr())
     assert torch.equal(got["words"], words)
     for name, (arguments, options) in walks.items():
         result = got["walks"][name]

@@ -1,6 +1,6 @@
 """Compiled modules in their cache: whole, trusted, built once by whoever comes first, and told of where they are not.
 
-With a module of a few lines; test_native_first_use.py has the compiled core.
+With a module of a few lines; test_cpu_first_use.py has the compiled core.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from emc2_kernels import files
-from emc2_kernels.backends import extension as build
+from emc2_kernels.backends import extension as extensions
 
 SOURCE = """
 #include <Python.h>
@@ -51,13 +51,13 @@ class Tiny:
         self.path, self.content, self.compiled = cache / "emc2_kernels" / "key" / "tiny.so", content, 0
         self.compilers = ["c++"]
 
-    def extension(self) -> build.Extension:
+    def extension(self) -> extensions.Extension:
         """As a process of its own has it."""
-        return build.Extension("tiny", "tiny kernels", 1, "CXX", lambda: self.path, self.compiler, self.compile)
+        return extensions.Extension("tiny", "tiny kernels", 1, "CXX", lambda: self.path, self.compiler, self.compile)
 
     def compiler(self) -> list[str]:
         if not self.compilers:
-            raise build.Unavailable("no compiler")
+            raise extensions.Unavailable("no compiler")
         return self.compilers
 
     def compile(self, compiler: list[str], target: Path) -> None:
@@ -74,11 +74,11 @@ def sealed(content: bytes) -> bytes:
     return content + files.seal(hashlib.sha256(content))
 
 
-def fails(extension: build.Extension) -> str:
+def fails(extension: extensions.Extension) -> str:
     """The reason, which is that of each try, and of the table."""
-    with pytest.raises(build.Unavailable) as raised:
+    with pytest.raises(extensions.Unavailable) as raised:
         extension.library()
-    with pytest.raises(build.Unavailable) as again:
+    with pytest.raises(extensions.Unavailable) as again:
         extension.library()
     assert str(again.value) == str(raised.value) == extension.why_unavailable()
     return str(raised.value)
@@ -108,14 +108,14 @@ def damages(whole: bytes) -> dict[str, bytes]:
 def test_a_damaged_module_is_built_again_and_never_loaded(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a module is mapped without an error, and ends the process where its missing half is touched."""
     tiny.extension().library()
-    whole, load = tiny.path.read_bytes(), build.load
-    monkeypatch.setattr(build, "load", lambda module, path: path.read_bytes() == whole and load(module, path))
+    whole, load = tiny.path.read_bytes(), extensions.load
+    monkeypatch.setattr(extensions, "load", lambda module, path: path.read_bytes() == whole and load(module, path))
     for number, (name, damaged) in enumerate(damages(whole).items()):
         tiny.path.unlink()  # what this process has loaded stays whole
         tiny.path.write_bytes(damaged)
         tiny.compilers = []
         assert tiny.extension().why_unavailable() == "no compiler", name
-        with pytest.raises(build.Unavailable, match="no compiler"):
+        with pytest.raises(extensions.Unavailable, match="no compiler"):
             tiny.extension().library()
         tiny.compilers = ["c++"]
         assert tiny.extension().library().answer() == 42, name
@@ -124,8 +124,8 @@ def test_a_damaged_module_is_built_again_and_never_loaded(tiny: Tiny, monkeypatc
 
 def test_what_others_may_write_is_refused_by_name(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.extension().library()
-    monkeypatch.setattr(build, "load", lambda module, path: pytest.fail("it was loaded"))
-    monkeypatch.setattr(build.grp, "getgrgid", lambda number: group("staff"))
+    monkeypatch.setattr(extensions, "load", lambda module, path: pytest.fail("it was loaded"))
+    monkeypatch.setattr(extensions.grp, "getgrgid", lambda number: group("staff"))
     folder = tiny.path.parent
     for place in (folder.parent.parent, folder.parent, folder, tiny.path):
         before = place.stat().st_mode & 0o7777
@@ -152,22 +152,24 @@ def test_a_group_of_nobody_else_may_write(tiny: Tiny, monkeypatch: pytest.Monkey
     tiny.path.parent.parent.chmod(0o775)
     refused = [group("staff"), group("staff", me), group(me, "bob"), group(me, me, "bob")]
     for found in refused:
-        monkeypatch.setattr(build.grp, "getgrgid", lambda number, found=found: found)
+        monkeypatch.setattr(extensions.grp, "getgrgid", lambda number, found=found: found)
         assert "may be written by others (mode 775)" in fails(tiny.extension())
     for found in (group(me), group(me, me)):
-        monkeypatch.setattr(build.grp, "getgrgid", lambda number, found=found: found)
+        monkeypatch.setattr(extensions.grp, "getgrgid", lambda number, found=found: found)
         assert tiny.extension().library().answer() == 42
         tiny.path.parent.parent.chmod(0o777)
         assert "may be written by others (mode 777)" in fails(tiny.extension())
         tiny.path.parent.parent.chmod(0o775)
-    monkeypatch.setattr(build.pwd, "getpwuid", lambda number: {}[number])  # a user without an entry has no such group
+    monkeypatch.setattr(
+        extensions.pwd, "getpwuid", lambda number: {}[number]
+    )  # a user without an entry has no such group
     assert "may be written by others" in fails(tiny.extension())
 
 
 def test_nothing_is_built_where_others_may_write(tiny: Tiny) -> None:
     tiny.path.parent.parent.mkdir(parents=True)
     tiny.path.parent.parent.chmod(0o777)
-    with pytest.raises(build.Unavailable, match="emc2_kernels may be written by others"):
+    with pytest.raises(extensions.Unavailable, match="emc2_kernels may be written by others"):
         tiny.extension().library()
     assert tiny.compiled == 0 and not tiny.path.parent.exists()
 
@@ -181,8 +183,8 @@ def test_another_owners_module_is_refused_and_roots_is_not(tiny: Tiny, monkeypat
         found = stat(path, **options)
         return os.stat_result([*found[:4], owners.get(Path(path), me), *found[5:]])
 
-    monkeypatch.setattr(build.os, "stat", owned)
-    monkeypatch.setattr(build.os, "geteuid", lambda: me)
+    monkeypatch.setattr(extensions.os, "stat", owned)
+    monkeypatch.setattr(extensions.os, "geteuid", lambda: me)
     for place in (folder.parent.parent, folder.parent, folder, tiny.path):
         owners[place] = 54321
         reason = f"{place} belongs to user 54321, neither root nor the user of this process ({me}): what lies there"
@@ -207,8 +209,8 @@ def test_what_is_built_is_private_whatever_the_umask(tiny: Tiny, mask: int) -> N
 def test_threads_that_come_at_once_build_once_and_load_once(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    compile_it, found, errors, loads, load = tiny.compile, [], [], [], build.load
-    monkeypatch.setattr(build, "load", lambda module, path: loads.append(path) or load(module, path))
+    compile_it, found, errors, loads, load = tiny.compile, [], [], [], extensions.load
+    monkeypatch.setattr(extensions, "load", lambda module, path: loads.append(path) or load(module, path))
 
     def slow(compiler: list[str], target: Path) -> None:
         time.sleep(0.05)
@@ -342,8 +344,8 @@ def script(path: Path, text: str | bytes) -> str:
 
 def test_how_a_compiler_fails_is_told(tmp_path: Path) -> None:
     def told(text: str | bytes) -> str:
-        with pytest.raises(build.Unavailable) as raised:
-            build.run([script(tmp_path / "c++", text), "-c"], tmp_path)
+        with pytest.raises(extensions.Unavailable) as raised:
+            extensions.run([script(tmp_path / "c++", text), "-c"], tmp_path)
         return str(raised.value).replace(str(tmp_path), "")
 
     assert told("echo out; echo boom >&2; exit 3") == "/c++ ended with 3:\nout\nboom"
@@ -354,11 +356,11 @@ def test_how_a_compiler_fails_is_told(tmp_path: Path) -> None:
     )
     assert len(told("head -c 1000000 /dev/zero | tr '\\0' x; exit 1")) < 5000
     (tmp_path / "c++").write_bytes(b"\x7fELF, or not")
-    with pytest.raises(build.Unavailable, match=r"c\+\+ cannot be run: Exec format error"):
-        build.run([str(tmp_path / "c++")], tmp_path)
-    with pytest.raises(build.Unavailable, match="nowhere cannot be run: No such file"):
-        build.run([str(tmp_path / "nowhere")], tmp_path)
-    build.run([script(tmp_path / "c++", 'echo warning >&2; test "$TMPDIR" = "$1"'), str(tmp_path)], tmp_path)
+    with pytest.raises(extensions.Unavailable, match=r"c\+\+ cannot be run: Exec format error"):
+        extensions.run([str(tmp_path / "c++")], tmp_path)
+    with pytest.raises(extensions.Unavailable, match="nowhere cannot be run: No such file"):
+        extensions.run([str(tmp_path / "nowhere")], tmp_path)
+    extensions.run([script(tmp_path / "c++", 'echo warning >&2; test "$TMPDIR" = "$1"'), str(tmp_path)], tmp_path)
 
 
 def test_a_compiler_is_a_path_or_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,8 +374,8 @@ def test_a_compiler_is_a_path_or_a_command_line(tmp_path: Path, monkeypatch: pyt
         if chosen is not None:
             monkeypatch.setenv("CXX", chosen)
         try:
-            return build.find_compiler("C++ compiler", "CXX", ("c++", "g++"), "g++")
-        except build.Unavailable as error:
+            return extensions.find_compiler("C++ compiler", "CXX", ("c++", "g++"), "g++")
+        except extensions.Unavailable as error:
             return str(error)
 
     for chosen in (None, "", "g++", path, f"'{path}'", f'"{path}"'):
@@ -400,13 +402,15 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        assert str(build.cache_root()) == expected
+        assert str(extensions.cache_root()) == expected
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
-    with pytest.raises(build.Unavailable, match="no folder to build kernels in .*: set TORCH_EXTENSIONS_DIR to one"):
-        build.cache_root()
+    with pytest.raises(
+        extensions.Unavailable, match="no folder to build kernels in .*: set TORCH_EXTENSIONS_DIR to one"
+    ):
+        extensions.cache_root()
 
 
 def test_missing_sources_are_no_fault_of_the_cache(tmp_path: Path) -> None:
-    with pytest.raises(build.Unavailable, match=r"sources cannot be read .*x\.cpp.*: install emc2_kernels again"):
-        build.digest_of([tmp_path / "x.cpp"], [])
+    with pytest.raises(extensions.Unavailable, match=r"sources cannot be read .*x\.cpp.*: install emc2_kernels again"):
+        extensions.source_digest([tmp_path / "x.cpp"], [])

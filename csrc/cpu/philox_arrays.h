@@ -1,18 +1,19 @@
-// Draws that are made on their own, outside a walk.
+// Draws of arrays of counters, outside a walk.
 #pragma once
 
 #include <cstdint>
 
 #include "../philox.h"
-#include "values.h"
+#include "checks.h"
 
 namespace emc2 {
 
-// The view coin of an item: the top bit of word 0 of block 0, chain = item.
-inline void view_coins(const int64_t* items, int64_t count, uint64_t seed, uint32_t step, int64_t* views) {
-  require_within(items, count, kChains, "items: a value outside [0, 2^40)");
+// The view coins of items, whose numbers are the streams' chain ids: the top bit of word 0 of block 0.
+inline void view_coins(const StreamParams& items, int64_t count, int64_t* views) {
+  require_within(items.chain_ids, count, kChains, "items: a value outside [0, 2^40)");
+  const PhiloxKey key = philox_key(items.seed_value());
   for (int64_t i = 0; i < count; ++i) {
-    views[i] = philox_rounds(philox_counter(items[i], kViewCoinStream, step, 0), philox_key(seed)).c0 >> 31;
+    views[i] = philox_rounds(philox_counter(items.chain(i), kViewCoinStream, items.step_value(), 0), key).c0 >> 31;
   }
 }
 

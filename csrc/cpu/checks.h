@@ -6,7 +6,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "../mh_params.h"
+#include "../params.h"
 
 namespace emc2 {
 
@@ -32,26 +32,31 @@ inline void require_within(const int64_t* values, int64_t count, int64_t end, co
   require(!values || all_of(values, count, inside), what);
 }
 
-inline void require_temperatures(const float* values, int64_t count) {
-  const auto legal = [](float value) { return value >= kMinTemperature && value <= kMaxTemperature; };
-  require(!values || all_of(values, count, legal), "temperature: a value that float32 cannot divide by");
+// One number is looked at in Python.
+inline void require_temperatures(const ScoreParams& scores) {
+  bool legal = true;
+  for (int64_t row = 0; row < scores.num_rows && scores.temperatures; ++row) {
+    const float value = scores.row_temperature(row);
+    legal &= value >= kMinTemperature && value <= kMaxTemperature;
+  }
+  require(legal, "temperature: a value that float32 cannot divide by");
 }
 
-inline void require_sound(const Schedule& schedule) {
-  const bool whole = schedule.first >= 0 && schedule.count >= 0 && schedule.total <= kMaxProposals &&
-                     schedule.first <= schedule.total && schedule.count <= schedule.total - schedule.first;
-  const int64_t kept = schedule.total - schedule.burn_in;
-  const bool sampled = schedule.samples >= 1 && schedule.burn_in >= 0 &&
-                       (schedule.total == 0 || (kept > 0 && schedule.samples <= kept));
+inline void require_schedule(const Schedule& schedule) {
+  const int64_t total = schedule.total_proposals, first = schedule.first_proposal, count = schedule.num_proposals;
+  const bool whole = first >= 0 && count >= 0 && total <= kMaxProposals && first <= total && count <= total - first;
+  const int64_t kept = total - schedule.burn_in;
+  const bool sampled =
+      schedule.num_samples >= 1 && schedule.burn_in >= 0 && (total == 0 || (kept > 0 && schedule.num_samples <= kept));
   require(whole && sampled, "a walk whose burn-in, samples and proposals do not fit each other");
 }
 
-inline void require_sound(const Walk& walk) {
-  require_sound(walk.schedule);
-  require_within(walk.chain_ids, walk.rows, kChains, "chain_ids: a value outside [0, 2^40)");
-  require_temperatures(walk.temperatures, walk.rows);
+inline void require_walk(const WalkParams& walk) {
+  require_schedule(walk);
+  require_within(walk.chain_ids, walk.num_rows, kChains, "chain_ids: a value outside [0, 2^40)");
+  require_temperatures(walk);
   const auto finite = [](float value) { return std::fabs(value) < INFINITY; };
-  require(!walk.log_proposal || all_of(walk.log_proposal, walk.keys, finite), "log_proposal: a value not finite");
+  require(!walk.log_proposal || all_of(walk.log_proposal, walk.num_keys, finite), "log_proposal: a value not finite");
 }
 
 }  // namespace emc2

@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "../philox.h"
-#include "launch.h"
+#include "kernels.h"
 
 namespace emc2 {
 
@@ -33,19 +33,13 @@ __device__ __forceinline__ float recomputed(float value) {
   return value;
 }
 
-__device__ __forceinline__ uint64_t value_of(const DeviceNumber& number) {
-  return number.address ? static_cast<uint64_t>(*number.address) : number.value;
-}
-
 struct ChainDraws {
   PhiloxKey key;
   uint32_t step;
   uint64_t chain;
 
-  __device__ __forceinline__ ChainDraws(const DeviceWalk& walk, int64_t row)
-      : key(philox_key(value_of(walk.seed))),
-        step(static_cast<uint32_t>(value_of(walk.step))),
-        chain(static_cast<uint64_t>(walk.walk.chain_ids ? walk.walk.chain_ids[row] : row)) {}
+  __device__ __forceinline__ ChainDraws(const StreamParams& streams, int64_t row)
+      : key(philox_key(streams.seed_value())), step(streams.step_value()), chain(streams.chain(row)) {}
 
   // Otherwise the compiler takes the keys of all rounds, 14 registers, out of the caller's loop.
   __device__ __forceinline__ void forget_round_keys() { key = {recomputed(key.k0), recomputed(key.k1)}; }
@@ -56,7 +50,7 @@ struct ChainDraws {
 };
 
 // Word 0 .. 3 of the block that lane `source` holds.
-__device__ __forceinline__ uint32_t word_of(const PhiloxBlock<uint32_t>& mine, int source, int word) {
+__device__ __forceinline__ uint32_t shuffle_word(const PhiloxBlock<uint32_t>& mine, int source, int word) {
   const uint32_t c0 = __shfl_sync(kAllLanes, mine.c0, source), c1 = __shfl_sync(kAllLanes, mine.c1, source),
                  c2 = __shfl_sync(kAllLanes, mine.c2, source), c3 = __shfl_sync(kAllLanes, mine.c3, source);
   const uint32_t even = word & 2 ? c2 : c0, odd = word & 2 ? c3 : c1;
@@ -80,16 +74,15 @@ __device__ __forceinline__ float exponential(uint32_t word) {
 
 // Values of a row that nobody has looked at on the host. At the end of a walk, because before that a call would have
 // its registers spilled.
-__device__ __forceinline__ void refuse_bad_row(const DeviceWalk& walk, int64_t row) {
+__device__ __forceinline__ void refuse_bad_row(const WalkParams& walk, int64_t row) {
 #if !defined(EMC2_NO_DEVICE_ASSERTIONS)
-  const Walk& common = walk.walk;
-  if (common.chain_ids && static_cast<uint64_t>(common.chain_ids[row]) >> 40 != 0) {
-    __assert_fail("emc2_kernels: chain_ids (or query_ids) must be in [0, 2^40), got one outside", "draws.cuh", __LINE__,
-                  "refuse_bad_row");
+  if (walk.chain_ids && static_cast<uint64_t>(walk.chain_ids[row]) >> 40 != 0) {
+    __assert_fail("emc2_kernels: chain_ids (or query_ids) must be in [0, 2^40), got one outside", "warp_draws.cuh",
+                  __LINE__, "refuse_bad_row");
   }
-  const float temperature = common.temperatures ? common.temperatures[row * walk.temperature_stride] : 1.0f;
+  const float temperature = walk.temperatures ? walk.row_temperature(row) : 1.0f;  // one number Python has seen
   if (!(temperature >= 0x1p-120f && temperature <= 0x1p100f)) {
-    __assert_fail("emc2_kernels: temperature must be in [2^-120, 2^100], got another", "draws.cuh", __LINE__,
+    __assert_fail("emc2_kernels: temperature must be in [2^-120, 2^100], got another", "warp_draws.cuh", __LINE__,
                   "refuse_bad_row");
   }
 #endif

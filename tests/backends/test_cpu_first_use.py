@@ -20,7 +20,7 @@ import pytest
 from first_use import MANY_STEPS, STEPS, Outcome, check_fallback, finish, outcome, start_python
 
 from emc2_kernels import files
-from emc2_kernels.backends.cpu import build as native
+from emc2_kernels.backends.cpu import build as cpu_build
 
 BUILD_LIMIT = 180  # seconds, of the first use, beside other tests
 MESSAGE = "compiling the CPU kernels"
@@ -38,8 +38,8 @@ def test_the_environment_chooses_the_instruction_sets(monkeypatch: pytest.Monkey
             monkeypatch.delenv("EMC2_ARCH", raising=False)
         else:
             monkeypatch.setenv("EMC2_ARCH", chosen)
-        assert native.architecture_flags() == flags
-        paths.add(native._library_path.__wrapped__())
+        assert cpu_build.architecture_flags() == flags
+        paths.add(cpu_build._library_path.__wrapped__())
     assert len(paths) == 3
 
 
@@ -64,7 +64,7 @@ for name in ("is_available", "device_count", "init", "_lazy_init", "current_devi
 import emc2_kernels
 import emc2_kernels.losses
 
-seen += [name for name in ("torch.utils.cpp_extension", "emc2_native") if name in sys.modules]
+seen += [name for name in ("torch.utils.cpp_extension", "emc2_cpu") if name in sys.modules]
 print(json.dumps(seen))
 """
 
@@ -84,7 +84,7 @@ class FirstUse(NamedTuple):
 
     @property
     def library(self) -> Path:
-        (library,) = self.cache.glob("emc2_kernels/*/emc2_native.so")
+        (library,) = self.cache.glob("emc2_kernels/*/emc2_cpu.so")
         return library
 
 
@@ -125,7 +125,7 @@ def test_a_killed_build_does_not_block(first_use: FirstUse) -> None:
 
 @needs_compiler
 def test_what_a_killed_build_left_is_gone_and_the_folders_are_private(first_use: FirstUse) -> None:
-    assert sorted(path.name for path in first_use.library.parent.iterdir()) == ["emc2_native.so", "lock"]
+    assert sorted(path.name for path in first_use.library.parent.iterdir()) == ["emc2_cpu.so", "lock"]
     for folder in (first_use.cache, first_use.cache / "emc2_kernels", first_use.library.parent):
         assert folder.stat().st_mode & 0o777 == 0o700
 
@@ -257,8 +257,8 @@ def test_where_nothing_can_be_compiled_the_reason_is_told_and_the_rest_works(tmp
 @pytest.fixture
 def core() -> Path:
     """The core in the cache of these tests."""
-    native.library()
-    return native._library_path()
+    cpu_build.library()
+    return cpu_build._library_path()
 
 
 @needs_compiler
@@ -322,11 +322,11 @@ THREADS = (
     STEPS
     + """
 import threading
-from emc2_kernels.backends import native
+from emc2_kernels.backends.cpu import build
 barrier, found = threading.Barrier(16), []
 def use(number):
     barrier.wait()
-    found.append((attempt("cpu" if number % 2 else "auto"), id(native.library())))
+    found.append((attempt("cpu" if number % 2 else "auto"), id(build.library())))
 threads = [threading.Thread(target=use, args=(number,)) for number in range(16)]
 for thread in threads:
     thread.start()

@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 import pytest
 
-from emc2_kernels.backends import extension as build
-from emc2_kernels.backends.cuda import build as native_cuda
+from emc2_kernels.backends.cuda import build as cuda_build
+from emc2_kernels.backends.extension import Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def has_nvcc() -> bool:
     try:
-        return bool(native_cuda.compiler())
-    except build.Unavailable:
+        return bool(cuda_build.compiler())
+    except Unavailable:
         return False
 
 
@@ -74,13 +74,13 @@ def test_registers_and_shared_memory(tmp_path):
 
     def usage(source: Path) -> list[Usage]:
         log = run_checked(
-            *native_cuda.compiler(), *native_cuda.FLAGS, *native_cuda.code_for(*ARCHITECTURES), "--threads", "2",
+            *cuda_build.compiler(), *cuda_build.FLAGS, *cuda_build.gencode_flags(*ARCHITECTURES), "--threads", "2",
             "--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v",
             "-c", source, "-o", tmp_path / f"{source.stem}.o",
         )  # fmt: skip
         return parse_ptxas(log)
 
-    kernels = [source for source in native_cuda.sources() if source.suffix == ".cu"]
+    kernels = [source for source in cuda_build.sources() if source.suffix == ".cu"]
     found = sorted(entry for source in kernels for entry in usage(source))
     print(*(f"sm_{e[0]:<4}{e[1]:<18}{e[2]:<24}{e[3]:>4} registers{e[4]:>7} bytes shared, stack {e[5]}" for e in found),
           sep="\n")  # fmt: skip
@@ -95,28 +95,31 @@ def test_registers_and_shared_memory(tmp_path):
 @pytest.mark.parametrize("asserts", ["1", "0"])
 def test_assertions_can_be_left_out(asserts, monkeypatch):
     """By one environment variable, and the build is another."""
-    path = native_cuda._library_path.__wrapped__
+    path = cuda_build._library_path.__wrapped__
     usual = path(90)
     monkeypatch.setenv("EMC2_DEVICE_ASSERTIONS", asserts)
     assert (path(90) == usual) == (asserts == "1")
-    sources = [source for source in native_cuda.sources() if source.stem in ("sweep", "gathered")]
+    sources = [source for source in cuda_build.sources() if source.stem in ("sweep", "gathered")]
     for source in sources:
-        text = run_checked(*native_cuda.compiler(), *native_cuda.definitions(), "-std=c++17", "-E", source)
+        text = run_checked(*cuda_build.compiler(), *cuda_build.definitions(), "-std=c++17", "-E", source)
         assert ("emc2_kernels: chain_ids" in text) == (asserts == "1")
 
 
+NAMES = ["Operands", "StepInput", "StepOutput", "StreamParams", "TransitionOutput", "WalkParams"]
+NAMES += ["load", "view_coins", "walk_gathered", "walk_sweep"]
+
 BUILD = """
 import sys
-from emc2_kernels.backends import build, native_cuda
+from emc2_kernels.backends.cuda import build
 try:
-    module = native_cuda.library(90)
+    module = build.library(90)
     print(sorted(name for name in dir(module) if not name.startswith("__")))
 except RuntimeError as error:
     print("first:", error)
     try:
-        native_cuda.library(90)
+        build.library(90)
     except RuntimeError as again:
-        print("again:", str(again) == str(error), native_cuda.why_unavailable(90) == str(error))
+        print("again:", str(again) == str(error), build.why_unavailable(90) == str(error))
 """
 
 
@@ -129,7 +132,7 @@ def python(code: str, **changes: str | Path) -> subprocess.CompletedProcess:
 def test_the_module_is_built_once_and_loads_without_a_gpu(tmp_path):
     """Later processes need no nvcc, because they take what is in the cache."""
     first = python(BUILD, TORCH_EXTENSIONS_DIR=tmp_path)
-    assert first.stdout == "['load', 'view_coins', 'walk']\n", first.stderr
+    assert first.stdout == f"{NAMES}\n", first.stderr
     assert first.stderr.count("compiling the CUDA kernels") == 1
     later = python(BUILD, TORCH_EXTENSIONS_DIR=tmp_path, CUDACXX="/nonexistent/nvcc")
     assert later.stdout == first.stdout and later.stderr == ""
@@ -163,7 +166,7 @@ def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, str(value))
-            return native_cuda.compiler(), native_cuda._library_path.__wrapped__(90).parent.name.partition("-")[2]
+            return cuda_build.compiler(), cuda_build._library_path.__wrapped__(90).parent.name.partition("-")[2]
 
     expected = [str(nvcc)]
     for variables in ({"CUDA_HOME": home}, {"CUDA_PATH": home}, {"CUDACXX": nvcc}, {"CUDACXX": f"'{nvcc}'"}):
@@ -174,13 +177,13 @@ def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
         ({"CUDACXX": f"{nvcc} '"}, "CUDACXX must be words as for a shell, got .*No closing quotation"),
         ({"CUDACXX": "nowhere"}, r"no CUDA compiler \(nowhere\) found"),
     ):
-        with pytest.raises(build.Unavailable, match=reason):
+        with pytest.raises(Unavailable, match=reason):
             found(**variables)
         monkeypatch.setenv("CUDACXX", variables["CUDACXX"])
         assert re.search(
-            reason, native_cuda.extension(91).why_unavailable()
+            reason, cuda_build.extension(91).why_unavailable()
         )  # an architecture that nothing else asks for
         monkeypatch.delenv("CUDACXX")
     if not Path("/usr/local/cuda/bin/nvcc").exists():
-        with pytest.raises(build.Unavailable, match=r"\(nvcc, '?/none/bin/nvcc'?, /usr/local/cuda/bin/nvcc\) found"):
+        with pytest.raises(Unavailable, match=r"\(nvcc, '?/none/bin/nvcc'?, /usr/local/cuda/bin/nvcc\) found"):
             found(CUDA_HOME="/none")

@@ -1,22 +1,22 @@
-// The acceptance draws of a group of chains, one chain a lane.
+// Philox for a group of chains, one chain a lane.
 //
 // Rounds 1 and 2 of Philox mix the chain and the block only by exclusive-or, so all their multiplies belong to the row
-// or to the column and leave the inner loop: five rounds of seven remain. tests/ops/test_philox.py holds this equal to the
-// plain generator.
+// or to the column and leave the inner loop: five rounds of seven remain. tests/ops/test_philox.py holds this equal to
+// the plain generator.
 #pragma once
 
-#include "lanes.h"
+#include "simd.h"
 
 namespace emc2 {
 
-struct AcceptanceDraws {
+struct VectorPhilox {
   PhiloxKey key;
   uint32_t step;
   SplitWords c0, c2, c3;  // the chains' share of the state after two rounds
 
-  AcceptanceDraws() = default;
+  VectorPhilox() = default;
 
-  AcceptanceDraws(PhiloxKey key, uint32_t step, Words chain_low, Words tag) : key(key), step(step) {
+  VectorPhilox(PhiloxKey key, uint32_t step, Words chain_low, Words tag) : key(key), step(step) {
     const auto p1 = multiply_wide(kPhiloxMultiplier1, split(tag));
     const SplitWords first_c0 = p1.high ^ split(chain_low) ^ key.k0;
     const SplitWords first_c1 = p1.low;
@@ -27,7 +27,7 @@ struct AcceptanceDraws {
     c3 = p0.low;
   }
 
-  // The four words of a block, that is, of proposals 4 * block .. 4 * block + 3.
+  // The four words of a block: of proposals, or keys, 4 * block .. 4 * block + 3.
   EMC2_HD PhiloxBlock<Words> words(uint32_t block) const {
     const auto p0 = multiply_wide(kPhiloxMultiplier0, block);
     const uint32_t first_c2 = p0.high ^ step ^ key.k1;

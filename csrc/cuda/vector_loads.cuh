@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "launch.h"
+#include "../params.h"
 
 namespace emc2 {
 
