@@ -41,14 +41,12 @@ class Bytes(NamedTuple):
     backward: float
 
 
-def bytes_sent(
-    loss: str, gather: str, batch: Batch, *, sharded: bool = False, carried: float = 1, kept: int = 2
-) -> Bytes:
+def bytes_sent(loss: str, gather: str, batch: Batch, *, sharded: bool = False, kept: int = 2) -> Bytes:
     """Args: see ``bytes_exchanged``."""
     ids = 2 * batch.pairs * ID
     if loss in ("ntxent", "clip"):
         if gather == "all":
-            return Bytes(batch.others * (AGREED + batch.embeddings + ids), batch.others * batch.embeddings)
+            return Bytes(batch.others * (AGREED + batch.embeddings + ids // 2), batch.others * batch.embeddings)
         # Backward, keys go round again, and their gradients behind them: these are one hop more on the way, home.
         sums = batch.ranks * batch.embeddings if batch.others else 0
         forward = batch.others * (AGREED + batch.embeddings + ids)
@@ -56,27 +54,27 @@ def bytes_sent(
     states = 2 * batch.pairs * (KEY + SCORE)
     forward = batch.others * (AGREED + ids // 2 + batch.embeddings)  # a ring: one view's keys, twice
     if sharded:
-        forward += bytes_exchanged(batch, carried, kept)
+        forward += bytes_exchanged(batch, kept)
     elif gather == "all":
         forward += batch.others * states
     else:  # every rank keeps every rank's anchors
-        forward += batch.others * (batch.embeddings + 2 * ids + states)
+        forward += batch.others * (batch.embeddings + ids + states)
     if gather == "all":
         return Bytes(forward, batch.others * batch.embeddings)
     return Bytes(forward, batch.ranks * batch.embeddings // 2 if batch.others else 0)
 
 
-def bytes_exchanged(batch: Batch, carried: float, kept: int) -> float:
+def bytes_exchanged(batch: Batch, kept: int) -> float:
     """Bytes to and from owners of items that are uniform draws, in the mean over ranks: 2b anchors' chains and what
     they sit on are read, and chains and embeddings are written.
 
     Args:
-        carried: share of anchors with a sample that is outside the batch. kept: bytes of a number in the bank.
+        kept: bytes of a number in the bank.
     """
     row = kept * batch.dim + WRITTEN_AT
-    read = ID + KEY + SCORE + (1 + carried) * (ID + row)
+    read = ID + KEY + SCORE + ID + row
     written = ID + KEY + SCORE + ID + row
-    counts = 5 * 2 * 8 * batch.others  # with what ranks make sure of
+    counts = 4 * 2 * 8 * batch.others  # with what ranks make sure of
     return 2 * batch.pairs * batch.others / batch.ranks * (read + written) + counts
 
 

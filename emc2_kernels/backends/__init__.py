@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import gpu
 from .cpu import build as cpu_build
+from .cuda import build as cuda_build
 from .extension import Unavailable
 from .params import WalkParams
 
@@ -46,7 +47,7 @@ OPERATIONS = ("mh", "lse", "gumbel")  # mh: step, transition, view_coin
 
 # Fastest first: "auto" takes the first that can run the operands.
 TABLE = {
-    "cuda": Backend(("mh",), ("cuda",), HALF_AND_SINGLE, gpu.why_no_cuda_kernels, gpu.prefers_cuda_kernels),
+    "cuda": Backend(("mh",), ("cuda",), HALF_AND_SINGLE, cuda_build.why_unavailable_here, gpu.prefers_cuda_kernels),
     "triton": Backend(OPERATIONS, ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices),
     "cpu": Backend(OPERATIONS, ("cpu",), HALF_AND_SINGLE, cpu_build.why_unavailable, uncompiled=("lse",)),
     "reference": Backend(OPERATIONS, None, None, lambda: None),
@@ -156,4 +157,4 @@ def _told(error: Exception) -> str:
     return str(error) if type(error) in (Unavailable, RuntimeError) else f"{type(error).__name__}: {error}"
 
 
-_BUILDS: dict[str, Callable[[], object]] = {"cpu": cpu_build.library, "cuda": gpu.cuda_kernels}
+_BUILDS: dict[str, Callable[[], object]] = {"cpu": cpu_build.library, "cuda": cuda_build.library_here}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import import_module
-from types import ModuleType
 
 import torch
 
@@ -48,24 +47,6 @@ def why_no_gpu() -> str | None:
         have, need = ".".join(map(str, capability)), ".".join(map(str, OLDEST))
         return f"compute capability {need} or newer is needed, and {torch.cuda.get_device_name()} has {have}"
     return None
-
-
-def why_no_cuda_kernels() -> str | None:
-    if torch.version.cuda is None and torch.version.hip is None:
-        return "this torch was built without CUDA"
-    reason = why_no_gpu()
-    if reason is None:
-        from .cuda import build
-
-        reason = build.why_unavailable(architecture())
-    return reason
-
-
-def cuda_kernels() -> ModuleType:
-    """The CUDA kernels for the current device; builds them if they are not in the cache."""
-    from .cuda import build
-
-    return build.library(architecture())
 
 
 def architecture(device_index: int | None = None) -> int:

@@ -91,33 +91,27 @@ class LocalKeys(NamedTuple):
 
 
 class RingKeys(NamedTuple):
-    """Keys of all ranks, of which one rank's are here at a time. Items and labels are gathered: 16 bytes a key."""
+    """Keys of all ranks, of which one rank's are here at a time. What a walk needs is gathered: 8 bytes an item."""
 
     embeddings: Tensor  # (v b, d) of this rank, differentiable
-    items: Tensor  # (v B,) int64 of all ranks, view by view and rank by rank
+    own_items: Tensor  # (v b,) int64
+    items: Tensor | None  # (v B,) int64 of all ranks, view by view and rank by rank; None: there is no walk
     labels: Tensor | None  # (v B,) int64
     shards: Shards
 
     def select_view(self, view: int) -> RingKeys:
         b, whole = self.embeddings.shape[0] // 2, self.shards.total
-        labels = None if self.labels is None else self.labels[view * whole : (view + 1) * whole]
-        embeddings, items = self.embeddings[view * b : (view + 1) * b], self.items[:whole]
-        return RingKeys(embeddings, items, labels, self.shards)
+        of_all = (None if field is None else field[view * whole : (view + 1) * whole] for field in self[2:4])
+        return RingKeys(self.embeddings[view * b : (view + 1) * b], self.own_items[:b], *of_all, self.shards)
 
     def choose_views(self, coins: Tensor) -> RingKeys:
-        b, first = self.embeddings.shape[0] // 2, self.shards.first
+        b, first, whole = self.embeddings.shape[0] // 2, self.shards.first, self.shards.total
         mine = coins[first : first + b, None]
         chosen = torch.where(mine == 1, self.embeddings[b:], self.embeddings[:b])
-        return RingKeys(chosen, self.items[: len(coins)], self.labels[: len(coins)] + coins, self.shards)
+        return RingKeys(chosen, self.own_items[:b], self.items[:whole], self.labels[:whole] + coins, self.shards)
 
     def cast(self, dtype: torch.dtype) -> RingKeys:
         return self._replace(embeddings=self.embeddings.to(dtype))
-
-    @property
-    def own_items(self) -> Tensor:
-        """(v b,) of this rank's keys."""
-        b, first = self.shards.sizes[self.shards.rank], self.shards.first
-        return self.items.view(-1, self.shards.total)[:, first : first + b].flatten()
 
     def walk(self, sweep: Sweep) -> MHResult:
         """``num_accepted`` is None: which proposals were accepted is on no rank."""

@@ -99,7 +99,7 @@ class NTXentLoss(TemperedLoss):
         form = {"return_stats": return_stats} if self.gather == "ring" else {}  # the statistics go round too
         shards = shards_of_batch(self, z0, index, log_scale=self.log_scale, **form)
         anchors = number_pairs(anchors, 0 if shards is None else shards.first)
-        keys = None if shards is None else batch_keys(anchors, shards, self.gather)
+        keys = None if shards is None else batch_keys(anchors, shards, self.gather, walked=False)
         of = contrast(anchors, temperature, Form(self.bimodal, compute_dtype(z0), self.backend), keys)
         # The mean over ranks of each rank's share of the mean, times their number, is that mean.
         value = ntxent(of, 1.0 if shards is None else shards.ddp_factor)

@@ -44,15 +44,20 @@ def shards_of_batch(
     return shards_of(len(z0), _call(loss, **form), z0.device, loss.process_group, **numbers)
 
 
-def batch_keys(anchors: Anchors, shards: Shards | None, gather: str) -> Keys:
-    """The keys of the whole batch, view by view, differentiable: here, gathered from all ranks, or going round."""
+def batch_keys(anchors: Anchors, shards: Shards | None, gather: str, *, walked: bool = True) -> Keys:
+    """The keys of the whole batch, view by view, differentiable: here, gathered from all ranks, or going round.
+
+    Args:
+        walked: chains will walk over them, which needs the items of all keys at once.
+    """
     if shards is None:
         return LocalKeys(*anchors[:3])
-    b = anchors.embeddings.shape[0] // 2
-    items = gather_rows(anchors.items[:b], shards)
+    if gather == "ring" and not walked:
+        return RingKeys(anchors.embeddings, anchors.items, None, None, shards)
+    items = gather_rows(anchors.items[: anchors.items.shape[0] // 2], shards)
     labels = None if anchors.labels is None else torch.cat((items * 2, items * 2 + 1))
     if gather == "ring":
-        return RingKeys(anchors.embeddings, items.repeat(2), labels, shards)
+        return RingKeys(anchors.embeddings, anchors.items, items.repeat(2), labels, shards)
     return LocalKeys(gather_views(anchors.embeddings, shards), items.repeat(2), labels)
 
 

@@ -367,15 +367,15 @@ def test_prefers():
 
 def test_why_unavailable(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "without CUDA" in gpu.why_no_cuda_kernels()
+    assert "without CUDA" in cuda_build.why_unavailable_here()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA GPU" in gpu.why_no_cuda_kernels()
+    assert "no CUDA GPU" in cuda_build.why_unavailable_here()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old one")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *index: (7, 5))
-    assert "8.0" in gpu.why_no_cuda_kernels() and "7.5" in gpu.why_no_cuda_kernels()
+    assert "8.0" in cuda_build.why_unavailable_here() and "7.5" in cuda_build.why_unavailable_here()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *index: (10, 0))
     asked = []
     monkeypatch.setattr(cuda_build, "why_unavailable", lambda architecture: asked.append(architecture))
-    assert gpu.why_no_cuda_kernels() is None and asked == [100]
+    assert cuda_build.why_unavailable_here() is None and asked == [100]

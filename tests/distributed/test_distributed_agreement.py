@@ -9,6 +9,8 @@ import pytest
 import rank_agreement
 import torch
 
+from emc2_kernels.losses import TABLE
+
 
 def told(found, begins):
     """Rank 1 has met an error that begins so, and rank 0 was told what it is."""
@@ -32,10 +34,8 @@ def test_ranks_whose_losses_have_unlike_options_are_told_which(over_ranks, case)
 
 @pytest.mark.parametrize("pair", rank_agreement.PAIRS, ids=" ".join)
 def test_ranks_with_other_losses_are_told_so(over_ranks, pair):
-    classes = {"ntxent": "NTXentLoss", "clip": "ClipLoss", "emc2": "EMC2Loss", "cached": "CachedSoftmaxLoss"}
-    what = "the call", *(classes.get(name, "SogCLRLoss") for name in pair)
-    name, one, other = ("individual_temperature", False, True) if pair == ("sogclr", "isogclr") else what
-    message = f"{name} must be the same on all ranks, got {one} on rank 0 and {other} on rank 1"
+    one, other = (TABLE[name].loss.__name__ for name in pair)
+    message = f"the call must be the same on all ranks, got {one} on rank 0 and {other} on rank 1"
     assert over_ranks(2, f"other loss: {' '.join(pair)}") == [["ValueError", message]] * 2
 
 

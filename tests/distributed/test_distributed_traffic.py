@@ -25,10 +25,10 @@ def test_bytes_of_a_step(over_ranks, size, case):
 def test_bytes_of_a_step_with_sharded_chains(over_ranks, size, gather):
     """Items are drawn: how many of them are others' is near its mean only."""
     batch = scaling.Batch(MANY, DIM, size)
-    expected = scaling.bytes_sent("emc2", gather, batch, sharded=True, carried=0)
+    expected = scaling.bytes_sent("emc2", gather, batch, sharded=True)
     forward, backward = zip(*over_ranks(size, f"traffic: sharded {gather}"), strict=True)
     assert backward == (expected.backward,) * size
-    exchanged = expected.forward - scaling.bytes_exchanged(batch, carried=0, kept=2)
+    exchanged = expected.forward - scaling.bytes_exchanged(batch, kept=2)
     assert fmean(forward) - exchanged == pytest.approx(expected.forward - exchanged, rel=0.03)
 
 
@@ -39,8 +39,8 @@ def test_a_ring_makes_no_tensor_that_grows_with_the_ranks(over_ranks, size, case
     for largest in over_ranks(size, f"largest: {case}"):
         if case.endswith("ring"):
             assert largest == own
-        else:  # of CLIP's two log-sum-exps each gathers one tower
-            assert largest == max(own, size * own // (2 if case == "clip all" else 1))
+        else:
+            assert largest == max(own, size * own)
 
 
 @SIZES

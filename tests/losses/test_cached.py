@@ -72,7 +72,7 @@ class SlowCached:
             outside = [other for other in drawn if other not in in_batch]
             if self.carry == "corrected" and outside:
                 drift = torch.stack([means[other % 2] - self.cache[other][2] for other in outside]).sum(0)
-                repulsion = repulsion + (row @ drift + len(outside) * self.pushed(label, labels, rows)) / len(drawn)
+                repulsion = repulsion + (row @ drift + len(outside) * self.push(label, row, labels, rows)) / len(drawn)
             losses.append((repulsion - row @ positive) / self.temperature)
         self.stats = slow_pair_statistics(z0.detach(), z1.detach(), index, self.temperature) | {
             "cache_age": torch.tensor(self.ages).double().mean(),
@@ -82,9 +82,9 @@ class SlowCached:
         self.step += 1
         return torch.stack(losses).mean()
 
-    def pushed(self, label, labels, rows):
+    def push(self, label, row, labels, rows):
         """0, with the gradient that NT-Xent gives the batch's keys."""
-        row = rows[labels.index(label)].detach()
+        row = row.detach()
         keys = [
             key
             for other, key in zip(labels, rows, strict=True)

@@ -11,6 +11,7 @@ from emc2_kernels.backends import TABLE, gpu, resolve
 from emc2_kernels.backends.cpu import build as native
 from emc2_kernels.backends.cpu import lse as cpu_lse
 from emc2_kernels.backends.cpu import tiles
+from emc2_kernels.backends.params import ScoreParams
 from emc2_kernels.lse import mean_similarity
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # of the relative RMS
@@ -211,7 +212,8 @@ class TestDegenerate:
         lse = contrastive_lse(queries, keys, **options)
         scores = queries @ keys.T
         expected = ((scores / 0.2).softmax(1) * scores).sum(1) * (torch.arange(12) != 4)
-        torch.testing.assert_close(mean_similarity(lse, queries, keys, **options), expected)
+        found = mean_similarity(lse, ScoreParams(queries, keys, 0.2, *ids.values()), backend)
+        torch.testing.assert_close(found, expected)
 
     def test_key_ids_alone_exclude_nothing(self, backend):
         queries, keys = unit(0, 4, 3), unit(1, 5, 3)

@@ -124,7 +124,7 @@ WATCHING = ["emc2 all", "isogclr all", "cached all"]
 def warned(case, rank, last):
     """One rank's index looks like classes, where warnings are errors."""
 
-    def look(_):
+    def look(*_):
         raise UserWarning("index seems to name classes")
 
     loss = gathering(*case.split())

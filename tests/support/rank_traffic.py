@@ -128,12 +128,12 @@ def half_precision(rank, size):
     found = {}
     for name, dtype in (("exact", torch.float64), ("ring", torch.bfloat16), ("all", torch.bfloat16)):
         rounded = queries.bfloat16().to(dtype), keys.bfloat16().to(dtype).requires_grad_()
-        options = {"temperature": 1.0, "query_ids": ids[0]}
         if name == "ring":
-            lse_of_rows = ring.ring_lse(*rounded, key_ids=ids[1], shards=shards, **options)
+            lse_of_rows = ring.ring_lse(*rounded, 1.0, ids, shards, "auto")
         else:
             whole = gather_rows(rounded[1], shards), gather_rows(ids[1], shards)
-            lse_of_rows = lse.contrastive_lse(rounded[0], whole[0], key_ids=whole[1], **options)
+            options = {"temperature": 1.0, "query_ids": ids[0], "key_ids": whole[1]}
+            lse_of_rows = lse.contrastive_lse(rounded[0], whole[0], **options)
         lse_of_rows.sum().backward()
         found[name] = rounded[1].grad.double()
     return [((found[name] - found["exact"]).norm() / found["exact"].norm()).item() for name in ("ring", "all")]

@@ -17,6 +17,8 @@ from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from .. import gpu
 from ..extension import (
     Extension,
@@ -59,6 +61,19 @@ def definitions() -> list[str]:
 def gencode_flags(*architectures: int) -> list[str]:
     """nvcc's flags: code for exactly these, such as 90 for compute capability 9.0."""
     return [flag for a in architectures for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+
+
+def why_unavailable_here() -> str | None:
+    """None where the current device can run the kernels, and they can be had, as far as can be told without building
+    them."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch was built without CUDA"
+    return gpu.why_no_gpu() or why_unavailable(gpu.architecture())
+
+
+def library_here() -> ModuleType:
+    """The kernels for the current device; builds them if they are not in the cache."""
+    return library(gpu.architecture())
 
 
 def why_unavailable(architecture: int) -> str | None:
