@@ -149,18 +149,16 @@ def rounding_error(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def judge_operands(step: Step, truth: Truth) -> list[Case]:
     """What the walk was given: anchors, keys and scores within rounding, ids, labels and states exactly."""
-    queries, keys, chain_ids, query_ids, key_ids = (step.arguments[i] for i in (0, 1, 8, 9, 10))
-    state_key, state_score, key_labels = step.arguments[18:21]
-    dtype, d = step.batch.z0.dtype, queries.shape[1]
-    b = len(keys)
+    walk, state_key, state_score, key_labels = step.arguments[:4]
+    dtype, (b, d) = step.batch.z0.dtype, walk.keys.shape
     rescored = (truth.anchors.detach() * truth.embedding).sum(1) / TEMPERATURE
     expected_score = torch.where(truth.carried >= 0, rescored, step.before["chains.score"][truth.slots].double())
     of_score = score_error(d + 8, TEMPERATURE)  # anchors have rounded three times and their length is a sum
-    names = {"chain ids": (chain_ids, truth.slots), "query ids": (query_ids, truth.items)}
-    names |= {"key ids": (key_ids, truth.items[:b]), "labels": (key_labels, truth.items[:b] * 2 + truth.coins)}
+    names = {"chain ids": (walk.chain_ids, truth.slots), "query ids": (walk.query_ids, truth.items)}
+    names |= {"key ids": (walk.key_ids, truth.items[:b]), "labels": (key_labels, truth.items[:b] * 2 + truth.coins)}
     return [
-        compare("queries", queries, truth.anchors.detach(), rounding_error(truth.anchors, dtype)),
-        compare("keys", keys, truth.keys.detach(), rounding_error(truth.keys, dtype)),
+        compare("queries", walk.queries, truth.anchors.detach(), rounding_error(truth.anchors, dtype)),
+        compare("keys", walk.keys, truth.keys.detach(), rounding_error(truth.keys, dtype)),
         compare("incoming scores", state_score, expected_score, of_score),
         *(compare_exactly("ids and states", *pair) for pair in names.values()),
         compare_exactly("ids and states", state_key, truth.carried),
@@ -169,7 +167,7 @@ def judge_operands(step: Step, truth: Truth) -> list[Case]:
 
 def judge_loss_walk(step: Step, truth: Truth) -> list[Case]:
     """From the operands as the walk got them, with the loss's own schedule."""
-    queries, keys, b = *step.arguments[:2], len(truth.keys)
+    walk, b = step.arguments[0], len(truth.keys)
     burn_in = int(BURN_IN * b)
     options = {
         "chain_ids": truth.slots,
@@ -179,10 +177,10 @@ def judge_loss_walk(step: Step, truth: Truth) -> list[Case]:
         "burn_in": burn_in,
         "num_samples": min(MOST_SAMPLES, b - burn_in),
     }
-    number, state = int(step.before["step"]), emc2.MHState(*step.arguments[18:20])
+    number, state = int(step.before["step"]), emc2.MHState(*step.arguments[1:3])
     samples, key, score, threshold = step.walked
     result = emc2.MHResult(samples, emc2.MHState(key, score), None, threshold, None)
-    return judge_walk("walk", Problem(queries, keys, TEMPERATURE, SEED, number, state, options), result)
+    return judge_walk("walk", Problem(walk.queries, walk.keys, TEMPERATURE, SEED, number, state, options), result)
 
 
 def judge_gradients(step: Step, truth: Truth) -> list[Case]:

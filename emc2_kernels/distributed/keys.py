@@ -19,6 +19,8 @@ from ..transition import MHResult, MHState, Transition, apply
 from .ring import ring_bag, ring_lse, ring_similarity, ring_transition
 from .shards import Shards
 
+SMALL_BAG = 1 << 15  # rows * keys up to which a product with all keys takes less time than a bag, whose backward sorts
+
 
 class Sweep(NamedTuple):
     """n chains that are proposed all keys one after another."""
@@ -87,6 +89,10 @@ class LocalKeys(NamedTuple):
     def bag(self, rows: Tensor, weights: Tensor) -> Tensor:
         """(n, d) weighted sums of the keys at rows (n, S), weights (n, S); differentiable in the keys."""
         weights = weights.to(self.embeddings.dtype)
+        small = rows.is_cpu and rows.shape[0] * self.embeddings.shape[0] <= SMALL_BAG
+        if small and not torch.is_autocast_enabled("cpu"):  # which would round the product
+            every = weights.new_zeros(rows.shape[0], self.embeddings.shape[0]).scatter_add(1, rows, weights)
+            return every @ self.embeddings
         return torch.nn.functional.embedding_bag(rows, self.embeddings, mode="sum", per_sample_weights=weights)
 
 

@@ -127,7 +127,7 @@ class CachedSoftmaxLoss(SampledLoss):
         """
         with reported(self, z0):
             repeats = self._check(z0, z1, index, return_stats)
-        anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
+            anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
         shards = shards_of_batch(self, z0, index)
         keys = batch_keys(anchors, shards, self.gather)
         if not self.training:

@@ -17,7 +17,7 @@ from ..stores.strict_state import outside
 from ..stores.table import fitted_tables
 from ..transition import MHState
 from . import emc2_fused
-from .anchors import Anchors, check_state_device, compute_dtype, finite_batch
+from .anchors import Anchors, check_finite, check_state_device, compute_dtype, finite_batch
 from .emc2_options import check_estimator, check_proposals, check_ranks, resolved_carry
 from .emc2_sampler import BankSlots, Walked, WalkOptions, count_proposals, draw_from_bank, sweep_batch
 from .ranks import batch_keys, confirmed, reported, shards_of_batch
@@ -154,10 +154,11 @@ class EMC2Loss(SampledLoss):
         with reported(self, z0):
             repeats = self._check(z0, z1, index, return_stats)
             check_state_device(z0, "chains", self.chains.key)
-        options = self._walk_options(z0, return_stats)
-        if self._fusable and emc2_fused.runs(z0, z1, self.backend):
-            return self._fused(z0, z1, index, options)
-        anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
+            options = self._walk_options(z0, return_stats)
+            if self._fusable and emc2_fused.runs(z0, z1, self.backend):
+                check_finite(z0, z1)
+                return self._fused(z0, z1, index, options)
+            anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
         shards = shards_of_batch(self, z0, index)
         keys = batch_keys(anchors, shards, self.gather)
         walked = self._walk(anchors, keys, options)

@@ -80,9 +80,10 @@ def contrast(anchors: Anchors, temperature: float | Tensor, form: Form, keys: Ke
             embeddings = anchors.embeddings.detach()
             scores = form.scores(embeddings, anchors.items, temperature)
             lse = [ops.contrastive_lse(some, form.backend) for some in scores]
-            similarity = (embeddings[:b] * embeddings[b:]).sum(1).repeat(2)
+            similarity = (embeddings[:b] * embeddings[b:]).sum(1)
+            positive = torch.cat((similarity, similarity)) / temperature
             lse = lse[0] if len(lse) == 1 else torch.cat(lse)
-            return Contrast(lse, similarity / temperature, anchors, temperature, form, None, None)
+            return Contrast(lse, positive, anchors, temperature, form, None, None)
     queries = form.operands(anchors.embeddings)
     if keys is None or keys.embeddings is anchors.embeddings:
         keys = LocalKeys(queries, anchors.items, None) if keys is None else keys._replace(embeddings=queries)
@@ -124,10 +125,11 @@ class _ByHand(torch.autograd.Function):
         )
         temperature, grad = rows if ctx.number is None else ctx.number, grad.detach()
         d_embeddings, d_temperature = _lse_gradient(d_lse * grad, lse, embeddings, ids, temperature, ctx.form)
-        d_similarity = (d_positive * grad).div_(temperature).view(2, -1).sum(0)
-        d_embeddings.addcmul_(embeddings.roll(len(d_similarity), 0), d_similarity.repeat(2)[:, None])
-        if ctx.needs_input_grad[1]:  # one number for all
-            d_temperature = (d_temperature - (d_similarity.repeat(2) * positive).sum() / 2).to(rows.dtype)
+        b, d_similarity = len(lse) // 2, (d_positive * grad).div_(temperature).view(2, -1).sum(0)
+        d_embeddings[:b].addcmul_(embeddings[b:], d_similarity[:, None])
+        d_embeddings[b:].addcmul_(embeddings[:b], d_similarity[:, None])
+        if ctx.needs_input_grad[1]:  # one number for all; the views' positives are the same
+            d_temperature = (d_temperature - (d_similarity * positive[:b]).sum()).to(rows.dtype)
         else:
             d_temperature = None
         return *no_double_backward(NO_SECOND_DERIVATIVE, d_embeddings, d_temperature), *[None] * 7
@@ -151,7 +153,8 @@ def _lse_gradient(
 def ntxent(of: Contrast, factor: float = 1.0) -> Tensor:
     """Mean over the 2b anchors of -s+ + log(exp(s+) + sum of exp(s-)), which is softplus(lse of s- less s+)."""
     excess = of.lse - of.positive
-    value = torch.nn.functional.softplus(excess).mean() * factor
+    value = torch.nn.functional.softplus(excess).mean()
+    value = value if factor == 1 else value * factor
     share = excess.sigmoid() * (factor / excess.numel())
     return of.attach_gradient(value, share, -share)
 

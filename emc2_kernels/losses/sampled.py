@@ -166,12 +166,13 @@ class SampledLoss(StrictState):
         """The value, and the similarity (2b,) of each anchor and its mean negative."""
         again = self.encode if self.carry == "recompute" else None
         negatives = mean_negative(samples, self.bank, again, self.normalize)
-        negative_similarity = (anchors.embeddings * negatives).sum(1)
-        terms = negative_similarity - (anchors.embeddings * anchors.positives).sum(1)
+        terms = negative_similarity = (anchors.embeddings * negatives).sum(1)
         if self.carry == "corrected":
             options = self.batch_means, self.temperature, self.bimodal
             terms = terms + correction(anchors, keys, samples.labels, samples.weights, *options)
-        loss = terms.mean() / self.temperature * (1 if shards is None else shards.ddp_factor)
+        view_0, view_1 = anchors.embeddings.chunk(2)
+        factor = (1 if shards is None else shards.ddp_factor) / self.temperature
+        loss = (terms.mean() - (view_0 * view_1).sum() / len(view_0)) * factor
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
         return loss, negative_similarity.detach()

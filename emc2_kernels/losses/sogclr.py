@@ -29,7 +29,7 @@ TEMPERATURE_RANGE = 10.0  # the bounds' default: from a tenth of `temperature` t
 class Denominators(NamedTuple):
     """What the 2b anchors' weights are made of, detached."""
 
-    has_negatives: Tensor  # (2b,) bool
+    has_negatives: Tensor | None  # (2b,) bool; None: all have
     log_u: Tensor  # (2b,) log of the running mean after its update; 0 without negatives
     weight: Tensor  # (2b,) what its weights sum to: the batch's mean of exp(s) over u; 0 without negatives
 
@@ -142,7 +142,7 @@ class SogCLRLoss(SlotTable):
         """
         with reported(self, z0):
             repeats = self._check(z0, z1, index, return_stats)
-        anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
+            anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
         shards = shards_of_batch(self, z0, index)
         keys = None if shards is None else batch_keys(anchors, shards, self.gather)
         slots = anchors.labels if self.bimodal else anchors.items
@@ -180,33 +180,37 @@ class SogCLRLoss(SlotTable):
             self._watch.look(index, repeats)
         return repeats
 
-    def _count_negatives(self, anchors: Anchors, keys: Keys | None) -> Tensor:
-        """(2b,)"""
-        if anchors.distinct and keys is None:
-            rows = len(anchors.items)
-            return torch.full_like(anchors.items, rows // 2 - 1 if self.bimodal else rows - 2)
+    def _count_negatives(self, anchors: Anchors, keys: Keys | None) -> int | Tensor:
+        """Of each anchor (2b,); a number where all are known to have as many, and some."""
+        rows = len(anchors.items)
+        if anchors.distinct and keys is None and rows > 2:
+            return rows // 2 - 1 if self.bimodal else rows - 2
         items = anchors.items if keys is None else keys.items
         ordered = items[: items.shape[0] // (2 if self.bimodal else 1)].sort().values
         own = torch.searchsorted(ordered, anchors.items, right=True) - torch.searchsorted(ordered, anchors.items)
         return len(ordered) - own
 
     def _denominators(self, of: Contrast, keys: Keys | None, slots: Tensor) -> Denominators:
-        number = self._count_negatives(of.anchors, keys)
-        has_negatives = number > 0
-        log_mean = torch.where(has_negatives, of.lse - number.to(of.lse.dtype).log(), 0)
-        before, gamma = self.log_u[slots].to(of.lse.dtype), self._gamma().to(of.lse.dtype)
-        follow = torch.logaddexp(before + (1 - gamma).log(), log_mean + gamma.log())
-        log_u = torch.where(before == -torch.inf, log_mean, follow)
-        weight = torch.where(has_negatives, (log_mean - log_u).exp(), 0)
-        return Denominators(has_negatives, torch.where(has_negatives, log_u, 0), weight)
+        number, dtype = self._count_negatives(of.anchors, keys), of.lse.dtype
+        before, (log_gamma, log_rest) = self.log_u[slots].to(dtype), self._log_gammas(dtype)
+        if isinstance(number, int):
+            log_mean = of.lse - math.log(number)
+        else:
+            log_mean = torch.where(number > 0, of.lse - number.to(dtype).log(), 0)
+        log_u = torch.where(before == -torch.inf, log_mean, torch.logaddexp(before + log_rest, log_mean + log_gamma))
+        weight = (log_mean - log_u).exp()
+        if isinstance(number, int):
+            return Denominators(None, log_u, weight)
+        return Denominators(number > 0, torch.where(number > 0, log_u, 0), torch.where(number > 0, weight, 0))
 
-    def _gamma(self) -> Tensor:
-        """() float64, on the device, which is not waited for."""
-        gamma = torch.full((), self.gamma, dtype=torch.float64, device=self.step.device)
+    def _log_gammas(self, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
+        """Of the weight of the present batch, and of the rest's. With a schedule they are on the device, which is not
+        waited for."""
         if self.gamma_schedule == "constant":
-            return gamma
+            return math.log(self.gamma), math.log(1 - self.gamma) if self.gamma < 1 else -math.inf
         progress = (self.step.double() / self.gamma_steps).clamp_max(1)
-        return gamma + (1 - gamma) * (1 + (math.pi * progress).cos()) / 2
+        gamma = self.gamma + (1 - self.gamma) * (1 + (math.pi * progress).cos()) / 2
+        return gamma.log().to(dtype), (1 - gamma).log().to(dtype)
 
     @torch.no_grad()
     def _update(
@@ -222,14 +226,16 @@ class SogCLRLoss(SlotTable):
         rows = slots if self.bimodal else slots[: slots.shape[0] // 2]
         log_u = found.log_u if self.bimodal else found.log_u.view(2, -1).logsumexp(0) - math.log(2)
         values = {"log_u": log_u, **self._learnt(of, found, scores, rows)}
-        updates, finite = found.has_negatives[: rows.shape[0]], None
+        updates, finite = found.has_negatives, None
+        updates = None if updates is None else updates[: rows.shape[0]]
         if shards is not None or not of.anchors.finite:
             embeddings = of.anchors.embeddings if keys is None else keys.embeddings
             finite = finite_batch(embeddings, self.temperature)
-            updates = updates if shards is not None else updates & finite
         if shards is not None:
-            rows, updates = gather_views(rows, shards), gather_views(updates, shards) & finite
+            rows, updates = gather_views(rows, shards), gather_views(updates, shards)
             values = {name: gather_views(value, shards) for name, value in values.items()}
+        if finite is not None:
+            updates = finite if updates is None else updates & finite
         self.put(rows, only=updates, distinct=of.anchors.distinct and shards is None, **values)
         self.step.add_(1 if finite is None else finite)
 
@@ -238,7 +244,8 @@ class SogCLRLoss(SlotTable):
         return {}
 
     def _stats(self, of: Contrast, found: Denominators, scores: Tensor) -> dict[str, Tensor]:
-        anchors_with = found.has_negatives.sum().clamp_min(1)
+        counted = found.has_negatives
+        anchors_with = len(scores) if counted is None else counted.sum().clamp_min(1)
         return batch_stats(of.anchors, self.temperature, bimodal=self.bimodal) | {
             "negative_similarity": (scores * of.temperature).sum() / anchors_with,
             "weight_sum": found.weight.sum() / anchors_with,

@@ -81,10 +81,13 @@ class EmbeddingBank(SlotTable):
             checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
         return labels
 
+    def _legal(self, labels: Tensor) -> Tensor:
+        return labels.clamp_min(0) if self.owners is None else labels
+
     def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the bank holds each of the checked labels (k,) int64; (k, dim) embeddings, zeros for what it does
         not."""
-        embeddings, written_at = self.rows(labels, "embeddings", "written_at")
+        embeddings, written_at = self.rows(self._legal(labels), "embeddings", "written_at")
         held = (labels >= 0) & (written_at >= 0)
         return held, torch.where(held[:, None], embeddings, 0)
 
@@ -94,7 +97,7 @@ class EmbeddingBank(SlotTable):
 
     def age(self, labels: Tensor) -> Tensor:
         """(k,) int64 steps between each embedding and the latest update; -1 for label -1 and what was never written."""
-        (written_at,) = self.rows(self._checked(labels), "written_at")
+        (written_at,) = self.rows(self._legal(self._checked(labels)), "written_at")
         return torch.where((labels >= 0) & (written_at >= 0), self.last_step - written_at, -1)
 
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:

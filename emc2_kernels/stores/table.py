@@ -51,11 +51,12 @@ class SlotTable(StrictState):
         setattr(self, name, torch.full((rows,) if width is None else (rows, width), value, dtype=dtype, device=device))
 
     def rows(self, slots: Tensor, *names: str) -> list[Tensor]:
-        """What is kept for slots (k,), which may be other ranks'; for slot -1 it is a row that means nothing."""
+        """What is kept for slots (k,), which may be other ranks'. Of a store over ranks, slot -1 asks nobody: its row
+        means nothing."""
         tables = [getattr(self, name) for name in names]
         if self.owners is not None:
             return self.owners.fetch(slots, tables, self._call("read", names))
-        return [table[slots.clamp_min(0)] for table in tables]
+        return [table.index_select(0, slots) for table in tables]
 
     def put(
         self,
@@ -87,7 +88,7 @@ class SlotTable(StrictState):
             distinct = False
         if distinct and writable is None:
             for name, value in zip(values, given, strict=True):
-                getattr(self, name)[slots] = value
+                getattr(self, name).index_copy_(0, slots, value)
             return
         last = last_duplicates(slots, writable)
         for name, value in zip(values, given, strict=True):

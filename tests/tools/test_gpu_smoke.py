@@ -107,19 +107,15 @@ def ignored_tensor(original):
 
 def swapped(original):
     """The carried chains' states are written in reverse order."""
-
-    def write(self, index, view, state, **only):
-        original(self, index, view, emc2.MHState(state.key.flip(0), state.score))
-
-    return write
+    return lambda self, slots, state, **o: original(self, slots, emc2.MHState(state.key.flip(0), state.score), **o)
 
 
 def late(original):
-    return lambda self, index, view, embeddings, step, **o: original(self, index, view, embeddings, step + 1, **o)
+    return lambda self, slots, embeddings, step, **o: original(self, slots, embeddings, step + 1, **o)
 
 
 def dull(original):
-    return lambda self, index, view, embeddings, step, **o: original(self, index, view, embeddings * 1.02, step, **o)
+    return lambda self, slots, embeddings, step, **o: original(self, slots, embeddings * 1.02, step, **o)
 
 
 def steeper_loss(original):
@@ -142,16 +138,21 @@ def steeper_keys(original):
 def another_chain(original):
     """Keys of the chains that other rows have."""
 
-    def read(self, *arguments):
-        state = original(self, *arguments)
-        return state._replace(key=state.key.roll(1))
+    def rescore(self, *arguments):
+        state, embeddings = original(self, *arguments)
+        return state._replace(key=state.key.roll(1)), embeddings
 
-    return read
+    return rescore
 
 
 def stale_scores(original):
     """Incoming chains are not rescored."""
-    return lambda self, index, view, *_: original(self, index, view)
+
+    def rescore(self, slots, *arguments):
+        state, embeddings = original(self, slots, *arguments)
+        return state._replace(score=self.score[slots]), embeddings
+
+    return rescore
 
 
 CHAINS, THRESHOLD, LSE = ("chains", 1), ("threshold", 1), ("lse", 1)
@@ -178,12 +179,12 @@ BROKEN = {
     "a loss's gradient": ("loss-2500", (EMC2Loss, "forward", steeper_loss), ("gradients", None)),
     "a loss's view coin": ("loss-32", changed(ops, "view_coin", lambda x: 1 - x), ("keys", None)),
     "a loss's labels": ("loss-32", changed(ops, "view_coin", lambda x: 1 - x), ("ids and states", None)),
-    "a loss's lengths": ("loss-2500", changed(pairs, "unit", lambda x: x * 1.00001), ("queries", None)),
-    "a loss's incoming keys": ("loss-32", (emc2.ChainStore, "read", another_chain), ("ids and states", None)),
-    "a loss's chains": ("loss-32", (emc2.ChainStore, "write", swapped), ("stores", None)),
-    "a loss's incoming scores": ("loss-2500", (emc2.ChainStore, "read", stale_scores), ("incoming scores", None)),
-    "a loss's bank": ("loss-2500", (emc2.EmbeddingBank, "update", dull), ("bank", None)),
-    "a loss's clock": ("loss-32", (emc2.EmbeddingBank, "update", late), ("stores", None)),
+    "a loss's lengths": ("loss-2500", changed(pairs, "_lengths", lambda x: (x[0] * 1.00001, x[1])), ("queries", None)),
+    "a loss's incoming keys": ("loss-32", (emc2.ChainStore, "rescore", another_chain), ("ids and states", None)),
+    "a loss's chains": ("loss-32", (emc2.ChainStore, "put_state", swapped), ("stores", None)),
+    "a loss's incoming scores": ("loss-2500", (emc2.ChainStore, "rescore", stale_scores), ("incoming scores", None)),
+    "a loss's bank": ("loss-2500", (emc2.EmbeddingBank, "put_embeddings", dull), ("bank", None)),
+    "a loss's clock": ("loss-32", (emc2.EmbeddingBank, "put_embeddings", late), ("stores", None)),
     "a graph's step": ("graph", (emc2, "mh_step", ignored_tensor), ("replays", None)),
     "a cuda graph's step": ("cuda-graph", (emc2, "mh_step", ignored_tensor), ("replays", None)),
     "E in a walk": ("cuda-log2", changed(emc2, "mh_transition", lambda x: nudge(x, (ROW, 0), 1e-3)), ("in a walk", 4)),
@@ -284,7 +285,7 @@ def test_an_exception_in_a_later_trial_keeps_the_cases_before_it(rehearsal, monk
 
 @interpreted
 def test_the_plain_path_is_not_taken_for_the_fused_one(monkeypatch):
-    monkeypatch.setattr(fused, "takes", lambda *arguments: False)
+    monkeypatch.setattr(fused, "runs", lambda *arguments: False)
     record = smoke.run_family("loss-32", Context(CPU, "triton", "reference"))
     assert record["status"] == "FAIL" and "fused path" in record["why"]
 

@@ -126,7 +126,8 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
     """Gradients of queries, keys and temperatures; see ``reference_lse``."""
     small = scores.queries.shape[0] * scores.keys.shape[0] <= SMALL
     d_queries, d_keys = (_small_gradients if small else _gradients)(grad, lse, scores)
-    if not _sound(d_queries.sum().abs_() + d_keys.sum().abs_()):
+    total = d_queries.sum().abs_()
+    if not _sound(total + d_keys.sum().abs_() if d_keys.numel() else total):
         return reference_lse.contrastive_lse_backward(grad, lse, scores)
     per_row = isinstance(scores.temperature, Tensor)
     d_temperature = (scores.queries * d_queries).sum(1).div_(-scores.temperature) if per_row else grad.new_empty(0)
