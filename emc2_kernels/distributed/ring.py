@@ -45,7 +45,7 @@ class _Exchange:
         return self.arriving
 
 
-def around(tensors: list[Tensor], shards: Shards) -> Iterator[tuple[int, list[Tensor]]]:
+def rotate_shards(tensors: list[Tensor], shards: Shards) -> Iterator[tuple[int, list[Tensor]]]:
     """Every rank's tensors in turn, this rank's first, then those of the ranks before it.
 
     Args:
@@ -60,7 +60,7 @@ def around(tensors: list[Tensor], shards: Shards) -> Iterator[tuple[int, list[Te
             tensors = exchange.wait()
 
 
-def sum_around(
+def rotate_and_sum(
     tensors: list[Tensor], shards: Shards, contribution: Callable[[int, list[Tensor]], list[Tensor]]
 ) -> list[Tensor]:
     """Every rank looks at every rank's tensors, and what they contribute to a shard is added up where it belongs.
@@ -74,7 +74,7 @@ def sum_around(
     """
     sums: list[Tensor] = []
     under_way = None
-    for source, shard in around(tensors, shards):
+    for source, shard in rotate_shards(tensors, shards):
         sums = contribution(source, shard)
         if under_way is not None:
             sums = [own.add_(others) for own, others in zip(sums, under_way.wait(), strict=True)]
@@ -95,7 +95,7 @@ class _RingLse(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         rows, lse = checks.one_or_rows(temperature, queries), None
-        for _, (some, some_ids) in around([keys, ids[1]], shards):
+        for _, (some, some_ids) in rotate_shards([keys, ids[1]], shards):
             part = ops.contrastive_lse(ScoreParams(queries, some, rows, ids[0], some_ids), backend)
             lse = part if lse is None else torch.logaddexp(lse, part)
         ctx.shards, ctx.backend = shards, backend
@@ -120,7 +120,7 @@ class _RingLse(torch.autograd.Function):
                 d_temperature.add_(for_rows.sum())
             return [for_keys.to(lse.dtype)]
 
-        (d_keys,) = sum_around([keys, key_ids], ctx.shards, contribution)
+        (d_keys,) = rotate_and_sum([keys, key_ids], ctx.shards, contribution)
         gradients = d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature
         return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), None, None, None
 
@@ -155,7 +155,7 @@ def ring_similarity(
 ) -> Tensor:
     """``mean_similarity`` over the keys of all ranks: (n,), detached."""
     total, rows = torch.zeros_like(lse), checks.one_or_rows(temperature, queries)
-    for _, (some, some_ids) in around([keys.detach(), ids[1]], shards):
+    for _, (some, some_ids) in rotate_shards([keys.detach(), ids[1]], shards):
         total += mean_similarity(lse, ScoreParams(queries, some, rows, ids[0], some_ids), backend)
     return total
 
@@ -173,7 +173,7 @@ def ring_transition(walk: WalkParams, shards: Shards, backend: str) -> Transitio
     views = walk.keys.shape[0] // shards.sizes[shards.rank]
     up_to_here: list[Transition | None] = [None] * views
     behind: list[Transition | None] = [None] * views
-    for source, (some,) in around([walk.keys], shards):
+    for source, (some,) in rotate_shards([walk.keys], shards):
         for view, block in enumerate(some.unflatten(0, (views, -1))):
             first = view * shards.total + sum(shards.sizes[:source])
             ids = walk.key_ids[first : first + block.shape[0]]
@@ -191,7 +191,7 @@ class _RingBag(torch.autograd.Function):
         ctx.shards, ctx.views = shards, keys.shape[0] // shards.sizes[shards.rank]
         ctx.save_for_backward(rows, weights)
         total = keys.new_zeros(rows.shape[0], keys.shape[1])
-        for source, (some,) in around([keys], shards):
+        for source, (some,) in rotate_shards([keys], shards):
             local, share = _rows_on_rank(source, rows, weights, ctx.views, shards)
             total += torch.nn.functional.embedding_bag(local, some, mode="sum", per_sample_weights=share)
         return total
@@ -204,7 +204,7 @@ class _RingBag(torch.autograd.Function):
             local, share = _rows_on_rank(source, rows, weights, ctx.views, shards)
             return [_bag_gradient(grad.detach(), local, share, ctx.views * shards.sizes[source])]
 
-        (d_keys,) = sum_around([], shards, contribution)
+        (d_keys,) = rotate_and_sum([], shards, contribution)
         return *no_double_backward(NO_SECOND_DERIVATIVE, d_keys), None, None, None
 
 

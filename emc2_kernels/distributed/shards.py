@@ -45,7 +45,7 @@ class Shards(NamedTuple):
         return len(self.sizes) * self.sizes[self.rank] / self.total
 
 
-def shards_of(
+def exchange_sizes(
     rows: int, call: Call, device: torch.device, group: dist.ProcessGroup | None, **numbers: Tensor | None
 ) -> Shards:
     """A collective: every rank says how many rows it has, and what it takes to be the same everywhere.
@@ -104,14 +104,14 @@ def gather_views(rows: Tensor, shards: Shards) -> Tensor:
     return whole.transpose(0, 1).flatten(0, 1)
 
 
-def true_on_all(flag: Tensor, shards: Shards) -> Tensor:
+def all_true(flag: Tensor, shards: Shards) -> Tensor:
     """() bool: whether the flag () is set on every rank; a collective."""
     every = flag.int()
     dist.all_reduce(every, dist.ReduceOp.MIN, shards.group)
     return every.bool()
 
 
-def each_rank(tensors: list[Tensor], shards: Shards) -> Iterator[list[Tensor]]:
+def broadcast_in_turn(tensors: list[Tensor], shards: Shards) -> Iterator[list[Tensor]]:
     """Every rank's tensors, in rank order, one rank's at a time; each has a whole multiple of its shard's rows."""
     own = shards.sizes[shards.rank]
     for rank, size in enumerate(shards.sizes):

@@ -17,7 +17,7 @@ from ..backends.params import DrawParams, ScoreParams
 from ..distributed.keys import LocalKeys
 from ..distributed.shards import Shards, gather_rows
 from .anchors import Anchors, finite_batch
-from .ranks import batch_keys, confirmed, reported, shards_of_batch
+from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .sampled import Encode, SampledLoss, encoded, samples_by_label
 from .temperature import warn_of_uniform_weights
 
@@ -125,13 +125,13 @@ class CachedSoftmaxLoss(SampledLoss):
                 where ``encode`` itself raises.
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
-        with reported(self, z0):
+        with report_errors(self, z0):
             repeats = self._check(z0, z1, index, return_stats)
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
-        shards = shards_of_batch(self, z0, index)
+        shards = batch_shards(self, z0, index)
         keys = batch_keys(anchors, shards, self.gather)
         if not self.training:
-            with confirmed(self, z0, encodes=self.carry == "recompute"):
+            with confirm_on_all(self, z0, encodes=self.carry == "recompute"):
                 return self._draw_and_weigh(anchors, keys, shards, return_stats)
         with torch.no_grad():
             oldest = self._oldest(keys.labels)
@@ -145,7 +145,7 @@ class CachedSoftmaxLoss(SampledLoss):
                 self.bank.put_embeddings(keys.labels, keys.embeddings, self.step, only=finite)
                 if self.carry == "corrected":
                     self.batch_means.update(written, keys, self.bimodal, self.bank, self.step)
-            with confirmed(self, z0, encodes=self.carry == "recompute"):
+            with confirm_on_all(self, z0, encodes=self.carry == "recompute"):
                 result = self._draw_and_weigh(anchors, keys, shards, return_stats)
         self.step.add_(1 if finite is None else finite)
         return result
@@ -184,7 +184,7 @@ class CachedSoftmaxLoss(SampledLoss):
         shares = labels.tensor_split(ranks)
         shards = Shards(self.process_group, rank, [len(share) for share in shares])
         mine = shares[rank]
-        with confirmed(self, z0, encodes=True):
+        with confirm_on_all(self, z0, encodes=True):
             fresh = encoded(self.encode, mine, like, self.normalize) if len(mine) else like.detach()[:0]
         return gather_rows(fresh, shards)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..distributed.keys import LocalKeys
 from ..stores.bank import EmbeddingBank
-from ..stores.strict_state import FINITE, outside
+from ..stores.strict_state import FINITE, range_errors
 from ..stores.table import SlotTable
 from .anchors import Anchors
 
@@ -40,7 +40,7 @@ class BatchMeans(SlotTable):
         self.keep("means", 0, dtype, width=dim)
 
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
-        yield from outside(f"{prefix}means", tables["means"], *FINITE)
+        yield from range_errors(f"{prefix}means", tables["means"], *FINITE)
 
     def update(self, labels: Tensor, keys: LocalKeys, bimodal: bool, bank: EmbeddingBank, step: Tensor) -> None:
         """Of those of the labels (k,) whose embeddings the bank has been given at this step."""

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from .. import checks
 from ..distributed.keys import Keys
-from ..distributed.shards import Shards, each_rank, gather_views, true_on_all
+from ..distributed.shards import Shards, all_true, broadcast_in_turn, gather_views
 from ..stores.chains import ChainStore
-from ..stores.strict_state import outside
+from ..stores.strict_state import range_errors
 from ..stores.table import fitted_tables
 from ..transition import MHState
 from . import emc2_fused
 from .anchors import Anchors, check_finite, check_state_device, compute_dtype, finite_batch
 from .emc2_options import check_estimator, check_proposals, check_ranks, resolved_carry
 from .emc2_sampler import BankSlots, Walked, WalkOptions, count_proposals, draw_from_bank, sweep_batch
-from .ranks import batch_keys, confirmed, reported, shards_of_batch
+from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .sampled import Encode, SampledLoss
 from .temperature import warn_of_uniform_weights
 
@@ -151,7 +151,7 @@ class EMC2Loss(SampledLoss):
             ValueError, TypeError: name the argument, what was expected and what came; chains and bank are unchanged.
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
-        with reported(self, z0):
+        with report_errors(self, z0):
             repeats = self._check(z0, z1, index, return_stats)
             check_state_device(z0, "chains", self.chains.key)
             options = self._walk_options(z0, return_stats)
@@ -159,10 +159,10 @@ class EMC2Loss(SampledLoss):
                 check_finite(z0, z1)
                 return self._fused(z0, z1, index, options)
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
-        shards = shards_of_batch(self, z0, index)
+        shards = batch_shards(self, z0, index)
         keys = batch_keys(anchors, shards, self.gather)
         walked = self._walk(anchors, keys, options)
-        with confirmed(self, z0, encodes=self.carry == "recompute"):
+        with confirm_on_all(self, z0, encodes=self.carry == "recompute"):
             loss, negative_similarity = self._surrogate(anchors, keys, walked.samples, shards)
         stats = None
         if return_stats:
@@ -210,11 +210,11 @@ class EMC2Loss(SampledLoss):
         state = MHState(state.key, state.score.float())
         if not (anchors.finite and shards is None):
             finite = finite_batch(anchors.embeddings if ring else keys.embeddings, self.temperature)
-            finite = true_on_all(finite, shards) if ring else finite
+            finite = all_true(finite, shards) if ring else finite
         if self.sharded:  # what a rank has goes to the owners, and to nobody else
             self._update(anchors.labels, anchors.embeddings, state, only=finite)
         elif ring:  # of a slot's rows, the last rank's come last
-            for labels, embeddings, *found in each_rank([anchors.labels, anchors.embeddings, *state], shards):
+            for labels, embeddings, *found in broadcast_in_turn([anchors.labels, anchors.embeddings, *state], shards):
                 self._update(labels, embeddings, MHState(*found), only=finite)
         elif shards is not None:
             everyone = MHState(*(gather_views(field, shards) for field in state))
@@ -241,7 +241,7 @@ class EMC2Loss(SampledLoss):
         wrong = super()._misfits(state_dict, prefix, metadata)
         for key in fitted_tables(state_dict, f"{prefix}chains.", ["key"]).values():
             name = f"{prefix}chains.key"
-            wrong += outside(name, key, -1, self.num_items * 2 - 1)
+            wrong += range_errors(name, key, -1, self.num_items * 2 - 1)
             if self.bimodal and not key.is_meta:
                 slots = torch.arange(len(key), dtype=torch.int64, device=key.device)
                 views = slots % 2  # a rank's part begins with view 0, too

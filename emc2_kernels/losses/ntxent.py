@@ -12,7 +12,7 @@ from ..backends import NAMES
 from ..distributed.shards import GATHERS
 from .anchors import Anchors, check_batch, compute_dtype, number_pairs
 from .in_batch import Form, batch_stats, contrast, ntxent
-from .ranks import batch_keys, reported, shards_of_batch
+from .ranks import batch_keys, batch_shards, report_errors
 from .temperature import TemperedLoss, warn_of_uniform_weights
 
 
@@ -86,7 +86,7 @@ class NTXentLoss(TemperedLoss):
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came.
         """
-        with reported(self, z0):
+        with report_errors(self, z0):
             checks.boolean("return_stats", return_stats)
             check_batch(z0, z1, index, dim=None, num_items=None)
             anchors = Anchors.of(z0, z1, index, self.normalize)
@@ -97,7 +97,7 @@ class NTXentLoss(TemperedLoss):
                 largest = anchors.embeddings.detach().square().sum(1) / temperature
                 checks.finite("the similarities of z0 and z1", largest)
         form = {"return_stats": return_stats} if self.gather == "ring" else {}  # the statistics go round too
-        shards = shards_of_batch(self, z0, index, log_scale=self.log_scale, **form)
+        shards = batch_shards(self, z0, index, log_scale=self.log_scale, **form)
         anchors = number_pairs(anchors, 0 if shards is None else shards.first)
         keys = None if shards is None else batch_keys(anchors, shards, self.gather, walked=False)
         of = contrast(anchors, temperature, Form(self.bimodal, compute_dtype(z0), self.backend), keys)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..distributed.agreement import Call, Reported, header_device
 from ..distributed.keys import Keys, LocalKeys, RingKeys
-from ..distributed.shards import Shards, gather_rows, gather_views, meet, shards_of
+from ..distributed.shards import Shards, exchange_sizes, gather_rows, gather_views, meet
 from .anchors import Anchors, compute_dtype
 
 OF_A_RANK = ("process_group", "encode", "backend")  # options that cannot be compared, or change no result
 
 
-def shards_of_batch(
+def batch_shards(
     loss: nn.Module, z0: Tensor, index: Tensor | None, *, log_scale: Tensor | None = None, **form: bool
 ) -> Shards | None:
     """How the batch of a loss's call lies over the ranks; None where the loss keeps to this process's part.
@@ -28,7 +28,7 @@ def shards_of_batch(
             options, its step and the arguments' own form.
 
     Raises:
-        RuntimeError, ValueError: see ``shards_of``.
+        RuntimeError, ValueError: see ``exchange_sizes``.
     """
     if loss.gather == "none":
         return None
@@ -41,7 +41,7 @@ def shards_of_batch(
         "training": loss.training,
     }
     numbers = {"step": getattr(loss, "step", None), "log_scale": log_scale}
-    return shards_of(len(z0), _call(loss, **form), z0.device, loss.process_group, **numbers)
+    return exchange_sizes(len(z0), _call(loss, **form), z0.device, loss.process_group, **numbers)
 
 
 def batch_keys(anchors: Anchors, shards: Shards | None, gather: str, *, walked: bool = True) -> Keys:
@@ -61,15 +61,15 @@ def batch_keys(anchors: Anchors, shards: Shards | None, gather: str, *, walked: 
     return LocalKeys(gather_views(anchors.embeddings, shards), items.repeat(2), labels)
 
 
-def reported(loss: nn.Module, z0: Tensor) -> AbstractContextManager[None]:
-    """For all that a loss does before ``shards_of_batch``: an error in it is an error on the ranks that wait there,
+def report_errors(loss: nn.Module, z0: Tensor) -> AbstractContextManager[None]:
+    """For all that a loss does before ``batch_shards``: an error in it is an error on the ranks that wait there,
     too."""
     if loss.gather == "none":
         return nullcontext()
     return Reported(loss.process_group, partial(_meet, loss, z0))
 
 
-def confirmed(loss: nn.Module, z0: Tensor, *, encodes: bool = False) -> AbstractContextManager[None]:
+def confirm_on_all(loss: nn.Module, z0: Tensor, *, encodes: bool = False) -> AbstractContextManager[None]:
     """For what can go wrong on one rank after that, and before ranks exchange what they keep: at the block's end all of
     them go on, or none does.
 

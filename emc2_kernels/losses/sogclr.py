@@ -14,12 +14,12 @@ from .. import checks
 from ..backends import NAMES
 from ..distributed.keys import Keys
 from ..distributed.shards import Shards, gather_views
-from ..stores.strict_state import FINITE, outside
+from ..stores.strict_state import FINITE, range_errors
 from ..stores.table import SlotTable
 from .anchors import Anchors, check_batch, check_state_device, compute_dtype, finite_batch
 from .in_batch import Contrast, Form, batch_stats, contrast
 from .index_watch import IndexWatch
-from .ranks import batch_keys, confirmed, reported, shards_of_batch
+from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .recomputation import refuse_recomputation
 from .temperature import LEAST, fixed_temperature, warn_of_uniform_weights
 
@@ -140,10 +140,10 @@ class SogCLRLoss(SlotTable):
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged.
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
-        with reported(self, z0):
+        with report_errors(self, z0):
             repeats = self._check(z0, z1, index, return_stats)
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
-        shards = shards_of_batch(self, z0, index)
+        shards = batch_shards(self, z0, index)
         keys = None if shards is None else batch_keys(anchors, shards, self.gather)
         slots = anchors.labels if self.bimodal else anchors.items
         temperature = self._temperatures(slots)
@@ -154,7 +154,7 @@ class SogCLRLoss(SlotTable):
         value = ((found.log_u - of.positive) * scale).mean()
         share = torch.full_like(of.positive, 1 / len(of.positive)) * scale
         loss = of.attach_gradient(value, found.weight * share, -share)
-        with confirmed(self, z0):
+        with confirm_on_all(self, z0):
             if not self.normalize:  # unit vectors cannot overflow
                 checks.finite("the similarities of z0 and z1", loss.detach())
         # The mean s of each anchor's negatives under their softmax.
@@ -258,7 +258,7 @@ class SogCLRLoss(SlotTable):
             "item_velocity": FINITE,
         }
         for name, table in tables.items():
-            yield from outside(prefix + name, table, *bounds[name])
+            yield from range_errors(prefix + name, table, *bounds[name])
 
     def extra_repr(self) -> str:
         gamma = f"gamma={self.gamma}, gamma_schedule={self.gamma_schedule!r}, gamma_steps={self.gamma_steps}"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
-from .strict_state import MAX_STEP, outside
+from .strict_state import MAX_STEP, range_errors
 from .table import SlotTable
 
 
@@ -55,7 +55,7 @@ class EmbeddingBank(SlotTable):
             step: 0 <= step < 2^32, an integer or a 0-d int64 tensor.
             only: () bool; False: nothing is written. It is not waited for.
         """
-        with self.reported():
+        with self.report_errors():
             slots = self.slots(index, view, self.embeddings.device)
             checks.tensor("embeddings", embeddings)
             if embeddings.shape != (slots.shape[0], self.dim) or embeddings.device != slots.device:
@@ -76,7 +76,7 @@ class EmbeddingBank(SlotTable):
         self.last_step.add_(passed if only is None else passed * only)
 
     def _checked(self, labels: Tensor) -> Tensor:
-        with self.reported():
+        with self.report_errors():
             checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
             checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
         return labels
@@ -102,7 +102,7 @@ class EmbeddingBank(SlotTable):
 
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
         embeddings, written_at = tables["embeddings"], tables["written_at"]
-        yield from outside(f"{prefix}written_at", written_at, -1, MAX_STEP)
+        yield from range_errors(f"{prefix}written_at", written_at, -1, MAX_STEP)
         if embeddings.is_meta:
             return
         lowest, highest = torch.aminmax(embeddings, dim=1)  # NaN where one of a row is; no table of flags

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..transition import MHState
 from .bank import EmbeddingBank
-from .strict_state import FINITE, outside
+from .strict_state import FINITE, range_errors
 from .table import SlotTable
 
 
@@ -63,7 +63,7 @@ class ChainStore(SlotTable):
         Raises:
             ValueError, TypeError: an index or view out of range, or only some of the three rescoring arguments.
         """
-        with self.reported():
+        with self.report_errors():
             slots = self.slots(index, view, self.key.device)
             rescored = self._check_rescoring(slots.shape[0], queries, bank, temperature)
         if rescored:
@@ -105,7 +105,7 @@ class ChainStore(SlotTable):
         Args:
             only: () bool; False: nothing is written. It is not waited for.
         """
-        with self.reported():
+        with self.report_errors():
             slots = self.slots(index, view, self.key.device)
             checks.state(state, slots)
         self.put_state(slots, state, only=only)
@@ -115,8 +115,8 @@ class ChainStore(SlotTable):
         self.put(slots, only=only, **known, key=state.key, score=state.score)
 
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
-        yield from outside(f"{prefix}key", tables["key"], -1, torch.iinfo(torch.int64).max)
-        yield from outside(f"{prefix}score", tables["score"], -math.inf, FINITE[1])
+        yield from range_errors(f"{prefix}key", tables["key"], -1, torch.iinfo(torch.int64).max)
+        yield from range_errors(f"{prefix}score", tables["score"], -math.inf, FINITE[1])
 
     def extra_repr(self) -> str:
         return f"num_items={self.num_items}, views={self.views}"

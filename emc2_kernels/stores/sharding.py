@@ -61,7 +61,7 @@ class Sharding(NamedTuple):
         arrived = self._exchange(slots[order], here, there) - self.first * self.views
         return arrived, [self._exchange(value[order], here, there) for value in values]
 
-    def reported(self, device: torch.device) -> Reported:
+    def report_errors(self, device: torch.device) -> Reported:
         """For what a store does before ``fetch`` or ``send``: an error in it ends the other ranks' calls, too."""
         nothing = torch.zeros(self.ranks, dtype=torch.int64, device=header_device(device, self.group))
         return Reported(self.group, partial(self._counts, nothing))

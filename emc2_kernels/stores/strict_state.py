@@ -101,7 +101,7 @@ class StrictState(nn.Module):
 def _wrong_counter(name: str, value: Any) -> list[str]:
     if not isinstance(value, Tensor) or value.numel() != 1 or value.dim() > 1:
         return [f"{name} must be a tensor with one number, got {checks.describe(value)}"]
-    return wrong_kind(name, value, torch.int64) or outside(name, value, 0, MAX_STEP)
+    return wrong_kind(name, value, torch.int64) or range_errors(name, value, 0, MAX_STEP)
 
 
 def wrong_kind(name: str, value: Tensor, dtype: torch.dtype) -> list[str]:
@@ -112,7 +112,7 @@ def wrong_kind(name: str, value: Tensor, dtype: torch.dtype) -> list[str]:
     return [f"{name} must hold {'floating-point numbers' if floating else 'integers'}, got {checks.describe(value)}"]
 
 
-def outside(name: str, values: Tensor, low: float, high: float) -> list[str]:
+def range_errors(name: str, values: Tensor, low: float, high: float) -> list[str]:
     """One line if a value is not in [low, high], or is NaN."""
     if values.is_meta or values.numel() == 0:
         return []

@@ -98,13 +98,13 @@ class SlotTable(StrictState):
                 new = torch.where(writes, new, table[slots])
             table[slots] = new
 
-    def reported(self) -> AbstractContextManager[None]:
+    def report_errors(self) -> AbstractContextManager[None]:
         """For what a method does before ``rows`` or ``put``: where stores lie over ranks, an error in it ends the other
         ranks' calls, too."""
         if self.owners is None:
             return nullcontext()
         table = getattr(self, next(iter(self._tables)))
-        return self.owners.reported(table.device)
+        return self.owners.report_errors(table.device)
 
     def _call(self, verb: str, names: tuple[str, ...]) -> Call:
         tables = {name: getattr(self, name) for name in names}
