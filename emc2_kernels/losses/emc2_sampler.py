@@ -63,63 +63,60 @@ def sweep_batch(anchors: Anchors, start: MHState, carried: Tensor, keys: Keys, o
         start: (2b,) incoming states. carried: (2b, d) the bank's embeddings of their keys.
         keys: of the whole batch, 2B, view by view.
     """
-    results, inside, outside, proposed = [], [], [], 0
-    for rows, some in _proposed_keys(keys, anchors, options):
-        burn_in, num_samples = options.schedule(some.items.shape[0])
-        items, entry = anchors.items[rows], MHState(start.key[rows], start.score[rows])
-        result = some.walk(
-            Sweep(
-                anchors.embeddings.detach()[rows].to(options.dtype),
-                items,
-                anchors.labels[rows],
-                entry,
-                options.temperature,
-                options.seed,
-                options.step,
-                burn_in,
-                num_samples,
-                options.return_accepts,
-                options.backend,
-            )  # fmt: skip
-        )
-        positions = result.samples.long()
-        in_batch = positions >= 0
-        moved = in_batch.sum(1, keepdim=True)
-        stayed = torch.where(entry.key[:, None] >= 0, num_samples - moved, 0)
-        share = 1 / (moved + stayed).clamp_min(1).to(anchors.embeddings.dtype)
-        inside.append(some.bag(positions.clamp_min(0), in_batch * share))  # a bag wants legal indices
-        outside.append(stayed * share)
-        results.append((*result.state, positions))
-        if options.return_accepts:
-            accepted = None if result.num_accepted is None else result.num_accepted.sum()
-            proposed = proposed + count_proposals(items, some.items)
-            results[-1] += (accepted,)
-    key, score, positions, *accepted = (_joined(parts) for parts in zip(*results, strict=True))
-    samples = Samples(_joined(inside), start.key[:, None], _joined(outside), carried[:, None])
-    if not options.return_accepts:
-        return Walked(samples, MHState(key, score), None, None)
-    carry_share = (positions < 0).to(samples.inside.dtype).mean()
-    acceptance = torch.full_like(carry_share, torch.nan)
-    if accepted[0] is not None:
-        acceptance = accepted[0].sum().float() / proposed.clamp_min(1)
-    return Walked(samples, MHState(key, score), acceptance, carry_share)
-
-
-def _joined(parts: tuple[Tensor | None, ...] | list[Tensor]) -> Tensor | None:
-    if len(parts) == 1 or parts[0] is None:
-        return parts[0]
-    return torch.cat(parts) if parts[0].dim() else torch.stack(parts)
-
-
-def _proposed_keys(keys: Keys, anchors: Anchors, options: WalkOptions) -> list[tuple[slice, Keys]]:
-    """Anchors that are proposed the same keys, and these."""
-    everyone, b = slice(None), anchors.items.shape[0] // 2
+    rows = anchors.embeddings.detach().to(options.dtype), anchors.items, anchors.labels, *start
     if options.bimodal:
-        return [(slice(0, b), keys.select_view(1)), (slice(b, None), keys.select_view(0))]
-    if options.views == "both":
-        return [(everyone, keys)]
+        halves = zip(*(field.chunk(2) for field in rows), strict=True)
+        others = keys.select_view(1), keys.select_view(0)
+        sides = [_sweep_side(*half, some, options) for half, some in zip(halves, others, strict=True)]
+        swept = _Swept(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*sides, strict=True)))
+    else:
+        swept = _sweep_side(*rows, keys if options.views == "both" else _toss_views(keys, options), options)
+    samples = Samples(swept.inside, start.key[:, None], swept.outside, carried[:, None])
+    state = MHState(swept.key, swept.score)
+    if not options.return_accepts:
+        return Walked(samples, state, None, None)
+    carry_share = (swept.positions < 0).to(swept.inside.dtype).mean()
+    if swept.accepted is None:
+        return Walked(samples, state, torch.full_like(carry_share, torch.nan), carry_share)
+    return Walked(samples, state, swept.accepted.sum().float() / swept.proposed.sum().clamp_min(1), carry_share)
+
+
+class _Swept(NamedTuple):
+    """What n anchors that were proposed the same keys are left with."""
+
+    inside: Tensor  # (n, d) sum of the samples in the batch, weighted
+    outside: Tensor  # (n, 1) weight of the others, which are still at the carried key
+    key: Tensor
+    score: Tensor
+    positions: Tensor  # (n, R)
+    accepted: Tensor | None  # (n,)
+    proposed: Tensor | None  # (1,) how many were
+
+
+def _sweep_side(
+    queries: Tensor, items: Tensor, labels: Tensor, key: Tensor, score: Tensor, keys: Keys, options: WalkOptions
+) -> _Swept:
+    burn_in, num_samples = options.schedule(keys.items.shape[0])
+    result = keys.walk(
+        Sweep(
+            queries, items, labels, MHState(key, score), options.temperature, options.seed, options.step, burn_in,
+            num_samples, options.return_accepts, options.backend,
+        )
+    )  # fmt: skip
+    positions = result.samples.long()
+    in_batch = positions >= 0
+    moved = in_batch.sum(1, keepdim=True)
+    stayed = (num_samples - moved) * (key >= 0)[:, None]  # a chain that has not started has nothing to stay at
+    share = 1 / (moved + stayed).clamp_min(1).to(keys.embeddings.dtype)
+    inside = keys.bag(positions.clamp_min(0), in_batch * share)  # a bag wants legal indices
+    proposed = count_proposals(items, keys.items)[None] if options.return_accepts else None
+    return _Swept(inside, stayed * share, *result.state, positions, result.num_accepted, proposed)
+
+
+def _toss_views(keys: Keys, options: WalkOptions) -> Keys:
+    """One view of each item, by its coin."""
     items = keys.items[: keys.items.shape[0] // 2]
-    return [(everyone, keys.choose_views(ops.view_coin(items, options.seed, options.step, options.backend)))]
+    return keys.choose_views(ops.view_coin(items, options.seed, options.step, options.backend))
 
 
 def draw_from_bank(
@@ -131,30 +128,30 @@ def draw_from_bank(
         start: (2b,) incoming states. table: (num_items * 2, d) the bank's embeddings, multiplied in their dtype.
         keys: of the whole batch: a sample that happens to be one of them has its gradient.
     """
-    b, bimodal = anchors.items.shape[0] // 2, len(slots.items) == 2
-    halves = (slice(0, b), slice(b, None)) if bimodal else (slice(None),)
-    results = []
-    for rows, some, items, labels in zip(
-        halves, (table[1::2], table[::2]) if bimodal else (table,), slots.items, slots.labels, strict=True
+    burn_in, num_samples = options.schedule(slots.num_proposals)
+    rows = anchors.embeddings.detach().to(table.dtype), anchors.items, anchors.labels, *start
+    halves = zip(*(field.chunk(2) for field in rows), strict=True) if options.bimodal else [rows]
+    tables = (table[1::2], table[::2]) if options.bimodal else (table,)
+    found = []
+    for (queries, items, chain_ids, key, score), some, slot_items, slot_labels in zip(
+        halves, tables, slots.items, slots.labels, strict=True
     ):
-        burn_in, num_samples = options.schedule(slots.num_proposals)
         walk = WalkParams(
-            anchors.embeddings.detach()[rows].to(table.dtype), some, options.temperature, options.seed, options.step,
-            anchors.labels[rows], anchors.items[rows], items, None, slots.num_proposals, None, burn_in, num_samples,
-            0, slots.num_proposals,
+            queries, some, options.temperature, options.seed, options.step, chain_ids, items, slot_items, None,
+            slots.num_proposals, None, burn_in, num_samples, 0, slots.num_proposals,
         )  # fmt: skip
-        samples, key, score, _, *accepted = ops.mh_step(
-            walk, start.key[rows], start.score[rows], labels, options.return_accepts, False, options.backend
+        samples, key_after, score_after, _, *accepted = ops.mh_step(
+            walk, key, score, slot_labels, options.return_accepts, False, options.backend
         )
         positions = samples.long()
-        sampled = torch.where(positions >= 0, labels[positions.clamp_min(0)], start.key[rows, None])
-        results.append((key, score, positions, sampled, *accepted))
-    key, score, positions, sampled, *accepted = map(_joined, zip(*results, strict=True))
-    samples = samples_by_label(sampled, keys)
-    if not options.return_accepts:
-        return Walked(samples, MHState(key, score), None, None)
-    acceptance = accepted[0].sum().float() / (slots.num_proposals * len(key))
-    return Walked(samples, MHState(key, score), acceptance, (positions < 0).to(samples.inside.dtype).mean())
+        labels = torch.where(positions >= 0, slot_labels[positions.clamp_min(0)], key[:, None])
+        found.append((labels, key_after, score_after, positions, *accepted))
+    labels, key, score, positions, *accepted = map(torch.cat, zip(*found, strict=True))
+    samples, acceptance, carry_share = samples_by_label(labels, keys), None, None
+    if options.return_accepts:
+        acceptance = accepted[0].sum().float() / (slots.num_proposals * len(labels))
+        carry_share = (positions < 0).to(samples.inside.dtype).mean()
+    return Walked(samples, MHState(key, score), acceptance, carry_share)
 
 
 def count_proposals(items: Tensor, key_items: Tensor) -> Tensor:
