@@ -1,4 +1,4 @@
-"""``EMC2Loss`` on a GPU: five launches forward (prepare, walk, negatives, a mean, remember) and one backward.
+"""``EMC2Loss`` on a GPU: five launches forward (gather, walk, mean negatives, a mean, update) and one backward.
 
 A walk that is long, or split over the GPU, is two.
 
@@ -83,7 +83,7 @@ def surrogate(loss: EMC2Loss, z0: Tensor, z1: Tensor, index: Tensor, return_stat
     kernels, floor = _kernels(), NORM_FLOOR if loss.normalize else None
     chains, bank = loss.chains, loss.bank
     stores = kernels.Stores(chains.key, chains.score, bank.embeddings, bank.written_at, bank.last_step, loss.step)
-    batch = kernels.prepare(
+    batch = kernels.gather_batch(
         _unit_last_stride(z0),
         _unit_last_stride(z1),
         index.to(z0.device, non_blocking=True),
@@ -96,7 +96,7 @@ def surrogate(loss: EMC2Loss, z0: Tensor, z1: Tensor, index: Tensor, return_stat
         dtype=compute_dtype(z0),
     )
     result = _walk(loss, batch, return_stats)
-    made = kernels.negatives(
+    made = kernels.mean_negatives(
         batch,
         result.samples,
         stores.bank if loss.carry == "cached" else None,
@@ -107,7 +107,7 @@ def surrogate(loss: EMC2Loss, z0: Tensor, z1: Tensor, index: Tensor, return_stat
     if not loss.normalize:  # unit vectors cannot overflow
         checks.finite("the similarities of z0 and z1", value)
     if loss.training:
-        kernels.remember(batch, *result.state, stores, value)
+        kernels.update_stores(batch, *result.state, stores, value)
     held = _Held(value, batch, result.samples, made, loss.temperature, floor)
     return Surrogate(_Backward.apply(z0, z1, held), batch, result, made.similarity)
 
@@ -170,5 +170,5 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        gradients = _kernels().gradient(grad.detach(), *ctx.saved_tensors, ctx.coin_labels, **ctx.options)
+        gradients = _kernels().embedding_gradients(grad.detach(), *ctx.saved_tensors, ctx.coin_labels, **ctx.options)
         return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), None
