@@ -96,9 +96,8 @@ def _last(prefix, BLOCK_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def gathered_kernel(
-    queries_ptr, stride_query_row: tl.int64, n: tl.int64,  # (n, d)
-    keys_ptr, stride_key_row: tl.int64, m: tl.int64,  # (m, d)
-    d_over_align: tl.int32,
+    queries_ptr, keys_ptr,  # (n, d), (m, d)
+    stride_query_row: tl.int64, stride_key_row: tl.int64, n: tl.int64, m: tl.int64, d_over_align: tl.int32,
     positions_ptr, stride_position_row: tl.int64,  # (n, K) int64 or None
     temperatures_ptr, temperature: tl.float32,  # (n,) float32, or None and one for all
     chain_ids_ptr,  # (n,) int64 or None

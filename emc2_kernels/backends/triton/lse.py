@@ -21,9 +21,8 @@ __all__ = ["contrastive_lse", "contrastive_lse_backward"]
 
 @triton.jit(do_not_specialize=NUMBERS)
 def lse_kernel(
-    queries_ptr, stride_query_row: tl.int64, n: tl.int64,  # (n, d)
-    keys_ptr, stride_key_row: tl.int64, m: tl.int64,  # (m, d)
-    d_over_align: tl.int32,
+    queries_ptr, keys_ptr,  # (n, d), (m, d)
+    stride_query_row: tl.int64, stride_key_row: tl.int64, n: tl.int64, m: tl.int64, d_over_align: tl.int32,
     temperatures_ptr, temperature: tl.float32,  # (n,) float32, or None and one for all
     query_ids_ptr, key_ids_ptr,  # (n,), (m,) int64 or None
     split_length: tl.int64,

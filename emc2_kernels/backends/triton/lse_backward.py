@@ -35,42 +35,32 @@ class QueryPointers(NamedTuple):
     largest: tl.tensor  # of the coefficients
 
 
-class QueryWeights(NamedTuple):
-    """Of a block of queries, (rows, 1) or (1, columns)."""
-
-    scale: tl.tensor  # log2(e) / temperature
-    level: tl.tensor  # the log-sum-exp in powers of two
-    weight: tl.tensor  # coefficient over the largest one
-
-
 @triton.jit
-def _load_queries(queries, at, ok, bias, AXIS: tl.constexpr):
-    """The queries ``at``, which lie across ``AXIS`` of the products; ``bias`` is added to their level."""
+def _load_queries(queries, at, ok):
+    """(log2(e) / temperature, the log-sum-exp in powers of two, coefficient over the largest) of the queries ``at``."""
     temperature = load_temperature(queries.temperatures_ptr, queries.temperature, at, ok)
     scale = tl.full(at.shape, LOG2_E, tl.float32) / temperature
     lse = tl.load(queries.lse_ptr + at, ok, other=0.0)
     level = tl.where(lse > NEG_INF, lse * LOG2_E, 0.0) - HEADROOM  # without keys nothing is counted
-    weight = tl.load(queries.coefficients_ptr + at, ok, other=0.0) / queries.largest
-    return QueryWeights(tl.expand_dims(scale, AXIS), tl.expand_dims(level + bias, AXIS), tl.expand_dims(weight, AXIS))
+    return scale, level, tl.load(queries.coefficients_ptr + at, ok, other=0.0) / queries.largest
 
 
 @triton.jit
-def _weights(products, queries, key_bias, counted):
+def _weights(products, scale, level, weight, key_bias, counted):
     """w_ij = weight * exp(s_ij - lse), of queries along either axis; 0 where a score is not finite or not counted."""
-    exponent = tl.fma(products, queries.scale, key_bias - queries.level)
-    return tl.exp2(tl.where(counted & (exponent < float("inf")), exponent, NEG_INF)) * queries.weight
+    exponent = tl.fma(products, scale, key_bias - level)
+    return tl.exp2(tl.where(counted & (exponent < float("inf")), exponent, NEG_INF)) * weight
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def lse_gradient_kernel(
-    owners_ptr, stride_owner_row: tl.int64, n: tl.int64,  # (n, d), elements that are not finite replaced by 0
-    others_ptr, stride_other_row: tl.int64, m: tl.int64,  # (m, d), likewise
-    d_over_align: tl.int32,
+    owners_ptr, others_ptr,  # (n, d), (m, d), elements that are not finite replaced by 0
+    stride_owner_row: tl.int64, stride_other_row: tl.int64, n: tl.int64, m: tl.int64, d_over_align: tl.int32,
     owner_bias_ptr, other_bias_ptr,  # (n,), (m,): 0, or NaN where a row had such an element
-    owner_ids_ptr, other_ids_ptr,  # (n,), (m,) int64 or None
     temperatures_ptr, temperature: tl.float32,  # (queries,) float32, or None and one for all
     lse_ptr,  # (queries,) float32
     coefficients_ptr, largest_ptr,  # (queries,), () float32
+    owner_ids_ptr, other_ids_ptr,  # (n,), (m,) int64 or None
     split_length: tl.int64,
     out_ptr,  # (splits, n, d), written
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, ALIGN_D: tl.constexpr,
@@ -90,7 +80,8 @@ def lse_gradient_kernel(
     queries = QueryPointers(temperatures_ptr, temperature, lse_ptr, coefficients_ptr, divisor)
     row_bias = tl.load(owner_bias_ptr + row, row_ok, other=0.0).to(tl.float32)
     if AS_QUERY:
-        row_queries = _load_queries(queries, row, row_ok, row_bias, 1)
+        row_scale, row_level, row_weight = _load_queries(queries, row, row_ok)
+        row_level += row_bias
     if other_ids_ptr is not None:
         row_id = tl.load(owner_ids_ptr + row, row_ok, other=0)
     owners = Operand(owners_ptr, stride_owner_row, row, row_ok)
@@ -114,10 +105,13 @@ def lse_gradient_kernel(
             counted &= tl.load(other_ids_ptr + other, there, other=0)[None, :] != row_id[:, None]
         weights = tl.zeros((BLOCK_M, TILE), tl.float32)
         if AS_QUERY:
-            weights += _weights(products, row_queries, bias[None, :], counted)
+            weights += _weights(
+                products, row_scale[:, None], row_level[:, None], row_weight[:, None], bias[None, :], counted
+            )
         if AS_KEY:
-            other_queries = _load_queries(queries, other, there, -bias, 0)
-            weights += _weights(products, other_queries, row_bias[:, None], counted)
+            scale, level, weight = _load_queries(queries, other, there)
+            level -= bias
+            weights += _weights(products, scale[None, :], level[None, :], weight[None, :], row_bias[:, None], counted)
         total = tl.dot(weights.to(block.dtype), block, total, input_precision=PRECISION)
     dim = first_column + tl.arange(0, BLOCK_OUT)
     at = (split * n + row)[:, None] * d + dim[None, :]

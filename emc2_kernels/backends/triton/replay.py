@@ -30,9 +30,8 @@ from .transition import Schedule, load_state_score, load_transition, scratch_lay
 
 @triton.jit(do_not_specialize=NUMBERS)
 def replay_kernel(
-    queries_ptr, stride_query_row: tl.int64, n: tl.int64,  # (n, d)
-    keys_ptr, stride_key_row: tl.int64, m: tl.int64,  # (m, d)
-    d_over_align: tl.int32,
+    queries_ptr, keys_ptr,  # (n, d), (m, d)
+    stride_query_row: tl.int64, stride_key_row: tl.int64, n: tl.int64, m: tl.int64, d_over_align: tl.int32,
     temperatures_ptr, temperature: tl.float32,  # (n,) float32, or None and one for all
     chain_ids_ptr,  # (n,) int64 or None
     query_ids_ptr, key_ids_ptr,  # (n,), (m,) int64 or None
@@ -102,9 +101,8 @@ def load_entry_score(state_score_ptr, scratch, rows, split, splits, SPLIT: tl.co
 
 @triton.jit(do_not_specialize=NUMBERS)
 def count_kernel(
-    queries_ptr, stride_query_row: tl.int64, n: tl.int64,  # (n, d)
-    keys_ptr, stride_key_row: tl.int64, m: tl.int64,  # (m, d)
-    d_over_align: tl.int32,
+    queries_ptr, keys_ptr,  # (n, d), (m, d)
+    stride_query_row: tl.int64, stride_key_row: tl.int64, n: tl.int64, m: tl.int64, d_over_align: tl.int32,
     temperatures_ptr, temperature: tl.float32,  # (n,) float32, or None and one for all
     chain_ids_ptr,  # (n,) int64 or None
     query_ids_ptr, key_ids_ptr,  # (n,), (m,) int64 or None

@@ -38,9 +38,8 @@ from .transition import NEG_INF, Schedule, empty_scratch, identity, scratch_layo
 
 @triton.jit(do_not_specialize=NUMBERS)
 def sweep_kernel(
-    queries_ptr, stride_query_row: tl.int64, n: tl.int64,  # (n, d)
-    keys_ptr, stride_key_row: tl.int64, m: tl.int64,  # (m, d)
-    d_over_align: tl.int32,
+    queries_ptr, keys_ptr,  # (n, d), (m, d)
+    stride_query_row: tl.int64, stride_key_row: tl.int64, n: tl.int64, m: tl.int64, d_over_align: tl.int32,
     temperatures_ptr, temperature: tl.float32,  # (n,) float32, or None and one for all
     chain_ids_ptr,  # (n,) int64 or None
     query_ids_ptr, key_ids_ptr,  # (n,), (m,) int64 or None
