@@ -176,7 +176,12 @@ GATHERED_KERNEL = Kernel(gathered_kernel)
 
 
 def launch_gathered(walk: WalkParams, outputs: Arguments) -> None:
-    """Launches a walk over drawn or given keys. ``outputs``: as of ``launch_sweep``."""
+    """Launches a walk over drawn or given keys. ``outputs``: as of ``launch_sweep``.
+
+    Roofline: memory, a key of d elements for each proposal, from anywhere. Of 32,768 rows and 256 proposals at d = 128
+    in bfloat16 that is 2.1 GB: predicted, at an H100's 3.0 TB/s, 0.72 ms, and not measured. To keep as much in flight
+    takes occupancy: 8 programs of 2 warps a multiprocessor, counted in the code of Triton 3.9.
+    """
     n, d = walk.queries.shape
     generation, processors = tuning.device(walk.queries.device.index or 0)
     chosen = tuning.gathered(generation)

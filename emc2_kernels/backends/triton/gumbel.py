@@ -175,7 +175,13 @@ GUMBEL_KERNEL = Kernel(gumbel_kernel)
 def gumbel_sample(
     scores: ScoreParams, chain_ids: Tensor | None, seed: int | Tensor, step: int | Tensor, num_samples: int
 ) -> Tensor:
-    """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``."""
+    """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``.
+
+    Roofline on an H100: the schedulers, at 32.3 instructions for a warp's 32 (row, key, sample) at d = 128, two
+    logarithms and a call of the generator for every four among them; counted in the code of Triton 3.9. Products and
+    keys are shared by SAMPLES_AT_ONCE samples only: for 32,768 rows, 100,000 keys and 16 samples in bfloat16, 59 ms of
+    instructions, 19 of loads from the L2 and 8.6 on the tensor cores. All of these are predictions.
+    """
     (n, d), m = scores.queries.shape, scores.keys.shape[0]
     if scores.queries.is_cpu:  # the interpreter's
         check_values(scores, chain_ids, step)

@@ -64,7 +64,11 @@ LSE_KERNEL = Kernel(lse_kernel)
 
 
 def contrastive_lse(scores: ScoreParams) -> Tensor:
-    """(n,) float32; see ``reference_lse``."""
+    """(n,) float32; see ``reference_lse``.
+
+    Roofline on an H100: the ALU, whose 22.2 cycles for a warp's 32 (row, key) at d = 128, counted in the code of Triton
+    3.9, predict 13.3 ms for 131,072 rows and keys in bfloat16; loads from the L2 6.3, products 5.7. Not measured.
+    """
     (n, d), m = scores.queries.shape, scores.keys.shape[0]
     generation, processors = tuning.device(scores.queries.device.index or 0)
     chosen = tuning.lse(generation, scores.queries.dtype != torch.float32)

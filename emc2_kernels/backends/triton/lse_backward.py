@@ -169,7 +169,12 @@ def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: tor
 
 
 def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and temperatures; see ``reference_lse``."""
+    """Gradients of queries, keys and temperatures; see ``reference_lse``.
+
+    Roofline on an H100, for 131,072 queries and keys at d = 128 in bfloat16: loads from the L2, which predict 31.2 ms
+    for each of the two launches, since owners come again with each tile; the ALU needs 15.7 and 18.7, the two products
+    11.3. A symmetric call is one launch. Not measured.
+    """
     per_row, excludes = isinstance(scores.temperature, Tensor), scores.query_ids is not None
     no_keys, no_temperature = scores.keys.new_empty(0), grad.new_empty(0)
     if scores.queries.shape[0] == 0 or scores.keys.shape[0] == 0:

@@ -82,6 +82,7 @@ def load_queries(
     queries_ptr, stride_query_row, keys_ptr, stride_key_row, rows, segment_length, schedule, d, BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
+    """The program's queries, and where the keys of its first tile are: permuted, so that columns are steps."""
     queries = Operand(queries_ptr, stride_query_row, rows.index, rows.ok)
     resident = load_resident(queries, d, BLOCK_D, WHOLE_D, EVEN_D)
     column = tl.arange(0, TILE)

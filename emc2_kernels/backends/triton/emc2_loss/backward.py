@@ -119,8 +119,8 @@ def embedding_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients (b, d) of z0 and z1 in their ``dtype``.
 
-    Roofline: at the batches it is meant for, the launch, and then each program's search through all 2b * R samples, in
-    the cache: MAX_TILES bounds it. The rest is memory: three rows read and one written for each embedding.
+    Roofline: for small batches, the launch, and then each program's search through all 2b * R samples, in the cache
+    (expected): MAX_TILES bounds it. The rest is memory: three rows read and one written for each embedding.
 
     Args:
         grad: () of the mean of ``Negatives.terms``. The others are fields of ``Batch`` and ``Negatives``, and the

@@ -131,7 +131,7 @@ def gather_batch(
 ) -> Batch:
     """Normalizes b pairs and reads their chains, in one launch.
 
-    Roofline: at the batches it is meant for, the launch itself. Else memory, rows of d elements: for each anchor its
+    Roofline: for small batches, the launch itself (expected). Else memory, rows of d elements: for each anchor its
     embedding and that of its chain's key read; anchor, query and, of every other one, key written.
 
     Args:
@@ -258,8 +258,8 @@ def mean_negatives(
 ) -> Negatives:
     """Averages the samples (2b, R) of each anchor, in one launch.
 
-    Roofline: at the batches it is meant for, the launch itself. Else gathering: R rows of 4 d bytes for each anchor,
-    from the L2 where the anchors fit into it.
+    Roofline: for small batches, the launch itself (expected). Else gathering: R rows of 4 d bytes for each anchor, from
+    the L2 where the anchors fit into it.
 
     Args:
         bank: embeddings by label, for samples that are still at the carried key; None leaves these out.

@@ -68,7 +68,7 @@ UPDATE_STORES_KERNEL = Kernel(update_stores_kernel)
 def update_stores(batch: Batch, new_key: Tensor, new_score: Tensor, stores: Stores, value: Tensor) -> None:
     """Writes the states (2b,) and embeddings of a batch, and advances the step: one launch, and a sort if large.
 
-    Roofline: at the batches it is meant for, the launch itself. Else memory: an anchor read, 4 d bytes, and written to
+    Roofline: for small batches, the launch itself (expected). Else memory: an anchor read, 4 d bytes, and written to
     the bank in its dtype. Each program also looks at the items behind its own, b / 2 of them on average, in the cache.
 
     Args:
