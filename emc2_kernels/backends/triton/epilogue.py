@@ -160,7 +160,7 @@ def _store_step(
 def store_results(
     records_ptr, whole, rows, row_ok, schedule, proposals, results, KIND: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """What a walk is asked for, from its whole transition and the composed records."""
+    """What a walk is asked for, from its whole transition and the composed records. proposals: None of a sweep."""
     if results.state_key_ptr is not None:
         _store_step(records_ptr, whole, rows, row_ok, schedule, proposals, results, KIND, BLOCK_R)
     else:

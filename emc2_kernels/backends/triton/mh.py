@@ -23,7 +23,7 @@ def _launch(walk: WalkParams, outputs: Arguments) -> None:
         (launch_sweep if walk.is_sweep else launch_gathered)(walk, outputs)
 
 
-_STEP = ("state_key_ptr", "state_score_ptr", "labels_ptr", "samples_ptr", "out_key_ptr", "accepted_ptr", "lse_ptr")
+_STEP_ONLY = ("state_key_ptr", "state_score_ptr", "labels_ptr", "samples_ptr", "out_key_ptr", "accepted_ptr", "lse_ptr")
 
 
 def transition(walk: WalkParams) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def transition(walk: WalkParams) -> tuple[Tensor, Tensor, Tensor]:
     threshold = walk.queries.new_empty(walk.queries.shape[0], walk.num_samples, dtype=torch.float32)
     score, position = torch.empty_like(threshold), torch.empty_like(threshold, dtype=torch.int64)
     outputs = {"out_threshold_ptr": threshold, "out_score_ptr": score, "out_position_ptr": position}
-    _launch(walk, dict.fromkeys(_STEP) | outputs)
+    _launch(walk, dict.fromkeys(_STEP_ONLY) | outputs)
     return threshold, score, position
 
 

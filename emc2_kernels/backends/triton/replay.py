@@ -10,22 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import Results, store_results
+from .epilogue import Results
 from .launch import NUMBERS, Kernel
 from .philox import ACCEPTANCE, load_generator
-from .proposals import SWEEP, Proposals, load_chain_rows
+from .proposals import load_chain_rows
 from .scores import SEGMENTS, STEPS
 from .sweep_tile import (
     Sweep,
-    compose_split,
     entry_records,
     load_queries,
     multiply_tile,
     next_sample_step,
     split_segments,
+    store_split,
     walk_tile,
 )
-from .transition import Schedule, load_state_score, load_transition, scratch_layout, store_transition
+from .transition import Schedule, load_state_score, load_transition, scratch_layout
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -50,8 +50,7 @@ def replay_kernel(
     Roofline: as the sweep's, for at most a tile a sample and program; the latency of one tile after another binds
     (expected, not measured), since nothing is loaded ahead.
     """
-    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
-    scratch = scratch_layout(scratch_ptr, n, splits, num_samples, SEGMENTS)
+    scratch = scratch_layout(scratch_ptr, n, tl.num_programs(1).to(tl.int64), num_samples, SEGMENTS)
     d = d_over_align * ALIGN_D
     generator = load_generator(seed_ptr, seed_low, seed_high, step_ptr, step)
     rows = load_chain_rows(n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, ACCEPTANCE, 1.0, BLOCK_M)
@@ -72,22 +71,17 @@ def replay_kernel(
         walk_tile(walk, None, products, tile * STEPS, sweep, scratch.records_ptr, due, True, False, False)
         due = next_sample_step((tile + 1) * STEPS, sweep)
 
-    at = rows.index * splits + split
-    whole = compose_split(scratch, at, rows, segment_length, schedule, SPLIT, BLOCK_R)
-    if SPLIT:
-        store_transition(scratch.splits_ptr, at, rows.ok, whole)
-    else:
-        proposals = Proposals(chain_ids_ptr, None, 0, m, generator)
-        results = Results(
-            state_key_ptr, state_score_ptr, labels_ptr, samples_ptr, out_key_ptr, out_score_ptr, out_threshold_ptr,
-            out_position_ptr,
-        )  # fmt: skip
-        store_results(scratch.records_ptr, whole, rows.index, rows.ok, schedule, proposals, results, SWEEP, BLOCK_R)
+    results = Results(
+        state_key_ptr, state_score_ptr, labels_ptr, samples_ptr, out_key_ptr, out_score_ptr, out_threshold_ptr,
+        out_position_ptr,
+    )  # fmt: skip
+    store_split(scratch, sweep, results, segment_length, SPLIT, BLOCK_R)
 
 
 @triton.jit
-def load_entry_score(state_score_ptr, scratch, rows, split, splits, SPLIT: tl.constexpr):
+def load_entry_score(state_score_ptr, scratch, rows, SPLIT: tl.constexpr):
     """(BLOCK_M, 8) scores of the states in which chains enter the program's segments."""
+    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
     score = load_state_score(state_score_ptr, rows.index, rows.ok)
     if SPLIT:
         threshold, then, _number = load_transition(
@@ -120,15 +114,14 @@ def count_kernel(
 
     Roofline: as the sweep's. Asking for accepts doubles its time.
     """
-    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
-    scratch = scratch_layout(scratch_ptr, n, splits, num_samples, SEGMENTS)
+    scratch = scratch_layout(scratch_ptr, n, tl.num_programs(1).to(tl.int64), num_samples, SEGMENTS)
     d = d_over_align * ALIGN_D
     generator = load_generator(seed_ptr, seed_low, seed_high, step_ptr, step)
     rows = load_chain_rows(n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, ACCEPTANCE, 1.0, BLOCK_M)
     schedule = Schedule(first_proposal, m, burn_in, num_kept, num_samples)
     segments = split_segments(segment_length, schedule)
     sweep = Sweep(rows, segments, schedule, generator, key_ids_ptr, log_proposal_ptr)
-    entry = load_entry_score(state_score_ptr, scratch, rows, split, splits, SPLIT)
+    entry = load_entry_score(state_score_ptr, scratch, rows, SPLIT)
     walk = entry, entry, tl.zeros((BLOCK_M, SEGMENTS), tl.int32)
     operands = load_queries(
         queries_ptr, stride_query_row, keys_ptr, stride_key_row, rows, segment_length, schedule, d, BLOCK_D, WHOLE_D,

@@ -16,21 +16,21 @@ import triton.language as tl
 
 from ..params import WalkParams
 from . import tuning
-from .epilogue import BLOCK_R, LN_2, RESULTS, Results, launch_epilogue, log_sum_exp, store_results
+from .epilogue import BLOCK_R, LN_2, RESULTS, Results, launch_epilogue, log_sum_exp
 from .launch import NUMBERS, Arguments, Kernel, dimensions, precision, walk_arguments
 from .philox import ACCEPTANCE, load_generator
-from .proposals import SWEEP, Proposals, load_chain_rows
+from .proposals import SWEEP, load_chain_rows
 from .replay import COUNT_KERNEL, REPLAY_KERNEL
 from .scores import SEGMENTS, STEPS, TILE
 from .sweep_tile import (
     Sweep,
-    compose_split,
     entry_records,
     load_queries,
     multiply_tile,
     next_sample_step,
     shard_transition,
     split_segments,
+    store_split,
     walk_tile,
 )
 from .transition import NEG_INF, Schedule, empty_scratch, identity, scratch_layout, store_transition
@@ -99,16 +99,11 @@ def sweep_kernel(
         else:
             tl.store(lse_ptr + rows.index, (largest + tl.log2(total)) * LN_2, rows.ok)
     if RECORD:
-        whole = compose_split(scratch, at, rows, segment_length, schedule, SPLIT, BLOCK_R)
-        if SPLIT:
-            store_transition(scratch.splits_ptr, at, rows.ok, whole)
-        else:
-            proposals = Proposals(chain_ids_ptr, None, 0, m, generator)
-            results = Results(
-                state_key_ptr, state_score_ptr, labels_ptr, samples_ptr, out_key_ptr, out_score_ptr, out_threshold_ptr,
-                out_position_ptr,
-            )  # fmt: skip
-            store_results(scratch.records_ptr, whole, rows.index, rows.ok, schedule, proposals, results, SWEEP, BLOCK_R)
+        results = Results(
+            state_key_ptr, state_score_ptr, labels_ptr, samples_ptr, out_key_ptr, out_score_ptr, out_threshold_ptr,
+            out_position_ptr,
+        )  # fmt: skip
+        store_split(scratch, sweep, results, segment_length, SPLIT, BLOCK_R)
 
 
 SWEEP_KERNEL = Kernel(sweep_kernel)

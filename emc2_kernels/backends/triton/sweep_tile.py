@@ -14,9 +14,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .epilogue import Layout, compose_segments
+from .epilogue import Layout, compose_segments, store_results
 from .philox import Generator, random_words, zeros_like
-from .proposals import Rows
+from .proposals import SWEEP, Rows
 from .scores import LOG2_E, SEGMENTS, STEPS, TILE, Operand, load_resident, multiply, sixteen_steps
 from .transition import (
     NEG_INF,
@@ -210,20 +210,24 @@ def shard_transition(walk, segments):
 
 
 @triton.jit
-def compose_split(scratch, at, rows, segment_length, schedule, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The program's segments composed, with the records that lie in them; returns the transition of its split.
-
-    ``at``: the split of each row, (BLOCK_M,), in arrays of them.
-    """
-    split, lead = tl.program_id(1).to(tl.int64), schedule.first % 4
+def store_split(scratch, sweep, results, segment_length, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Composes the program's segments, and the records that lie in them. They are a split of the walk, whose transition
+    is stored for ``epilogue_kernel``; or the whole of it, whose results are."""
+    rows, schedule = sweep.rows, sweep.schedule
+    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
+    at, lead = rows.index * splits + split, schedule.first % 4
     sample_begin, sample_end = tl.full((), 0, tl.int64), schedule.num_samples
     if SPLIT:
         start = schedule.first - lead + split * SEGMENTS * segment_length
         end = tl.minimum(start + SEGMENTS * segment_length, schedule.first + schedule.count)
         sample_begin = sample_count(tl.maximum(start, schedule.first), schedule)
         sample_end = sample_count(end, schedule)
-    return compose_segments(
+    whole = compose_segments(
         scratch.segments_ptr, scratch.prefixes_ptr, scratch.records_ptr, at, rows.index, rows.ok,
         Layout(split * SEGMENTS, segment_length, lead), schedule, sample_begin, sample_end, SEGMENTS, 2 * SEGMENTS,
         BLOCK_R,
     )  # fmt: skip
+    if SPLIT:
+        store_transition(scratch.splits_ptr, at, rows.ok, whole)
+    else:  # a sweep's proposals are their keys
+        store_results(scratch.records_ptr, whole, rows.index, rows.ok, schedule, None, results, SWEEP, BLOCK_R)
