@@ -68,7 +68,7 @@ def replay_kernel(
         walk = load_transition(scratch.records_ptr, to, has_sample)
         tl.debug_barrier()  # the sample is stored where this was
         products = multiply_tile(operands, tile, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
-        walk_tile(walk, None, products, tile * STEPS, sweep, scratch.records_ptr, due, True, False, False)
+        walk_tile(walk, (), products, tile * STEPS, sweep, scratch.records_ptr, due, True, False, False)
         due = next_sample_step((tile + 1) * STEPS, sweep)
 
     results = Results(
@@ -129,7 +129,7 @@ def count_kernel(
     )  # fmt: skip
     for tile in range(0, (segment_length // STEPS).to(tl.int32)):
         products = multiply_tile(operands, tile, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
-        walk, _sums = walk_tile(walk, None, products, tile * STEPS, sweep, None, 0, False, True, False)
+        walk, _sums = walk_tile(walk, (), products, tile * STEPS, sweep, None, 0, False, True, False)
     tl.atomic_add(accepted_ptr + rows.index, tl.sum(walk[2], 1), rows.ok)
 
 

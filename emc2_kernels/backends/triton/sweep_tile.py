@@ -143,7 +143,8 @@ def walk_tile(
     walk, sums, products, step, sweep, records_ptr, due, RECORD: tl.constexpr, COUNT: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Sixteen steps of eight segments, from ``step`` on; the walk and the sums after them, (BLOCK_M, 8) each.
+    """Sixteen steps of eight segments, from ``step`` on; the walk and the sums after them, (BLOCK_M, 8) each. Without
+    HAS_LSE sums are an empty tuple.
 
     RECORD: what segments leave is stored, from the first four steps on that have a sample point of any of them, which
     is at step ``due``. COUNT: the walk has started from the chain's own state, and counts steps that move it.
