@@ -112,7 +112,7 @@ def count_kernel(
 ):  # fmt: skip
     """Program (i, z), as of sweep_kernel: counts accepted proposals, from the states that chains enter segments in.
 
-    Roofline: as the sweep's. Asking for accepts doubles its time.
+    Roofline: as the sweep's, whose work is done once more.
     """
     scratch = scratch_layout(scratch_ptr, n, tl.num_programs(1).to(tl.int64), num_samples, SEGMENTS)
     d = d_over_align * ALIGN_D
