@@ -111,8 +111,7 @@ class Compiled(NamedTuple):
 def launches(case: Case, generation: int) -> list[Launch]:
     """The launches of a walk, without a GPU: on tensors without data."""
     from emc2_kernels.backends.params import WalkParams
-    from emc2_kernels.backends.triton import launch, tuning
-    from emc2_kernels.backends.triton import mh as run
+    from emc2_kernels.backends.triton import launch, mh, tuning
 
     seen: list[Launch] = []
 
@@ -133,9 +132,9 @@ def launches(case: Case, generation: int) -> list[Launch]:
             _draw(case)
         elif case.step:
             state = _empty(torch.int64, case.n), _empty(torch.float32, case.n)
-            run.step(walk, *state, _empty(torch.int64, case.m) if case.ids else None, case.accepts, case.lse)
+            mh.step(walk, *state, _empty(torch.int64, case.m) if case.ids else None, case.accepts, case.lse)
         else:
-            run.transition(walk)
+            mh.transition(walk)
     finally:
         launch.Kernel.__call__, tuning.device = before
     return seen
@@ -191,21 +190,21 @@ def _walk(case: Case, make: Callable) -> Any:
 
 def _loss(case: Case) -> None:
     """A loss's launches around its walk, in training, for n pairs and 16 samples an anchor."""
-    from emc2_kernels.backends.triton import emc2_loss as visit
+    from emc2_kernels.backends.triton import emc2_loss
 
     b, d, slots = case.n, case.d, 2000
     number = _empty(torch.int64)
-    stores = visit.Stores(
+    stores = emc2_loss.Stores(
         _empty(torch.int64, slots), _empty(torch.float32, slots), _empty(case.dtype, slots, d),
         _empty(torch.int64, slots), number, number,
     )  # fmt: skip
     z, options = _empty(case.dtype, b, d), {"temperature": 0.2, "floor": 1e-6}
     more = {"shrinks": (2.0**54, 2.0**-73), "seed": 0, "both_views": False, "dtype": case.dtype}
-    batch = visit.prepare(z, z, _empty(torch.int64, b), stores, **options, **more)
+    batch = emc2_loss.gather_batch(z, z, _empty(torch.int64, b), stores, **options, **more)
     samples = _empty(torch.int32, 2 * b, 16)
-    made = visit.negatives(batch, samples, stores.bank, temperature=0.2, return_similarity=False)
-    visit.remember(batch, batch.state_key, batch.state_score, stores, _empty(torch.float32))
-    visit.gradient(
+    made = emc2_loss.mean_negatives(batch, samples, stores.bank, temperature=0.2, return_similarity=False)
+    emc2_loss.update_stores(batch, batch.state_key, batch.state_score, stores, _empty(torch.float32))
+    emc2_loss.embedding_gradients(
         _empty(torch.float32), batch.anchors, batch.lengths, samples, made.means, made.shares, batch.coin_labels,
         **options, dtype=case.dtype,
     )  # fmt: skip
@@ -244,16 +243,15 @@ _TYPES = {
 
 def kernel_name(launched: Launch) -> str:
     """The kernel's, with what a sweep's launch does: "sweep_kernel.walk"."""
-    from emc2_kernels.backends.triton import sweep
-
-    modes = {sweep.RECORD: ".record", sweep.WALK: ".walk", sweep.REPLAY: ".replay", sweep.COUNT: ".count"}
-    mode = launched.arguments.get("MODE")
-    return launched.function.__name__ + next((word for value, word in modes.items() if value.value == mode), "")
+    name = launched.function.__name__
+    if name != "sweep_kernel":
+        return name
+    return f"{name}.record" if launched.arguments["RECORD"] else f"{name}.walk"
 
 
 def work(launched: Launch) -> Work | None:
     """Of a kernel that multiplies blocks of rows with tiles of keys, all of them: a replay takes few of the tiles."""
-    if launched.function.__name__ not in sass.MARKS or kernel_name(launched).endswith(".replay"):
+    if launched.function.__name__ not in sass.MARKS or launched.function.__name__ == "replay_kernel":
         return None
     from emc2_kernels.backends.triton.scores import SEGMENTS, TILE
 

@@ -51,7 +51,7 @@ def triton_settings() -> ModuleType | None:
 def sweep_binary(call: Call) -> bytes | None:
     """The machine code of the launch that walks, the first of a sweep; None where a call launches none of Triton's."""
     try:
-        from emc2_kernels.backends.triton.mh import SWEEP_KERNEL
+        from emc2_kernels.backends.triton.sweep import SWEEP_KERNEL
     except ImportError:
         return None
     known, SWEEP_KERNEL.compiled = SWEEP_KERNEL.compiled, {}  # what is in it after the call is the call's

@@ -1,4 +1,4 @@
-"""``EMC2Loss`` on a GPU: five launches forward (prepare, walk, negatives, a mean, remember) and one backward.
+"""``EMC2Loss`` on a GPU: five launches forward (gather, walk, mean negatives, a mean, update) and one backward.
 
 A walk that is long, or split over the GPU, is two.
 
@@ -23,6 +23,7 @@ from ..backends import HALF_AND_SINGLE, gpu
 from ..backends.params import WalkParams
 from ..stores.bank import EmbeddingBank
 from ..stores.chains import ChainStore
+from ..stores.table import last_duplicates
 from ..transition import MHResult, MHState
 from .anchors import NORM_FLOOR, SHRINKS
 from .emc2_sampler import WalkOptions
@@ -88,7 +89,7 @@ def surrogate(
     training the stores and ``options.step`` move on."""
     kernels, floor = _kernels(), NORM_FLOOR if normalize else None
     stores = kernels.Stores(chains.key, chains.score, bank.embeddings, bank.written_at, bank.last_step, options.step)
-    batch = kernels.prepare(
+    batch = kernels.gather_batch(
         _unit_last_stride(z0),
         _unit_last_stride(z1),
         index.to(z0.device, non_blocking=True),
@@ -101,7 +102,7 @@ def surrogate(
         dtype=options.dtype,
     )
     result = _walk(batch, options)
-    made = kernels.negatives(
+    made = kernels.mean_negatives(
         batch,
         result.samples,
         stores.bank,
@@ -112,7 +113,9 @@ def surrogate(
     if not normalize:  # unit vectors cannot overflow
         checks.finite("the similarities of z0 and z1", value)
     if training:
-        kernels.remember(batch, *result.state, stores, value)
+        items = batch.items[: z0.shape[0]]
+        last = last_duplicates(items) if len(items) > kernels.SCAN_ROWS else None
+        kernels.update_stores(batch, *result.state, stores, value, last)
     held = _Held(value, batch, result.samples, made, options.temperature, floor)
     return Surrogate(_Backward.apply(z0, z1, held), batch, result, made.similarity)
 
@@ -158,5 +161,5 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        gradients = _kernels().gradient(grad.detach(), *ctx.saved_tensors, ctx.coin_labels, **ctx.options)
+        gradients = _kernels().embedding_gradients(grad.detach(), *ctx.saved_tensors, ctx.coin_labels, **ctx.options)
         return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), None

@@ -207,15 +207,15 @@ def test_a_second_derivative_is_refused_not_taken_for_zero():
 
 
 def test_large_batches_sort_where_small_ones_search(monkeypatch):
-    from emc2_kernels.backends.triton.emc2_loss import backward as gradient
-    from emc2_kernels.backends.triton.emc2_loss import update as remember
+    from emc2_kernels.backends.triton import emc2_loss
+    from emc2_kernels.backends.triton.emc2_loss import backward
 
     data = list(batches(2, b=5))
     for options in ({}, {"views": "both"}):
         searched = train(make(**options), data)
         with monkeypatch.context() as patch:
-            patch.setattr(remember, "SCAN_ROWS", 0)
-            patch.setattr(gradient, "MAX_TILES", 0)
+            patch.setattr(emc2_loss, "SCAN_ROWS", 0)
+            patch.setattr(backward, "MAX_TILES", 0)
             sorted_out = train(make(**options), data)
         for (value, *gradients, _, kept), (other, *others, _, other_kept) in zip(searched, sorted_out, strict=True):
             assert_identical((value, kept), (other, other_kept))
@@ -223,15 +223,13 @@ def test_large_batches_sort_where_small_ones_search(monkeypatch):
 
 
 def test_a_search_takes_as_many_tiles_as_it_needs(monkeypatch):
-    from emc2_kernels.backends.triton.emc2_loss import backward as gradient
-    from emc2_kernels.backends.triton.emc2_loss import forward as negatives
-    from emc2_kernels.backends.triton.emc2_loss import update as remember
+    from emc2_kernels.backends.triton.emc2_loss import backward, forward, update
 
     data = list(batches(2, b=5))
     expected = train(make(), data)
-    monkeypatch.setattr(gradient, "TILE_ELEMENTS", 64)  # two rows
-    monkeypatch.setattr(negatives, "TILE_ELEMENTS", 64)
-    monkeypatch.setattr(remember, "BLOCK_B", 2)
+    monkeypatch.setattr(backward, "TILE_ELEMENTS", 64)  # two rows
+    monkeypatch.setattr(forward, "TILE_ELEMENTS", 64)
+    monkeypatch.setattr(update, "BLOCK_B", 2)
     for (value, *gradients, _, kept), (wanted, *wanted_gradients, _, wanted_kept) in zip(
         train(make(), data), expected, strict=True
     ):
@@ -307,7 +305,7 @@ def test_compiled_without_a_break_it_is_the_plain_path():
 
 @pytest.mark.parametrize(("training", "forward"), [(True, 4), (False, 3)], ids=["training", "evaluation"])
 def test_launches_are_those_that_the_readme_counts(monkeypatch, training, forward):
-    """prepare, walk, negatives, remember; torch's mean is the fifth, and the gradient is one."""
+    """gather_batch, the walk, mean_negatives, update_stores; torch's mean is the fifth, and the gradient is one."""
     from emc2_kernels.backends.triton.launch import Kernel
 
     launched, real = [], Kernel.__call__

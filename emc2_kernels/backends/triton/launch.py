@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import gpu
 from ..params import WalkParams
-from .transition import WORDS
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ALIGNMENT = 16  # bytes, on which Triton compiles wide loads
@@ -21,9 +20,9 @@ ALWAYS = {"enable_fp_fusion": True, "debug": gpu.asserts(), "sanitize_overflow":
 
 # What kernels take as numbers, whatever they are: `@triton.jit(do_not_specialize=NUMBERS)`.
 NUMBERS = (
-    "n", "m", "temperature", "seed_low", "seed_high", "step", "first", "count", "burn_in", "kept", "num_samples",
-    "segment_length", "split_length", "lead", "splits", "b", "num_items", "floor", "scale",
-    "d_over_align",
+    "n", "m", "d_over_align", "temperature", "seed_low", "seed_high", "step", "first_proposal", "num_proposals",
+    "burn_in", "num_kept", "num_samples", "segment_length", "split_length", "lead", "splits", "b", "num_items", "floor",
+    "scale",
 )  # fmt: skip
 
 Arguments = dict[str, Any]
@@ -76,7 +75,7 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def signed(word: int) -> int:
+def int32_bits(word: int) -> int:
     """The int32 with the bits of a 32-bit word."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
@@ -87,10 +86,10 @@ def random_arguments(seed: int | Tensor, step: int | Tensor) -> Arguments:
     step_address, step = (step, 0) if isinstance(step, Tensor) else (None, step)
     return {
         "seed_ptr": by_address,
-        "seed_low": signed(seed & 0xFFFFFFFF),
-        "seed_high": signed(seed >> 32 & 0xFFFFFFFF),
+        "seed_low": int32_bits(seed & 0xFFFFFFFF),
+        "seed_high": int32_bits(seed >> 32 & 0xFFFFFFFF),
         "step_ptr": step_address,
-        "step": signed(step),
+        "step": int32_bits(step),
     }
 
 
@@ -100,8 +99,8 @@ def walk_arguments(walk: WalkParams) -> Arguments:
     return random_arguments(walk.seed, walk.step) | {
         "queries_ptr": walk.queries,
         "keys_ptr": walk.keys,
-        "stride_query": walk.queries.stride(0),
-        "stride_key": walk.keys.stride(0),
+        "stride_query_row": walk.queries.stride(0),
+        "stride_key_row": walk.keys.stride(0),
         "n": walk.queries.shape[0],
         "m": walk.keys.shape[0],
         "temperatures_ptr": dense(walk.temperature) if per_row else None,
@@ -111,25 +110,21 @@ def walk_arguments(walk: WalkParams) -> Arguments:
         "key_ids_ptr": None if walk.query_ids is None else dense(walk.key_ids),
         "log_proposal_ptr": dense(walk.log_proposal),
         "positions_ptr": dense(walk.positions),
-        "stride_position": walk.num_proposals,
-        "first": walk.first_proposal,
-        "count": walk.num_proposals,
+        "stride_position_row": walk.num_proposals,
+        "first_proposal": walk.first_proposal,
+        "num_proposals": walk.num_proposals,
         "burn_in": walk.burn_in,
-        "kept": walk.total_proposals - walk.burn_in,
+        "num_kept": walk.total_proposals - walk.burn_in,
         "num_samples": walk.num_samples,
     }
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
+    """Kernels take vectors, and rows of positions, without gaps."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
-def transitions(like: Tensor, count: int) -> Tensor:
-    """Room for so many transitions."""
-    return torch.empty(WORDS.value * count, dtype=torch.float32, device=like.device)
-
-
-def on_device(operand: Tensor) -> AbstractContextManager:
+def device_guard(operand: Tensor) -> AbstractContextManager:
     """Launches go to the current device, which need not be the operand's."""
     index = operand.device.index
     if not operand.is_cuda or index == torch.cuda.current_device():

@@ -10,52 +10,51 @@ from torch import Tensor
 from ..params import ScoreParams
 from . import tuning
 from .epilogue import LN_2
-from .launch import NUMBERS, Kernel, dense, dimensions, on_device, precision
+from .launch import NUMBERS, Kernel, dense, device_guard, dimensions, precision
 from .lse_backward import contrastive_lse_backward
-from .proposals import temperature_of
-from .scores import LOG2_E, TILE, load_rows, multiply
-from .transition import NEVER
+from .proposals import load_temperature
+from .scores import LOG2_E, TILE, Operand, load_resident, multiply
+from .transition import NEG_INF
 
 __all__ = ["contrastive_lse", "contrastive_lse_backward"]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def lse_kernel(
-    queries_ptr, keys_ptr, stride_query: tl.int64, stride_key: tl.int64, n: tl.int64, m: tl.int64,
-    d_over_align: tl.int32,
-    temperatures_ptr, temperature: tl.float32, query_ids_ptr, key_ids_ptr,
-    split_length: tl.int64, lse_ptr,
+    queries_ptr, keys_ptr,  # (n, d), (m, d)
+    stride_query_row: tl.int64, stride_key_row: tl.int64, n: tl.int64, m: tl.int64, d_over_align: tl.int32,
+    temperatures_ptr, temperature: tl.float32,  # (n,) float32, or None and one for all
+    query_ids_ptr, key_ids_ptr,  # (n,), (m,) int64 or None
+    split_length: tl.int64,
+    lse_ptr,  # (n, splits) float32, written
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, ALIGN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, z): rows i * BLOCK_M and on, over keys z * split_length and on; lse_ptr is (n, splits)."""
+    """Program (i, z): rows i * BLOCK_M and on, over keys z * split_length and on."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < n
     split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
     d = d_over_align * ALIGN_D
-    scale = tl.full((BLOCK_M,), LOG2_E, tl.float32) / temperature_of(temperatures_ptr, temperature, row, row_ok)
+    scale = tl.full((BLOCK_M,), LOG2_E, tl.float32) / load_temperature(temperatures_ptr, temperature, row, row_ok)
     if key_ids_ptr is not None:
         query_id = tl.load(query_ids_ptr + row, row_ok, other=0)
-    queries = row
-    if WHOLE_D:
-        queries = load_rows(queries_ptr, row, row_ok, stride_query, 0, d, BLOCK_D, EVEN_D)
+    queries = Operand(queries_ptr, stride_query_row, row, row_ok)
+    resident = load_resident(queries, d, BLOCK_D, WHOLE_D, EVEN_D)
     # The running maximum and sum of exponentials over it, in powers of two.
-    largest, total = tl.full((BLOCK_M,), NEVER, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    largest, total = tl.full((BLOCK_M,), NEG_INF, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     column = split * split_length + tl.arange(0, TILE)
     for tile in range(0, (split_length // TILE).to(tl.int32)):
         key = column + tile * TILE
         there = key < m
-        products = multiply(
-            queries, queries_ptr, keys_ptr, row, row_ok, key, there, (stride_query, stride_key), d, BLOCK_D, WHOLE_D,
-            EVEN_D, PRECISION,
-        )  # fmt: skip
-        scores = tl.fma(products, scale[:, None], tl.where(there, 0.0, NEVER)[None, :])
+        keys = Operand(keys_ptr, stride_key_row, key, there)
+        products = multiply(resident, queries, keys, d, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
+        scores = tl.fma(products, scale[:, None], tl.where(there, 0.0, NEG_INF)[None, :])
         counted = scores < float("inf")  # nor is NaN
         if key_ids_ptr is not None:
             counted &= tl.load(key_ids_ptr + key, there, other=0)[None, :] != query_id[:, None]
-        scores = tl.where(counted, scores, NEVER)
+        scores = tl.where(counted, scores, NEG_INF)
         new = tl.maximum(largest, tl.max(scores, 1))
-        origin = tl.where(new > NEVER, new, 0.0)
+        origin = tl.where(new > NEG_INF, new, 0.0)
         total = total * tl.exp2(largest - origin) + tl.sum(tl.exp2(scores - origin[:, None]), 1)
         largest = new
     tl.store(lse_ptr + row * splits + split, (largest + tl.log2(total)) * LN_2, row_ok)
@@ -65,7 +64,11 @@ LSE_KERNEL = Kernel(lse_kernel)
 
 
 def contrastive_lse(scores: ScoreParams) -> Tensor:
-    """(n,) float32; see ``reference_lse``."""
+    """(n,) float32; see ``reference_lse``.
+
+    Roofline on an H100: the ALU, whose 22.2 cycles for a warp's 32 (row, key) at d = 128, counted in the code of Triton
+    3.9, predict 13.3 ms for 131,072 rows and keys in bfloat16; loads from the L2 6.3, products 5.7. Not measured.
+    """
     (n, d), m = scores.queries.shape, scores.keys.shape[0]
     generation, processors = tuning.device(scores.queries.device.index or 0)
     chosen = tuning.lse(generation, scores.queries.dtype != torch.float32)
@@ -76,8 +79,8 @@ def contrastive_lse(scores: ScoreParams) -> Tensor:
     arguments = {
         "queries_ptr": scores.queries,
         "keys_ptr": scores.keys,
-        "stride_query": scores.queries.stride(0),
-        "stride_key": scores.keys.stride(0),
+        "stride_query_row": scores.queries.stride(0),
+        "stride_key_row": scores.keys.stride(0),
         "n": n,
         "m": m,
         "temperatures_ptr": dense(scores.temperature) if per_row else None,
@@ -91,6 +94,6 @@ def contrastive_lse(scores: ScoreParams) -> Tensor:
         "PRECISION": precision(scores.queries.dtype),
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-    with on_device(scores.queries):
+    with device_guard(scores.queries):
         LSE_KERNEL((blocks, splits, 1), arguments, options)
         return parts.view(n) if splits == 1 else torch.logsumexp(parts, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -32,22 +34,25 @@ def _multiply_wide(word, multiplier: tl.constexpr):
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
+class Generator(NamedTuple):
+    """What all random words of a call share: scalars, uint32."""
+
+    step: tl.tensor
+    key_0: tl.tensor  # low word of the seed
+    key_1: tl.tensor  # high word
+
+
 @triton.jit
-def seed_words(seed_ptr, seed_low, seed_high):
-    """Low and high word of the seed: from a 0-d int64 tensor, or from two int32 numbers with its bits."""
+def load_generator(seed_ptr, seed_low, seed_high, step_ptr, step):
+    """Seed and step from 0-d int64 tensors, or, where these are None, from int32 numbers with their words' bits."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-        return (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
+        key_0, key_1 = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
     else:
-        return seed_low.to(tl.uint32), seed_high.to(tl.uint32)
-
-
-@triton.jit
-def step_word(step_ptr, step):
+        key_0, key_1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
     if step_ptr is not None:
-        return tl.load(step_ptr).to(tl.uint32)
-    else:
-        return step.to(tl.uint32)
+        step = tl.load(step_ptr)
+    return Generator(step.to(tl.uint32), key_0, key_1)
 
 
 @triton.jit
@@ -70,14 +75,15 @@ def zeros_like(scores):
 
 
 @triton.jit
-def words(block, chain_low, tag, step, key_0, key_1, zeros):
+def random_words(block, chain_low, tag, generator, zeros):
     """Philox4x32-7 of counter (block, chain_low, tag, step): four uint32 of the arguments' common shape.
 
     The arguments are left unbroadcast on purpose. A column of blocks and a row of chains meet only in the third round,
     so the products of rounds 1 and 2 are made once a column and once a row, and those of the rows leave the loop.
     ``zeros`` enter where the two meet.
     """
-    c0, c1, c2, c3 = block, chain_low, tag, step
+    c0, c1, c2, c3 = block, chain_low, tag, generator.step
+    key_0, key_1 = generator.key_0, generator.key_1
     for i in tl.static_range(_ROUNDS):
         high_0, low_0 = _multiply_wide(c0, _MULTIPLIER_0)
         high_1, low_1 = _multiply_wide(c2, _MULTIPLIER_1)

@@ -1,11 +1,13 @@
-"""Which key a proposal proposes: its own number in a sweep, a draw, or what the caller gave."""
+"""What kernels load of a row, and which key a proposal proposes: its own number in a sweep, a draw, or a given one."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .philox import POSITION, chain_words, scale_to_range, words
+from .philox import POSITION, Generator, chain_words, random_words, scale_to_range
 
 SWEEP = tl.constexpr(0)
 DRAWN = tl.constexpr(1)
@@ -16,7 +18,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = tl.constexpr(2.0**-120), tl.constexpr(2.0**10
 
 
 @triton.jit
-def chain_of(chain_ids_ptr, rows, row_ok):
+def load_chain(chain_ids_ptr, rows, row_ok):
     """Chain ids name the random streams; by default they are the row numbers.
 
     On a GPU nobody has looked at the values before: an assertion here is seen at the next synchronisation.
@@ -30,7 +32,7 @@ def chain_of(chain_ids_ptr, rows, row_ok):
 
 
 @triton.jit
-def temperature_of(temperatures_ptr, temperature, rows, row_ok):
+def load_temperature(temperatures_ptr, temperature, rows, row_ok):
     """One for all rows, or one for each."""
     if temperatures_ptr is not None:
         own = tl.load(temperatures_ptr + rows, row_ok, other=1.0)
@@ -41,47 +43,82 @@ def temperature_of(temperatures_ptr, temperature, rows, row_ok):
         return temperature
 
 
+class Rows(NamedTuple):
+    """The rows of a program, (BLOCK_M,) each."""
+
+    index: tl.tensor
+    ok: tl.tensor  # whether the row exists
+    scale: tl.tensor  # of inner products
+    chain_low: tl.tensor  # words of the generator's counter
+    tag: tl.tensor
+    query_id: tl.tensor
+
+
 @triton.jit
-def drawn_position(proposal, chain, m, draws):
+def load_chain_rows(
+    n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, STREAM: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The rows of a program of a grid whose first axis they are; scores are UNIT / temperature times the products."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = row < n
+    chain_low, tag = chain_words(load_chain(chain_ids_ptr, row, row_ok), STREAM)
+    scale = tl.full((BLOCK_M,), UNIT, tl.float32) / load_temperature(temperatures_ptr, temperature, row, row_ok)
+    query_id = row
+    if query_ids_ptr is not None:
+        query_id = tl.load(query_ids_ptr + row, row_ok, other=0)
+    return Rows(row, row_ok, scale, chain_low, tag, query_id)
+
+
+class Proposals(NamedTuple):
+    """What gives a proposal its key."""
+
+    chain_ids_ptr: tl.tensor | None  # (n,)
+    positions_ptr: tl.tensor | None  # (n, K) of given ones
+    stride_position_row: tl.tensor | None
+    m: tl.tensor
+    generator: Generator
+
+
+@triton.jit
+def draw_position(proposal, chain, m, generator):
     """The key of a uniform proposal: two words of one call of the generator, by the number's parity."""
-    step, key_0, key_1 = draws
     low, tag = chain_words(chain, POSITION)
-    w0, w1, w2, w3 = words((proposal >> 1).to(tl.uint32), low, tag, step, key_0, key_1, 0)
+    w0, w1, w2, w3 = random_words((proposal >> 1).to(tl.uint32), low, tag, generator, 0)
     odd = (proposal & 1) == 1
     return scale_to_range(tl.where(odd, w2, w0), tl.where(odd, w3, w1), m)
 
 
 @triton.jit
-def proposed_position(number, row, mask, schedule, where, KIND: tl.constexpr):
+def proposed_keys(number, row, mask, schedule, proposals, KIND: tl.constexpr):
     """Positions in the keys, int64, of one row's proposals, numbered within the shard, and which of them there are.
 
     A position that no key has is refused at the next synchronisation; until then, and where assertions are left out, it
     is no proposal and reads nothing."""
-    chain_ids_ptr, positions_ptr, stride_position, m, draws = where
     if KIND == GIVEN:
-        position = tl.load(positions_ptr + row * stride_position + number, mask, other=0)
-        inside = (position >= 0) & (position < m)
+        row_ptr = proposals.positions_ptr + row * proposals.stride_position_row
+        position = tl.load(row_ptr + number, mask, other=0)
+        inside = (position >= 0) & (position < proposals.m)
         tl.device_assert(inside, "proposal must hold positions in keys, in [0, m)")
         mask &= inside
     else:
-        chain = chain_of(chain_ids_ptr, row, row >= 0)
-        position = drawn_position(schedule[0] + number.to(tl.int64), chain, m, draws)
+        chain = load_chain(proposals.chain_ids_ptr, row, row >= 0)
+        position = draw_position(schedule.first + number.to(tl.int64), chain, proposals.m, proposals.generator)
     return tl.where(mask, position, 0), mask
 
 
 @triton.jit
-def position_of(number, rows, mask, first, where, KIND: tl.constexpr):
+def accepted_keys(number, rows, mask, first, proposals, KIND: tl.constexpr):
     """Positions in the keys, int64, of proposals numbered within the shard; -1 stays -1.
 
-    A draw is made again: that costs less than a place to keep it. ``where`` is (chain_ids_ptr, positions_ptr,
-    stride_position, m, draws).
+    A draw is made again: that costs less than a place to keep it.
     """
-    chain_ids_ptr, positions_ptr, stride_position, m, draws = where
     if KIND == SWEEP:
         position = number.to(tl.int64)
     elif KIND == GIVEN:
-        position = tl.load(positions_ptr + rows * stride_position + number, mask & (number >= 0), other=-1)
+        row_ptr = proposals.positions_ptr + rows * proposals.stride_position_row
+        position = tl.load(row_ptr + number, mask & (number >= 0), other=-1)
     else:
-        chain = chain_of(chain_ids_ptr, rows, mask)
-        position = drawn_position(first + number.to(tl.int64), chain, m, draws)
+        chain = load_chain(proposals.chain_ids_ptr, rows, mask)
+        position = draw_position(first + number.to(tl.int64), chain, proposals.m, proposals.generator)
     return tl.where(number >= 0, position, -1)

@@ -1,6 +1,8 @@
-"""Scores of a block of rows and a tile of keys on the matrix units, and their columns as steps of eight segments."""
+"""Products of a block of rows and a tile of keys on the matrix units, and their columns as steps of eight segments."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -47,36 +49,64 @@ def sixteen_steps(products):
     return _four_steps(g0), _four_steps(g1), _four_steps(g2), _four_steps(g3)
 
 
+class Operand(NamedTuple):
+    """Rows of a matrix."""
+
+    ptr: tl.tensor
+    stride_row: tl.tensor
+    row: tl.tensor  # which ones, (rows,)
+    row_ok: tl.tensor  # whether there is one
+
+
 @triton.jit
-def load_rows(ptr, row, row_ok, stride, begin, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
+def load_rows(operand, begin, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
     """(rows, BLOCK_D) of a matrix with d columns, from column ``begin`` on; zeros where there is nothing."""
     dim = begin + tl.arange(0, BLOCK_D)
-    at = ptr + row[:, None] * stride + dim[None, :]
+    at = operand.ptr + operand.row[:, None] * operand.stride_row + dim[None, :]
     if EVEN_D:
-        block = tl.load(at, row_ok[:, None], other=0.0)
+        block = tl.load(at, operand.row_ok[:, None], other=0.0)
     else:
-        block = tl.load(at, row_ok[:, None] & (dim < d)[None, :], other=0.0)
+        block = tl.load(at, operand.row_ok[:, None] & (dim < d)[None, :], other=0.0)
     if INTERPRETED:  # which would multiply the bits of bfloat16
         block = block.to(tl.float32)
     return block
 
 
 @triton.jit
+def load_resident(queries, d, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr):
+    """The rows of a program for ``multiply``, loaded once, where one block holds them whole."""
+    if WHOLE_D:
+        return load_rows(queries, 0, d, BLOCK_D, EVEN_D)
+    else:
+        return queries.row
+
+
+@triton.jit
 def multiply(
-    queries, queries_ptr, keys_ptr, row, row_ok, key, key_ok, strides, d, BLOCK_D: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    resident, queries, keys, d, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, 128) float32 inner products. ``queries`` are the rows themselves, where a block holds them whole.
+    """(BLOCK_M, 128) float32 inner products of two operands; ``resident`` is what ``load_resident`` made of the first.
 
     Longer rows come in chunks, queries too: all of 512 dimensions would not fit into shared memory.
     """
-    products = tl.zeros((row.shape[0], TILE), tl.float32)
+    products = tl.zeros((queries.row.shape[0], TILE), tl.float32)
     if WHOLE_D:
-        keys = load_rows(keys_ptr, key, key_ok, strides[1], 0, d, BLOCK_D, EVEN_D)
-        products = tl.dot(queries, tl.trans(keys), products, input_precision=PRECISION)
+        key_block = load_rows(keys, 0, d, BLOCK_D, EVEN_D)
+        products = tl.dot(resident, tl.trans(key_block), products, input_precision=PRECISION)
     else:
         for begin in range(0, d, BLOCK_D):
-            chunk = load_rows(queries_ptr, row, row_ok, strides[0], begin, d, BLOCK_D, EVEN_D)
-            keys = load_rows(keys_ptr, key, key_ok, strides[1], begin, d, BLOCK_D, EVEN_D)
-            products = tl.dot(chunk, tl.trans(keys), products, input_precision=PRECISION)
+            query_block = load_rows(queries, begin, d, BLOCK_D, EVEN_D)
+            key_block = load_rows(keys, begin, d, BLOCK_D, EVEN_D)
+            products = tl.dot(query_block, tl.trans(key_block), products, input_precision=PRECISION)
     return products
+
+
+@triton.jit
+def store_rounded(ptr, x, mask):
+    """Stores float32 values in the pointer's dtype, rounded to the nearest as torch does."""
+    if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:  # the interpreter truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    tl.store(ptr, x.to(ptr.dtype.element_ty), mask)

@@ -1,20 +1,23 @@
 """Transitions inside Triton kernels: tuples (threshold, score, number), as ``emc2_kernels.transition``.
 
 ``number`` is that of a proposal within the shard, 0 .. K - 1; -1 in the identity. In memory a transition has four
-words, the last of which means nothing. A schedule is the tuple (first, count, burn_in, kept, num_samples): proposals
-first .. first + count - 1 of a walk whose last ``kept`` proposals are sampled.
+words, the last of which means nothing.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .philox import INTERPRETED, log2_uniform
 
 MINUS_LN_2 = tl.constexpr(-0.6931471805599453)
 WORDS = tl.constexpr(4)  # of a transition in memory
-NEVER = tl.constexpr(float("-inf"))  # the threshold of an identity step: nothing lies below it
+NEG_INF = tl.constexpr(float("-inf"))  # as a threshold, that of an identity step: nothing lies below it
 
 
 @triton.jit
@@ -40,21 +43,21 @@ def compose(first, then):
 @triton.jit
 def identity(SHAPE: tl.constexpr):
     return (
-        tl.full(SHAPE, NEVER, tl.float32),
-        tl.full(SHAPE, NEVER, tl.float32),
+        tl.full(SHAPE, NEG_INF, tl.float32),
+        tl.full(SHAPE, NEG_INF, tl.float32),
         tl.full(SHAPE, -1, tl.int32),
     )
 
 
 @triton.jit
-def threshold_of(score, word):
+def acceptance_threshold(score, word):
     """score + E, E = -log u of a random word. Where the score is not finite, something that nothing lies below: NaN.
 
     score * 0 is NaN there, and no maximum takes a NaN: one instruction, where a comparison and a selection are three.
     """
     threshold = tl.fma(score, 0.0, tl.fma(log2_uniform(word), MINUS_LN_2, score))
     if INTERPRETED:  # whose maximum takes a NaN in Triton 3.6
-        threshold = tl.where(threshold == threshold, threshold, NEVER)
+        threshold = tl.where(threshold == threshold, threshold, NEG_INF)
     return threshold
 
 
@@ -62,7 +65,7 @@ def threshold_of(score, word):
 def load_transition(ptr, index, mask):
     """Entries ``index`` of an array of transitions; the identity where masked."""
     at = tl.expand_dims(ptr + WORDS * index, -1) + tl.arange(0, WORDS)
-    entries = tl.load(at, tl.expand_dims(mask, -1), other=NEVER)
+    entries = tl.load(at, tl.expand_dims(mask, -1), other=NEG_INF)
     threshold_number, score_number = tl.split(tl.reshape(entries, index.shape + [2, 2]))
     threshold, number = tl.split(threshold_number)
     score, _number = tl.split(score_number)
@@ -80,15 +83,28 @@ def store_transition(ptr, index, mask, transition):
 
 
 @triton.jit
-def rooms(scratch_ptr, n, splits, num_samples, SEGMENTS: tl.constexpr):
-    """Where a walk keeps transitions between its steps: (splits, their prefixes, records, segments, their prefixes).
+def load_state_score(score_ptr, rows, row_ok):
+    """A chain's score as it enters; one that is NaN counts as not started."""
+    score = tl.load(score_ptr + rows, row_ok, other=NEG_INF)
+    return tl.where(score == score, score, NEG_INF)
 
-    Of n rows each: ``splits`` transitions, splits + 1 prefixes, ``num_samples`` records, and for each split SEGMENTS
-    transitions and SEGMENTS + 1 prefixes. One allocation, because each costs the host as much as the rest of a launch.
-    """
+
+class Scratch(NamedTuple):
+    """Where the kernels of a walk leave transitions for each other."""
+
+    splits_ptr: tl.tensor  # (n, splits)  of each program's proposals
+    split_prefixes_ptr: tl.tensor  # (n, splits + 1)  of all splits before
+    records_ptr: tl.tensor  # (n, num_samples)  at the sample points, from the segment's beginning
+    segments_ptr: tl.tensor  # (n, splits, SEGMENTS)
+    prefixes_ptr: tl.tensor  # (n, splits, SEGMENTS + 1)  of the split's segments before
+
+
+@triton.jit
+def scratch_layout(scratch_ptr, n, splits, num_samples, SEGMENTS: tl.constexpr):
+    """One allocation for all, because each costs the host as much as the rest of a launch."""
     records = n * (2 * splits + 1)
     segments = records + n * num_samples
-    return (
+    return Scratch(
         scratch_ptr,
         scratch_ptr + WORDS * (n * splits),
         scratch_ptr + WORDS * records,
@@ -97,27 +113,35 @@ def rooms(scratch_ptr, n, splits, num_samples, SEGMENTS: tl.constexpr):
     )
 
 
-def room_for(n: int, splits: int, num_samples: int, segments: int) -> int:
-    """How many transitions ``rooms`` has place for."""
+def scratch_size(n: int, splits: int, num_samples: int, segments: int) -> int:
+    """How many transitions ``scratch_layout`` has place for."""
     return n * (2 * splits + 1 + num_samples + splits * (2 * segments + 1))
 
 
-@triton.jit
-def incoming_score(score_ptr, rows, row_ok):
-    """A chain's score as it enters; one that is NaN counts as not started."""
-    score = tl.load(score_ptr + rows, row_ok, other=NEVER)
-    return tl.where(score == score, score, NEVER)
+def empty_scratch(like: Tensor, splits: int, num_samples: int, segments: int) -> Tensor:
+    """Scratch for a walk of as many rows as ``like`` has, on its device."""
+    size = WORDS.value * scratch_size(like.shape[0], splits, num_samples, segments)
+    return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+class Schedule(NamedTuple):
+    """Which proposals of a walk a call sees, and after which of them samples are taken; scalars, int64."""
+
+    first: tl.tensor  # of this call, in the whole walk
+    count: tl.tensor  # of this call
+    burn_in: tl.tensor
+    kept: tl.tensor  # of the whole walk, those that are sampled: all after burn_in
+    num_samples: tl.tensor
 
 
 @triton.jit
-def samples_before(proposal, schedule):
-    """How many samples are taken after one of the proposals 0 .. proposal - 1 (``Schedule`` in csrc/mh_params.h)."""
-    _first, _count, burn_in, kept, num_samples = schedule
-    return tl.maximum(proposal - burn_in, 0) * num_samples // tl.maximum(kept, 1)
+def sample_count(proposal, schedule):
+    """How many samples are taken after one of the proposals 0 .. proposal - 1 (``Schedule`` in csrc/params.h)."""
+    return tl.maximum(proposal - schedule.burn_in, 0) * schedule.num_samples // tl.maximum(schedule.kept, 1)
 
 
 @triton.jit
 def sample_point(sample, schedule):
     """The proposal after which a sample is taken: burn_in + ceil((sample + 1) * kept / num_samples) - 1."""
-    _first, _count, burn_in, kept, num_samples = schedule
-    return burn_in + ((sample + 1) * kept + num_samples - 1) // num_samples - 1
+    num_samples = schedule.num_samples
+    return schedule.burn_in + ((sample + 1) * schedule.kept + num_samples - 1) // num_samples - 1

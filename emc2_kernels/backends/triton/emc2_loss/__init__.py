@@ -1,7 +1,16 @@
-"""A loss's visit to its chains: the launches around the walk, in their order."""
+"""What ``EMC2Loss`` launches around its walk. ``gather_batch`` comes before it, ``mean_negatives`` after it."""
 
-from .backward import gradient
-from .forward import Batch, Negatives, Stores, negatives, prepare
-from .update import remember
+from .backward import embedding_gradients
+from .forward import Batch, Negatives, Stores, gather_batch, mean_negatives
+from .update import SCAN_ROWS, update_stores
 
-__all__ = ["Batch", "Negatives", "Stores", "gradient", "negatives", "prepare", "remember"]
+__all__ = [
+    "SCAN_ROWS",
+    "Batch",
+    "Negatives",
+    "Stores",
+    "embedding_gradients",
+    "gather_batch",
+    "mean_negatives",
+    "update_stores",
+]

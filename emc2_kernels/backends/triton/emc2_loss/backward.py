@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import NUMBERS, Kernel, on_device, power_of_two
-from .rows import anchor_of_key, row_block, store_rounded, tile_rows, warps
+from ..launch import NUMBERS, Kernel, device_guard, power_of_two
+from ..scores import store_rounded
+from .rows import key_anchor, num_warps, row_block, tile_rows
 
 TILE_ELEMENTS = 4096  # of the anchors, or of their samples, that a program looks at at a time: no spills up to d = 4096
 # Tiles that a program goes through one after another to find its key's hits, at some 1 us each. Where there are more,
@@ -17,7 +18,7 @@ MAX_TILES = 32
 
 
 @triton.jit
-def _from_hits(
+def _sum_hits(
     anchors_ptr, shares_ptr, samples_ptr, position, rows, num_samples,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -39,15 +40,19 @@ def _from_hits(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def gradient_kernel(
-    grad_ptr, anchors_ptr, lengths_ptr, means_ptr, shares_ptr, samples_ptr, coin_labels_ptr, key_gradient_ptr,
-    b: tl.int64, num_samples: tl.int64, scale: tl.float32, floor: tl.float32, gradient_0_ptr, gradient_1_ptr,
+def embedding_gradient_kernel(
+    grad_ptr,  # () of the loss
+    anchors_ptr,  # (2b, d) float32
+    lengths_ptr,  # (2b,) float32; None: embeddings were not normalised
+    means_ptr, shares_ptr,  # (2b, d), (2b,) float32
+    samples_ptr,  # (2b, R) int32
+    coin_labels_ptr,  # (b,) int64; None: all anchors are keys
+    key_gradient_ptr,  # (m, d) float32; None: added up here
+    b: tl.int64, num_samples: tl.int64, scale: tl.float32, floor: tl.float32,
+    gradient_0_ptr, gradient_1_ptr,  # (b, d), written
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, view): one embedding, as a query, as its partner's positive, and as a key of other rows' samples.
-
-    lengths_ptr None: embeddings were not normalised. key_gradient_ptr: (m, d), or None: added up here.
-    """
+    """Program (i, view): one embedding, as a query, as its partner's positive, and as a key of other rows' samples."""
     i, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row, partner = view * b + i, (1 - view) * b + i
     dim = tl.arange(0, BLOCK_D)
@@ -58,11 +63,11 @@ def gradient_kernel(
     position = row
     if coin_labels_ptr is not None:
         position = i
-    if anchor_of_key(position, True, coin_labels_ptr, b) == row:
+    if key_anchor(position, True, coin_labels_ptr, b) == row:
         if key_gradient_ptr is not None:
             gradient += tl.load(key_gradient_ptr + position * D + dim, mask, other=0.0)
         else:
-            gradient += _from_hits(
+            gradient += _sum_hits(
                 anchors_ptr, shares_ptr, samples_ptr, position, 2 * b, num_samples, D, BLOCK_D, BLOCK_N, BLOCK_R
             )
     gradient *= tl.load(grad_ptr).to(tl.float32) * scale
@@ -78,7 +83,7 @@ def gradient_kernel(
         store_rounded(gradient_1_ptr + at, gradient, mask)
 
 
-GRADIENT_KERNEL = Kernel(gradient_kernel)
+EMBEDDING_GRADIENT_KERNEL = Kernel(embedding_gradient_kernel)
 
 
 def _key_gradient(anchors: Tensor, shares: Tensor, samples: Tensor, m: int) -> Tensor:
@@ -99,7 +104,7 @@ def _key_gradient(anchors: Tensor, shares: Tensor, samples: Tensor, m: int) -> T
     )
 
 
-def gradient(
+def embedding_gradients(
     grad: Tensor,
     anchors: Tensor,
     lengths: Tensor,
@@ -113,6 +118,9 @@ def gradient(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (b, d) of z0 and z1 in their ``dtype``.
+
+    Roofline: for small batches, the launch, and then each program's search through all 2b * R samples, in the cache
+    (expected): MAX_TILES bounds it. The rest is memory: three rows read and one written for each embedding.
 
     Args:
         grad: () of the mean of ``Negatives.terms``. The others are fields of ``Batch`` and ``Negatives``, and the
@@ -145,6 +153,6 @@ def gradient(
         "BLOCK_N": block_n,
         "BLOCK_R": block_r,
     }
-    with on_device(samples):
-        GRADIENT_KERNEL((rows // 2, 2, 1), arguments, {"num_warps": warps(block_n * block_d)})
+    with device_guard(samples):
+        EMBEDDING_GRADIENT_KERNEL((rows // 2, 2, 1), arguments, {"num_warps": num_warps(block_n * block_d)})
     return out

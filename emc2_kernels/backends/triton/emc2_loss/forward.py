@@ -1,4 +1,8 @@
-"""What a loss's walk is given: unit anchors, the keys that the view coin proposes, and the rescored incoming states."""
+"""The forward pass of a loss around its walk: what the walk is given, and the mean of the negatives it has sampled.
+
+Before it, unit anchors, the keys that the view coin proposes, and the rescored incoming states; after it, the terms of
+the loss.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import NUMBERS, Kernel, on_device, random_arguments
-from ..philox import VIEW_COIN, chain_words, seed_words, step_word, words
-from .rows import anchor_of_key, row_block, store_rounded, tile_rows, warps
+from ..launch import NUMBERS, Kernel, device_guard, random_arguments
+from ..philox import load_generator
+from ..scores import store_rounded
+from ..view_coin import draw_view
+from .rows import key_anchor, num_warps, row_block, tile_rows
 
 
 class Stores(NamedTuple):
@@ -46,18 +52,23 @@ class Batch(NamedTuple):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def prepare_kernel(
-    z0_ptr, z1_ptr, stride_z0: tl.int64, stride_z1: tl.int64, index_ptr, stride_index: tl.int64,
+def gather_batch_kernel(
+    z0_ptr, stride_z0_row: tl.int64,  # (b, d)
+    z1_ptr, stride_z1_row: tl.int64,  # (b, d)
+    index_ptr, stride_index: tl.int64,  # (b,) int64
     b: tl.int64, num_items: tl.int64, temperature: tl.float32, floor: tl.float32,
-    seed_ptr, seed_low: tl.int32, seed_high: tl.int32, step_ptr,
-    store_key_ptr, store_score_ptr, bank_ptr, written_at_ptr, last_step_ptr,
-    anchors_ptr, lengths_ptr, queries_ptr, keys_ptr, items_ptr, chain_ids_ptr, coin_labels_ptr, state_key_ptr,
-    state_score_ptr, now_ptr,
+    seed_ptr, seed_low: tl.int32, seed_high: tl.int32,  # () int64, or None and its words
+    step_ptr,  # () int64
+    store_key_ptr, store_score_ptr, bank_ptr, written_at_ptr, last_step_ptr,  # Stores
+    anchors_ptr,  # (2b, d) float32; this and all that follow are written: Batch
+    lengths_ptr,  # (2b,) float32; None: the embeddings are taken as they are
+    queries_ptr,  # (2b, d); None: the anchors serve
+    keys_ptr, coin_labels_ptr,  # (b, d), (b,) int64; None: both views are proposed
+    items_ptr, chain_ids_ptr, state_key_ptr, state_score_ptr,  # (2b,)
+    now_ptr,  # () int64
     D: tl.constexpr, BLOCK_D: tl.constexpr, LARGE: tl.constexpr, SHRINK: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, view) makes one anchor. lengths_ptr None: the embeddings are taken as they are; queries_ptr None: the
-    anchors serve; keys_ptr and coin_labels_ptr None: both views are proposed.
-    """
+    """Program (i, view) makes one anchor and loads the state of its chain."""
     i, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = view * b + i
     item = tl.load(index_ptr + i * stride_index)
@@ -71,9 +82,9 @@ def prepare_kernel(
     dim = tl.arange(0, BLOCK_D)
     mask = dim < D
     if view == 0:
-        z = tl.load(z0_ptr + i * stride_z0 + dim, mask, other=0.0).to(tl.float32)
+        z = tl.load(z0_ptr + i * stride_z0_row + dim, mask, other=0.0).to(tl.float32)
     else:
-        z = tl.load(z1_ptr + i * stride_z1 + dim, mask, other=0.0).to(tl.float32)
+        z = tl.load(z1_ptr + i * stride_z1_row + dim, mask, other=0.0).to(tl.float32)
     if lengths_ptr is not None:
         shrink = tl.where(tl.max(tl.abs(z), 0) > LARGE, SHRINK, 1.0)  # else its squares could overflow
         z *= shrink
@@ -85,11 +96,8 @@ def prepare_kernel(
     if queries_ptr is not None:
         store_rounded(queries_ptr + at, z, mask)
     if keys_ptr is not None:
-        key_0, key_1 = seed_words(seed_ptr, seed_low, seed_high)
-        low, tag = chain_words(item, VIEW_COIN)
-        block = tl.full((), 0, tl.uint32)
-        word, _w1, _w2, _w3 = words(block, low, tag, step_word(step_ptr, 0), key_0, key_1, block)
-        coin = (word >> 31).to(tl.int64)
+        generator = load_generator(seed_ptr, seed_low, seed_high, step_ptr, 0)
+        coin = draw_view(item, tl.full((), 0, tl.uint32), generator)
         store_rounded(keys_ptr + i * D + dim, z, dim < tl.where(coin == view, D, 0))
         if view == 0:
             tl.store(coin_labels_ptr + i, item * 2 + coin)
@@ -105,10 +113,10 @@ def prepare_kernel(
     tl.store(state_score_ptr + row, tl.where(held, rescored, tl.load(store_score_ptr + slot)))
 
 
-PREPARE_KERNEL = Kernel(prepare_kernel)
+GATHER_BATCH_KERNEL = Kernel(gather_batch_kernel)
 
 
-def prepare(
+def gather_batch(
     z0: Tensor,
     z1: Tensor,
     index: Tensor,
@@ -121,7 +129,10 @@ def prepare(
     both_views: bool,
     dtype: torch.dtype,
 ) -> Batch:
-    """Reads the chains of b pairs, in one launch.
+    """Normalizes b pairs and reads their chains, in one launch.
+
+    Roofline: for small batches, the launch itself (expected). Else memory, rows of d elements: for each anchor its
+    embedding and that of its chain's key read; anchor, query and, of every other one, key written.
 
     Args:
         z0, z1: (b, d), any row stride, last stride 1. index: (b,) int64, any stride; checked on the device.
@@ -149,8 +160,8 @@ def prepare(
     arguments = random_arguments(seed, stores.step) | {
         "z0_ptr": z0,
         "z1_ptr": z1,
-        "stride_z0": z0.stride(0),
-        "stride_z1": z1.stride(0),
+        "stride_z0_row": z0.stride(0),
+        "stride_z1_row": z1.stride(0),
         "index_ptr": index,
         "stride_index": index.stride(0),
         "b": b,
@@ -177,8 +188,8 @@ def prepare(
         "LARGE": shrinks[0],
         "SHRINK": shrinks[1],
     }
-    with on_device(z0):
-        PREPARE_KERNEL((b, 2, 1), arguments, {"num_warps": warps(row_block(d))})
+    with device_guard(z0):
+        GATHER_BATCH_KERNEL((b, 2, 1), arguments, {"num_warps": num_warps(row_block(d))})
     return batch
 
 
@@ -193,13 +204,17 @@ class Negatives(NamedTuple):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def negatives_kernel(
-    anchors_ptr, samples_ptr, coin_labels_ptr, state_key_ptr, bank_ptr,
+def mean_negatives_kernel(
+    anchors_ptr,  # (2b, d) float32
+    samples_ptr,  # (2b, R) int32
+    coin_labels_ptr,  # (b,) int64; None: all anchors are keys
+    state_key_ptr,  # (2b,) int64
+    bank_ptr,  # (num_items * 2, d)
     b: tl.int64, num_samples: tl.int64, temperature: tl.float32,
-    means_ptr, shares_ptr, terms_ptr, similarity_ptr,
+    means_ptr, shares_ptr, terms_ptr, similarity_ptr,  # Negatives, written; the last may be None
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program i: anchor i. bank_ptr None: samples at the carried state are left out.
+    """Program i: anchor i.
 
     A sample that was taken before the chain's first accept has no key. It is neither summed nor counted.
     """
@@ -212,17 +227,16 @@ def negatives_kernel(
         sample = begin + tl.arange(0, BLOCK_R)
         position = tl.load(samples_ptr + row * num_samples + sample, sample < num_samples, other=-1)
         in_batch = position >= 0
-        anchor = anchor_of_key(position, in_batch, coin_labels_ptr, b)
+        anchor = key_anchor(position, in_batch, coin_labels_ptr, b)
         at = anchor[:, None] * D + dim[None, :]
         keys += tl.load(anchors_ptr + at, in_batch[:, None] & mask[None, :], other=0.0)
         moved += in_batch.to(tl.int32)
     total, counted = tl.sum(keys, 0), tl.sum(moved, 0).to(tl.int64)
-    if bank_ptr is not None:
-        label = tl.load(state_key_ptr + row)
-        carried = tl.where(label >= 0, num_samples - counted, 0)
-        embedding = tl.load(bank_ptr + label * D + dim, dim < tl.where(carried > 0, D, 0), other=0.0).to(tl.float32)
-        total += carried.to(tl.float32) * embedding
-        counted += carried
+    label = tl.load(state_key_ptr + row)
+    carried = tl.where(label >= 0, num_samples - counted, 0)
+    embedding = tl.load(bank_ptr + label * D + dim, dim < tl.where(carried > 0, D, 0), other=0.0).to(tl.float32)
+    total += carried.to(tl.float32) * embedding
+    counted += carried
     share = tl.div_rn(1.0, tl.maximum(counted, 1).to(tl.float32))
     mean = total * share
     query = tl.load(anchors_ptr + row * D + dim, mask, other=0.0)
@@ -235,16 +249,19 @@ def negatives_kernel(
         tl.store(similarity_ptr + row, similarity)
 
 
-NEGATIVES_KERNEL = Kernel(negatives_kernel)
+MEAN_NEGATIVES_KERNEL = Kernel(mean_negatives_kernel)
 
 
-def negatives(
-    batch: Batch, samples: Tensor, bank: Tensor | None, *, temperature: float, return_similarity: bool
+def mean_negatives(
+    batch: Batch, samples: Tensor, bank: Tensor, *, temperature: float, return_similarity: bool
 ) -> Negatives:
     """Averages the samples (2b, R) of each anchor, in one launch.
 
+    Roofline: for small batches, the launch itself (expected). Else gathering: R rows of 4 d bytes for each anchor, from
+    the L2 where the anchors fit into it.
+
     Args:
-        bank: embeddings by label, for samples that are still at the carried key; None leaves these out.
+        bank: embeddings by label, for samples that are still at the carried key.
     """
     (rows, d), num_samples, new = batch.anchors.shape, samples.shape[1], batch.anchors.new_empty
     out = Negatives(new(rows, d), new(rows), new(rows), new(rows) if return_similarity else None)
@@ -266,6 +283,6 @@ def negatives(
         "BLOCK_D": row_block(d),
         "BLOCK_R": block_r,
     }
-    with on_device(samples):
-        NEGATIVES_KERNEL((rows, 1, 1), arguments, {"num_warps": warps(block_r * row_block(d))})
+    with device_guard(samples):
+        MEAN_NEGATIVES_KERNEL((rows, 1, 1), arguments, {"num_warps": num_warps(block_r * row_block(d))})
     return out

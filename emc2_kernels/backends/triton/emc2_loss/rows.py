@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from ..launch import power_of_two
-from ..philox import INTERPRETED
 
 
 def row_block(dim: int) -> int:
+    """Elements of a program's block for a row."""
     return max(32, power_of_two(dim))
 
 
@@ -18,23 +18,13 @@ def tile_rows(dim: int, elements: int, most: int) -> int:
     return max(1, min(power_of_two(most), elements // row_block(dim)))
 
 
-def warps(elements: int) -> int:
+def num_warps(elements: int) -> int:
     """Enough that each thread holds some 16 elements."""
     return min(8, max(1, power_of_two(elements) // 512))
 
 
 @triton.jit
-def store_rounded(ptr, x, mask):
-    """Stores float32 values in the pointer's dtype, rounded to the nearest as torch does."""
-    if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:  # the interpreter truncates
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)
-    tl.store(ptr, x.to(ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def anchor_of_key(position, mask, key_labels_ptr, b):
+def key_anchor(position, mask, key_labels_ptr, b):
     """Which anchor is the key at ``position``: view 0 of item i is anchor i, view 1 is anchor b + i.
 
     Without labels all anchors are keys, in their order.

@@ -6,26 +6,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....stores.table import last_duplicates
-from ..launch import NUMBERS, Kernel, on_device
+from ..launch import NUMBERS, Kernel, device_guard
+from ..scores import store_rounded
 from .forward import Batch, Stores
-from .rows import row_block, store_rounded
+from .rows import row_block
 
-SCAN_ROWS = 2048  # up to which each program looks through the rows behind its own; beyond, one sort serves all
+SCAN_ROWS = 2048  # pairs, up to which each program looks through the rows behind its own; beyond, one sort serves all
 BLOCK_B = 512  # that it looks at at a time
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def remember_kernel(
-    items_ptr, last_ptr, anchors_ptr, new_key_ptr, new_score_ptr, now_ptr, value_ptr, b: tl.int64,
-    store_key_ptr, store_score_ptr, bank_ptr, written_at_ptr, last_step_ptr, step_ptr,
+def update_stores_kernel(
+    items_ptr,  # (2b,) int64
+    last_ptr,  # (b,) int64, the last row with each row's item; None: looked for here
+    anchors_ptr,  # (2b, d) float32
+    new_key_ptr, new_score_ptr,  # (2b,) int64 and float32
+    now_ptr,  # () int64
+    value_ptr,  # () float32
+    b: tl.int64,
+    store_key_ptr, store_score_ptr, bank_ptr, written_at_ptr, last_step_ptr, step_ptr,  # Stores, written
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Program (i, view) writes the slot of one anchor, unless a later row has the same item.
 
-    last_ptr: the last row with each row's item; None: looked for here. The step comes from ``now_ptr``, because program
-    0 advances ``step_ptr`` while others run. value_ptr: the batch's loss. Where an embedding or a score that counts is
-    not finite it is not either, and then nothing is written.
+    The step comes from ``now_ptr``, because program 0 advances ``step_ptr`` while others run. value_ptr: the batch's
+    loss. Where an embedding or a score that counts is not finite it is not either, and then nothing is written.
     """
     i, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     item = tl.load(items_ptr + i)
@@ -56,20 +61,26 @@ def remember_kernel(
         tl.store(step_ptr, now + 1)
 
 
-REMEMBER_KERNEL = Kernel(remember_kernel)
+UPDATE_STORES_KERNEL = Kernel(update_stores_kernel)
 
 
-def remember(batch: Batch, new_key: Tensor, new_score: Tensor, stores: Stores, value: Tensor) -> None:
-    """Writes the states (2b,) and embeddings of a batch, and advances the step: one launch, and a sort if large.
+def update_stores(
+    batch: Batch, new_key: Tensor, new_score: Tensor, stores: Stores, value: Tensor, last: Tensor | None = None
+) -> None:
+    """Writes the states (2b,) and embeddings of a batch, and advances the step, in one launch.
+
+    Roofline: for small batches, the launch itself (expected). Else memory: an anchor read, 4 d bytes, and written to
+    the bank in its dtype. Each program also looks at the items behind its own, b / 2 of them on average, in the cache.
 
     Args:
         value: () float32, the loss. If it is not finite, nothing is written.
+        last: (b,) int64 the last row with each row's item; None: programs look for it, which is well up to SCAN_ROWS.
     """
     rows, d = batch.anchors.shape
     b = rows // 2
     arguments = {
         "items_ptr": batch.items,
-        "last_ptr": None if b <= SCAN_ROWS else last_duplicates(batch.items[:b]),
+        "last_ptr": last,
         "anchors_ptr": batch.anchors,
         "new_key_ptr": new_key,
         "new_score_ptr": new_score,
@@ -86,5 +97,5 @@ def remember(batch: Batch, new_key: Tensor, new_score: Tensor, stores: Stores, v
         "BLOCK_D": row_block(d),
         "BLOCK_B": BLOCK_B,
     }
-    with on_device(new_key):
-        REMEMBER_KERNEL((b, 2, 1), arguments, {"num_warps": 4})
+    with device_guard(new_key):
+        UPDATE_STORES_KERNEL((b, 2, 1), arguments, {"num_warps": 4})
