@@ -218,13 +218,13 @@ def test_the_pipe_of_a_sweeps_binary_is_a_limit(monkeypatch):
 
 def test_the_binary_is_that_of_the_sweep_that_a_call_launches(monkeypatch):
     pytest.importorskip("triton")
-    from emc2_kernels.backends.triton import mh as run
+    from emc2_kernels.backends.triton import sweep
 
     def binary(text):
         return SimpleNamespace(asm={"cubin": text})
 
     kernel = SimpleNamespace(compiled={"earlier": binary(b"earlier"), "same": binary(b"first")})
-    monkeypatch.setattr(run, "SWEEP_KERNEL", kernel)
+    monkeypatch.setattr(sweep, "SWEEP_KERNEL", kernel)
     assert gpu_limits.sweep_binary(lambda: kernel.compiled.update(same=binary(b"mine"), count=binary(b"c"))) == b"mine"
     assert kernel.compiled.keys() == {"earlier", "same", "count"}
     assert gpu_limits.sweep_binary(lambda: None) is None and len(kernel.compiled) == 3

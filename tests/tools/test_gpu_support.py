@@ -117,5 +117,5 @@ def test_a_guard_asks_for_the_memory_that_is_taken():
     """Of every state of a large sweep: Triton's scratch memory and the samples."""
     walk = pytest.importorskip("emc2_kernels.backends.triton.transition")
     n = gpu_support.MANY_SAMPLES
-    taken = 4 * walk.WORDS.value * walk.room_for(n, splits=1, num_samples=n, segments=8) + 4 * n * n
+    taken = 4 * walk.WORDS.value * walk.scratch_size(n, splits=1, num_samples=n, segments=8) + 4 * n * n
     assert taken < 1e9 * gpu_support.MANY_SAMPLES_GB < 1.2 * taken
