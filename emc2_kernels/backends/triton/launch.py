@@ -119,6 +119,11 @@ def walk_arguments(walk: WalkParams) -> Arguments:
     }
 
 
+def pointers(tensors: tuple) -> Arguments:
+    """A NamedTuple of tensors by the kernels' names for its fields."""
+    return {f"{name}_ptr": tensor for name, tensor in tensors._asdict().items()}
+
+
 def dense(tensor: Tensor | None) -> Tensor | None:
     """Kernels take vectors, and rows of positions, without gaps."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()

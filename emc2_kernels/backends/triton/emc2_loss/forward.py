@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import NUMBERS, Kernel, device_guard, random_arguments
+from ..launch import NUMBERS, Kernel, device_guard, pointers, random_arguments
 from ..philox import load_generator
 from ..scores import store_rounded
 from ..view_coin import draw_view
@@ -59,7 +59,7 @@ def gather_batch_kernel(
     b: tl.int64, num_items: tl.int64, temperature: tl.float32, floor: tl.float32,
     seed_ptr, seed_low: tl.int32, seed_high: tl.int32,  # () int64, or None and its words
     step_ptr,  # () int64
-    store_key_ptr, store_score_ptr, bank_ptr, written_at_ptr, last_step_ptr,  # Stores
+    chain_key_ptr, chain_score_ptr, bank_ptr, written_at_ptr, last_step_ptr,  # Stores
     anchors_ptr,  # (2b, d) float32; this and all that follow are written: Batch
     lengths_ptr,  # (2b,) float32; None: the embeddings are taken as they are
     queries_ptr,  # (2b, d); None: the anchors serve
@@ -102,7 +102,7 @@ def gather_batch_kernel(
         if view == 0:
             tl.store(coin_labels_ptr + i, item * 2 + coin)
 
-    key = tl.load(store_key_ptr + slot)
+    key = tl.load(chain_key_ptr + slot)
     tl.device_assert(key < 2 * num_items, "chains.key must hold labels, below num_items * 2")
     started = key >= 0
     written_at = tl.load(written_at_ptr + key, started, other=-1)
@@ -110,7 +110,7 @@ def gather_batch_kernel(
     embedding = tl.load(bank_ptr + key * D + dim, dim < tl.where(held, D, 0), other=0.0).to(tl.float32)
     rescored = tl.div_rn(tl.sum(z * embedding, 0), temperature)
     tl.store(state_key_ptr + row, key)
-    tl.store(state_score_ptr + row, tl.where(held, rescored, tl.load(store_score_ptr + slot)))
+    tl.store(state_score_ptr + row, tl.where(held, rescored, tl.load(chain_score_ptr + slot)))
 
 
 GATHER_BATCH_KERNEL = Kernel(gather_batch_kernel)
@@ -157,7 +157,8 @@ def gather_batch(
         state_score=new(2 * b, dtype=torch.float32),
         now=new((), dtype=torch.int64),
     )
-    arguments = random_arguments(seed, stores.step) | {
+    arguments = random_arguments(seed, stores.step) | pointers(stores) | pointers(batch)
+    arguments |= {
         "z0_ptr": z0,
         "z1_ptr": z1,
         "stride_z0_row": z0.stride(0),
@@ -168,21 +169,10 @@ def gather_batch(
         "num_items": stores.chain_key.shape[0] // 2,
         "temperature": temperature,
         "floor": 1.0 if floor is None else floor,
-        "store_key_ptr": stores.chain_key,
-        "store_score_ptr": stores.chain_score,
-        "bank_ptr": stores.bank,
-        "written_at_ptr": stores.written_at,
-        "last_step_ptr": stores.last_step,
-        "anchors_ptr": anchors,
         "lengths_ptr": None if floor is None else batch.lengths,
         "queries_ptr": None if queries is anchors else queries,
         "keys_ptr": None if both_views else batch.keys,
-        "items_ptr": items,
-        "chain_ids_ptr": chain_ids,
         "coin_labels_ptr": batch.coin_labels,
-        "state_key_ptr": batch.state_key,
-        "state_score_ptr": batch.state_score,
-        "now_ptr": batch.now,
         "D": d,
         "BLOCK_D": row_block(d),
         "LARGE": shrinks[0],
@@ -266,19 +256,14 @@ def mean_negatives(
     (rows, d), num_samples, new = batch.anchors.shape, samples.shape[1], batch.anchors.new_empty
     out = Negatives(new(rows, d), new(rows), new(rows), new(rows) if return_similarity else None)
     block_r = tile_rows(d, TILE_ELEMENTS, num_samples)
-    arguments = {
-        "anchors_ptr": batch.anchors,
+    arguments = pointers(batch) | pointers(out)
+    arguments |= {
         "samples_ptr": samples,
         "coin_labels_ptr": batch.coin_labels,
-        "state_key_ptr": batch.state_key,
         "bank_ptr": bank,
         "b": rows // 2,
         "num_samples": num_samples,
         "temperature": temperature,
-        "means_ptr": out.means,
-        "shares_ptr": out.shares,
-        "terms_ptr": out.terms,
-        "similarity_ptr": out.similarity,
         "D": d,
         "BLOCK_D": row_block(d),
         "BLOCK_R": block_r,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import NUMBERS, Kernel, device_guard
+from ..launch import NUMBERS, Kernel, device_guard, pointers
 from ..scores import store_rounded
 from .forward import Batch, Stores
 from .rows import row_block
@@ -24,7 +24,7 @@ def update_stores_kernel(
     now_ptr,  # () int64
     value_ptr,  # () float32
     b: tl.int64,
-    store_key_ptr, store_score_ptr, bank_ptr, written_at_ptr, last_step_ptr, step_ptr,  # Stores, written
+    chain_key_ptr, chain_score_ptr, bank_ptr, written_at_ptr, last_step_ptr, step_ptr,  # Stores, written
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Program (i, view) writes the slot of one anchor, unless a later row has the same item.
@@ -53,8 +53,8 @@ def update_stores_kernel(
         store_rounded(bank_ptr + slot * D + dim, embedding, dim < tl.where(fits, D, 0))
         score = tl.load(new_score_ptr + row)
         moves = score < float("inf")  # a product that overflowed is no state to go on from
-        tl.store(store_key_ptr + slot, tl.load(new_key_ptr + row), moves)
-        tl.store(store_score_ptr + slot, score, moves)
+        tl.store(chain_key_ptr + slot, tl.load(new_key_ptr + row), moves)
+        tl.store(chain_score_ptr + slot, score, moves)
         tl.store(written_at_ptr + slot, now, fits)
     if (i == 0) & (view == 0) & finite:
         tl.store(last_step_ptr, now)
@@ -78,21 +78,13 @@ def update_stores(
     """
     rows, d = batch.anchors.shape
     b = rows // 2
-    arguments = {
-        "items_ptr": batch.items,
+    arguments = pointers(batch) | pointers(stores)
+    arguments |= {
         "last_ptr": last,
-        "anchors_ptr": batch.anchors,
         "new_key_ptr": new_key,
         "new_score_ptr": new_score,
-        "now_ptr": batch.now,
         "value_ptr": value,
         "b": b,
-        "store_key_ptr": stores.chain_key,
-        "store_score_ptr": stores.chain_score,
-        "bank_ptr": stores.bank,
-        "written_at_ptr": stores.written_at,
-        "last_step_ptr": stores.last_step,
-        "step_ptr": stores.step,
         "D": d,
         "BLOCK_D": row_block(d),
         "BLOCK_B": BLOCK_B,
