@@ -2,8 +2,7 @@
 
 from .gap import Gap, global_train_gap
 from .gcbs import GlobalContrastiveBatchSampler
-from .graph import SCOPES, GraphFacts, SimilarityGraph, similarity_graph
-from .order import consecutive_order
+from .graph import SCOPES, GraphFacts, SimilarityGraph, consecutive_order, similarity_graph
 from .suitable import check_loss
 
 __all__ = [

@@ -17,8 +17,7 @@ from torch.utils.data import Sampler
 from .. import checks
 from ..distributed.agreement import Call, header_device
 from ..distributed.shards import meet
-from .graph import MAX_PER_ROW, SCOPES, GraphFacts, similarity_graph
-from .order import consecutive_order
+from .graph import MAX_PER_ROW, SCOPES, GraphFacts, consecutive_order, similarity_graph
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .extra import extra
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -222,3 +223,36 @@ def _row_blocks(x: Tensor, y: Tensor, progress: bool | None) -> Iterator[Tensor]
             yield scores
             if bar is not None:
                 bar.update(len(some))
+
+
+def consecutive_order(matrix: csr_array, *, seed: int = 0) -> np.ndarray:
+    """(N,) int64 items, so that what the (N, N) graph joins lies close: reverse Cuthill-McKee of the symmetrised graph.
+
+    The method narrows the graph's bandwidth, the farthest that two joined items lie apart; components follow one
+    another. Items that nothing is joined to come last, shuffled by ``seed``: in the order of the data set, batches of
+    them would have what that order has in common, such as the class.
+
+    Raises:
+        ValueError, TypeError: the matrix is not sparse or not square, or the seed is negative.
+        ImportError: SciPy is missing.
+    """
+    sparse, csgraph = extra("scipy.sparse"), extra("scipy.sparse.csgraph")
+    if not sparse.issparse(matrix):
+        raise TypeError(f"matrix must be a sparse SciPy array, got {checks.describe(matrix)}")
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix must have shape (N, N), got {matrix.shape}")
+    checks.at_least("seed", seed, 0)
+    symmetric = matrix.maximum(matrix.T).tocsr()
+    order = csgraph.reverse_cuthill_mckee(symmetric, symmetric_mode=True).astype(np.int64)
+    alone = np.diff(symmetric.indptr)[order] == 0
+    return np.concatenate([order[~alone], np.random.default_rng(seed).permutation(order[alone])])
+
+
+def extra(name: str, group: str = "batching") -> ModuleType:
+    """The module, or an ImportError that says which of setup.py's extras has it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        message = f'emc2_kernels.batching: expected the package {package}: pip install "emc2_kernels[{group}]"; {error}'
+        raise ImportError(message) from error

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .extra import extra
 from .gcbs import GlobalContrastiveBatchSampler
-from .graph import MAX_PER_ROW, GraphFacts
+from .graph import MAX_PER_ROW, GraphFacts, extra
 
 accelerate = extra("accelerate", "sentences")
 base_sampler = extra("sentence_transformers.base.sampler", "sentences")

@@ -53,8 +53,8 @@ class LocalKeys(NamedTuple):
     def choose_views(self, coins: Tensor) -> LocalKeys:
         """One view of each item: ``coins`` (m / 2,) of 0 and 1."""
         b = coins.shape[0]
-        chosen = torch.where(coins[:, None] == 1, self.embeddings[b:], self.embeddings[:b])
-        return LocalKeys(chosen, self.items[:b], self.labels[:b] + coins)
+        rows = torch.arange(b, dtype=torch.int64, device=coins.device).add_(coins, alpha=b)
+        return LocalKeys(self.embeddings.index_select(0, rows), self.items[:b], self.labels.index_select(0, rows))
 
     def cast(self, dtype: torch.dtype) -> LocalKeys:
         return self._replace(embeddings=self.embeddings.to(dtype))

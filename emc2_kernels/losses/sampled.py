@@ -171,8 +171,8 @@ class SampledLoss(StrictState):
             options = self.batch_means, self.temperature, self.bimodal
             terms = terms + correction(anchors, keys, samples.labels, samples.weights, *options)
         view_0, view_1 = anchors.embeddings.chunk(2)
-        factor = (1 if shards is None else shards.ddp_factor) / self.temperature
-        loss = (terms.mean() - (view_0 * view_1).sum() / len(view_0)) * factor
+        factor = (1 if shards is None else shards.ddp_factor) / (len(terms) * self.temperature)
+        loss = torch.sub(terms.sum(), (view_0 * view_1).sum(), alpha=2) * factor
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
         return loss, negative_similarity.detach()
