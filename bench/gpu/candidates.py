@@ -23,7 +23,7 @@ import torch
 
 
 class Shape(NamedTuple):
-    """What to tune for. `kind` is the table's name in settings.py; `draws` are proposals of a gathered walk."""
+    """What to tune for. `kind` is the table's name in tuning.py; `draws` are proposals of a gathered walk."""
 
     kind: str
     dtype: torch.dtype
@@ -58,33 +58,33 @@ TOYS = [
 ]
 
 
-def sweep_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
+def sweep_candidates(tuning: ModuleType, shape: Shape) -> Iterator[Any]:
     if shape.half:
         blocks = [(64, 4)] if shape.n <= 2048 else [(64, 4), (128, 8)]  # few rows: more programs
         sizes = itertools.product(blocks, [(64, 2), (64, 3), (64, 4), (128, 2), (128, 3)])
     else:
         sizes = itertools.product([(32, 4), (64, 8)], [(32, 2), (32, 3), (64, 2), (64, 3)])
     for (block_m, warps), (block_d, stages) in sizes:
-        yield settings.Sweep(block_m, block_d, warps, stages, None, "")
+        yield tuning.Sweep(block_m, block_d, warps, stages, None, "")
 
 
-def gathered_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
+def gathered_candidates(tuning: ModuleType, shape: Shape) -> Iterator[Any]:
     for block_k, warps in itertools.product((16, 32, 64, 128), (1, 2, 4)):
         numbers = block_k * shape.d // (32 * warps)  # of the keys, a thread: fewer leave loads too narrow, more spill
         if 32 <= numbers <= 128:
-            yield settings.Gathered(block_k, 256, warps, "")
+            yield tuning.Gathered(block_k, 256, warps, "")
 
 
-def lse_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
+def lse_candidates(tuning: ModuleType, shape: Shape) -> Iterator[Any]:
     """128 rows for 4 warps fit in where one product takes whole rows; else they spill 250 bytes a thread and more."""
     blocks = [(64, 4), (128, 8), (128, 4)] if shape.d <= 128 else [(64, 4), (128, 8)]
     for (block_m, warps), (block_d, stages) in itertools.product(blocks, [(64, 3), (64, 4), (128, 2), (128, 3)]):
         spills = (block_m, warps) == (128, 4) and block_d < shape.d
         if not spills:
-            yield settings.Lse(block_m, block_d, warps, stages, "")
+            yield tuning.Lse(block_m, block_d, warps, stages, "")
 
 
-def lse_gradient_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]:
+def lse_gradient_candidates(tuning: ModuleType, shape: Shape) -> Iterator[Any]:
     """Two accumulators, scores and result. The wider the result, the less often scores are made again.
 
     Left out for what they spill: 128 rows that come in chunks (80 bytes a thread), or with 256 of the result (700), and
@@ -95,7 +95,7 @@ def lse_gradient_candidates(settings: ModuleType, shape: Shape) -> Iterator[Any]
     else:
         sizes, stages = [(64, 64, 256, 8), (64, 128, 256, 8), (64, 64, 512, 8), (64, 128, 128, 8)], (2,)
     for (block_m, block_d, block_out, warps), in_flight in itertools.product(sizes, stages):
-        yield settings.LseGradient(block_m, block_d, block_out, warps, in_flight, "")
+        yield tuning.LseGradient(block_m, block_d, block_out, warps, in_flight, "")
 
 
 CANDIDATES = {
@@ -106,17 +106,17 @@ CANDIDATES = {
 }
 
 
-def toy_candidates(settings: ModuleType, shape: Shape) -> list[Any]:
+def toy_candidates(tuning: ModuleType, shape: Shape) -> list[Any]:
     """For a rehearsal: one that runs in Triton's interpreter, and one that does not (24 is no power of two)."""
     return {
-        "sweep": [settings.Sweep(16, 16, 4, 1, None, ""), settings.Sweep(24, 16, 4, 1, None, "")],
-        "gathered": [settings.Gathered(8, 16, 1, ""), settings.Gathered(5, 16, 1, "")],
-        "lse": [settings.Lse(16, 16, 4, 1, ""), settings.Lse(24, 16, 4, 1, "")],
-        "lse_gradient": [settings.LseGradient(16, 16, 32, 4, 1, ""), settings.LseGradient(24, 16, 32, 4, 1, "")],
+        "sweep": [tuning.Sweep(16, 16, 4, 1, None, ""), tuning.Sweep(24, 16, 4, 1, None, "")],
+        "gathered": [tuning.Gathered(8, 16, 1, ""), tuning.Gathered(5, 16, 1, "")],
+        "lse": [tuning.Lse(16, 16, 4, 1, ""), tuning.Lse(24, 16, 4, 1, "")],
+        "lse_gradient": [tuning.LseGradient(16, 16, 32, 4, 1, ""), tuning.LseGradient(24, 16, 32, 4, 1, "")],
     }[shape.kind]
 
 
-def shipped(settings: ModuleType, shape: Shape, generation: int) -> Any:
+def shipped(tuning: ModuleType, shape: Shape, generation: int) -> Any:
     """The table's row for such a shape."""
     key = {
         "sweep": (generation, shape.half, shape.d, shape.n),
@@ -124,11 +124,11 @@ def shipped(settings: ModuleType, shape: Shape, generation: int) -> Any:
         "lse": (generation, shape.half),
         "lse_gradient": (generation, shape.half),
     }[shape.kind]
-    return getattr(settings, shape.kind)(*key)
+    return getattr(tuning, shape.kind)(*key)
 
 
-def candidates(settings: ModuleType, shape: Shape, generation: int, rehearsal: bool = False) -> list[Any]:
+def candidates(tuning: ModuleType, shape: Shape, generation: int, rehearsal: bool = False) -> list[Any]:
     """What is measured for a shape: the table's row first, then what could beat it. The last field says nothing."""
     make = toy_candidates if rehearsal else CANDIDATES[shape.kind]
-    first = shipped(settings, shape, generation)._replace(measured="")
-    return [first, *(one for one in make(settings, shape) if one != first)]
+    first = shipped(tuning, shape, generation)._replace(measured="")
+    return [first, *(one for one in make(tuning, shape) if one != first)]

@@ -39,7 +39,7 @@ def pipe_seconds(binary: bytes, pairs: int, multiprocessors: int, clock_hz: floa
     return counted.binding, sass.seconds(counted, pairs, multiprocessors=multiprocessors, clock_hz=clock_hz)
 
 
-def triton_settings() -> ModuleType | None:
+def triton_tuning() -> ModuleType | None:
     """The sizes that Triton's kernels are launched with; None where there is no Triton."""
     try:
         from emc2_kernels.backends.triton import tuning

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.context import Context, Row
-from bench.gpu.limits import Work, gradient_l2_bytes, sweep_binary, sweep_l2_bytes, triton_settings
+from bench.gpu.limits import Work, gradient_l2_bytes, sweep_binary, sweep_l2_bytes, triton_tuning
 from bench.gpu.peers import (
     BlockedNaive,
     Copy,
@@ -30,10 +30,10 @@ LOSS_LAUNCHES = 6  # of EMC2Loss on a GPU: five forward, one backward (emc2_kern
 
 def sweep_work(backend: str, n: int, m: int, d: int, call: Call, ids: bool = False) -> Work:
     """What a bfloat16 sweep cannot do without; `call` makes one, alone or in a loss."""
-    settings = None if backend == "cuda" else triton_settings()
+    tuning = None if backend == "cuda" else triton_tuning()
     l2_bytes = 0
-    if settings is not None:
-        chosen = settings.sweep(settings.device(0)[0], True, d, n)
+    if tuning is not None:
+        chosen = tuning.sweep(tuning.device(0)[0], True, d, n)
         l2_bytes = sweep_l2_bytes(n, m, d, 2, chosen.block_m, chosen.block_d, ids)
     operands = 2 * (n + m) * d
     return Work(2 * n * m * d, operands, l2_bytes, binary=sweep_binary(call), pairs=n * m)
@@ -211,20 +211,20 @@ def uniform(context: Context, backend: str) -> Row:
 
 def lse_work(n: int, m: int, d: int) -> Work:
     """What a bfloat16 `contrastive_lse` cannot do without."""
-    settings = triton_settings()
+    tuning = triton_tuning()
     l2_bytes = 0
-    if settings is not None:
-        chosen = settings.lse(settings.device(0)[0], True)
+    if tuning is not None:
+        chosen = tuning.lse(tuning.device(0)[0], True)
         l2_bytes = sweep_l2_bytes(n, m, d, 2, chosen.block_m, chosen.block_d, ids=False)
     return Work(2 * n * m * d, 2 * (n + m) * d, l2_bytes, exponentials=n * m)
 
 
 def lse_gradient_work(n: int, m: int, d: int) -> Work:
     """One of the two kernels of its gradient: scores again, and their weights times the others."""
-    settings = triton_settings()
+    tuning = triton_tuning()
     l2_bytes = 0
-    if settings is not None:
-        chosen = settings.lse_gradient(settings.device(0)[0], True)
+    if tuning is not None:
+        chosen = tuning.lse_gradient(tuning.device(0)[0], True)
         l2_bytes = gradient_l2_bytes(n, m, d, 2, chosen.block_m, chosen.block_d, chosen.block_out)
     return Work(4 * n * m * d, 2 * (2 * n + m) * d, l2_bytes, exponentials=n * m)
 

@@ -178,7 +178,7 @@ def _largest(x: Tensor, y: Tensor, threshold: float, most: int, progress: bool |
     for scores in _row_blocks(x, y, progress):
         # One for all blocks: freed between what is kept of two of them, each would leave a hole that the next misses.
         mask = torch.empty_like(scores, dtype=torch.bool) if mask is None else mask[: len(scores)]
-        places, counts = _of_block(scores, threshold, most, mask)
+        places, counts = _block_entries(scores, threshold, most, mask)
         entries += len(places)
         if entries > MAX_ENTRIES:
             advice = "take a higher quantile or a lower max_per_row"
@@ -190,7 +190,7 @@ def _largest(x: Tensor, y: Tensor, threshold: float, most: int, progress: bool |
     return _Rows(np.concatenate(found), starts, np.concatenate(columns))
 
 
-def _of_block(scores: Tensor, threshold: float, most: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _block_entries(scores: Tensor, threshold: float, most: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Places of what is kept, in the flattened block, ascending; and how much each row has. Writes to ``chosen``."""
     rows, n = scores.shape
     if threshold == -torch.inf:  # everything is above it: do not list that

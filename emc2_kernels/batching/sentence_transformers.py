@@ -240,10 +240,10 @@ class GCBSCallback(trainer_callback.TrainerCallback, trainer_callback.Exportable
         name = dataset[0].get("dataset_name")
         found = []
         for column in columns:
-            route = _of_column(args.router_mapping, name, column)
+            route = _column_setting(args.router_mapping, name, column)
             options = {
                 # Without a prompt of its own a column has none in training: "" keeps the model's default away.
-                "prompt": _of_column(args.prompts, name, column) or "",
+                "prompt": _column_setting(args.prompts, name, column) or "",
                 "batch_size": self.batch_size,
                 "show_progress_bar": shows_progress and not args.disable_tqdm,
                 **({} if route is None else {"task": route}),
@@ -278,7 +278,7 @@ def _layers(wrapper: Any) -> Iterator[Any]:
             yield from _layers(inner)
 
 
-def _of_column(setting: Any, dataset_name: str | None, column: str) -> str | None:
+def _column_setting(setting: Any, dataset_name: str | None, column: str) -> str | None:
     """From the trainer's prompts or routes: one for all, by column, by data set, or by data set and column."""
     if isinstance(setting, dict):
         setting = setting.get(dataset_name, setting)

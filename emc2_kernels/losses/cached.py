@@ -19,7 +19,7 @@ from ..distributed.shards import Shards, gather_rows
 from .anchors import Anchors, finite_batch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .sampled import Encode, SampledLoss, encoded, samples_by_label
-from .temperature import warn_of_uniform_weights
+from .temperature import warn_uniform_weights
 
 DEFAULT_REFRESH = 0.01
 
@@ -102,7 +102,7 @@ class CachedSoftmaxLoss(SampledLoss):
             process_group=process_group, seed=seed, bimodal=bimodal, normalize=normalize, bank_dtype=bank_dtype,
             backend=backend,
         )  # fmt: skip
-        warn_of_uniform_weights(self.temperature, normalize)
+        warn_uniform_weights(self.temperature, normalize)
         if encode is None and refresh not in (0, DEFAULT_REFRESH):
             raise ValueError(f"refresh must be 0 without encode, which makes the new embeddings, got {refresh}")
         self.refresh = refresh

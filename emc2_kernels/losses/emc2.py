@@ -22,7 +22,7 @@ from .emc2_options import check_estimator, check_proposals, check_ranks, resolve
 from .emc2_sampler import BankSlots, Walked, WalkOptions, count_proposals, draw_from_bank, sweep_batch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .sampled import Encode, SampledLoss
-from .temperature import warn_of_uniform_weights
+from .temperature import warn_uniform_weights
 
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
 
@@ -118,7 +118,7 @@ class EMC2Loss(SampledLoss):
             process_group=process_group, seed=seed, bimodal=bimodal, normalize=normalize, bank_dtype=bank_dtype,
             backend=backend, sharded=sharded,
         )  # fmt: skip
-        warn_of_uniform_weights(self.temperature, normalize)
+        warn_uniform_weights(self.temperature, normalize)
         self.proposals, self.views, self.estimator, self.sharded = proposals, views, estimator, sharded
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
         self.burn_in = checks.number_in("burn_in", burn_in, 0, 1, open_high=True)

@@ -13,7 +13,7 @@ from ..distributed.shards import GATHERS
 from .anchors import Anchors, check_batch, compute_dtype, number_pairs
 from .in_batch import Form, batch_stats, contrast, ntxent
 from .ranks import batch_keys, batch_shards, report_errors
-from .temperature import TemperedLoss, warn_of_uniform_weights
+from .temperature import TemperedLoss, warn_uniform_weights
 
 
 class NTXentLoss(TemperedLoss):
@@ -66,7 +66,7 @@ class NTXentLoss(TemperedLoss):
         checks.boolean("normalize", normalize)
         checks.one_of("gather", gather, GATHERS)
         checks.one_of("backend", backend, NAMES)
-        warn_of_uniform_weights(self._fixed, normalize)
+        warn_uniform_weights(self._fixed, normalize)
         self.normalize = normalize
         self.gather, self.process_group = gather, process_group
         self.backend = backend

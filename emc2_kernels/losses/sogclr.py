@@ -21,7 +21,7 @@ from .in_batch import Contrast, Form, batch_stats, contrast
 from .index_watch import IndexWatch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .recomputation import refuse_recomputation
-from .temperature import LEAST, fixed_temperature, warn_of_uniform_weights
+from .temperature import LEAST, fixed_temperature, warn_uniform_weights
 
 TEMPERATURE_RANGE = 10.0  # the bounds' default: from a tenth of `temperature` to ten times it
 
@@ -119,7 +119,7 @@ class SogCLRLoss(SlotTable):
         checks.boolean("normalize", normalize)
         checks.one_of("backend", backend, NAMES)
         self.individual_temperature, self.normalize, self.backend = individual_temperature, normalize, backend
-        warn_of_uniform_weights(self.temperature, normalize, 3 if type(self) is SogCLRLoss else 4)
+        warn_uniform_weights(self.temperature, normalize, 3 if type(self) is SogCLRLoss else 4)
         self._watch = IndexWatch(num_items)
         self.keep("log_u", -torch.inf, torch.float32)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.log_u.device))

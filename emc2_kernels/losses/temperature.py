@@ -48,7 +48,7 @@ def fixed_temperature(value: Any) -> float:
     return checks.one_temperature(value, LEAST)
 
 
-def warn_of_uniform_weights(temperature: float, normalize: bool, frames: int = 3) -> None:
+def warn_uniform_weights(temperature: float, normalize: bool, frames: int = 3) -> None:
     """For a loss's constructor; the warning points at its caller, so many frames up. Similarities of unit vectors lie
     in [-1, 1]: here no negative weighs more than exp(2 / UNUSUAL) = 1.2 times another."""
     if normalize and temperature > UNUSUAL:

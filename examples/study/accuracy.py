@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.study.cells import Row, finish
+from examples.study.cells import Row, measure_missing
 from examples.study.compare_methods import VARIANTS, trained
 
 NAMED = ("SimCLR", "EMC²", "EMC² from the bank", "SogCLR", "iSogCLR", "negative cache")
@@ -56,4 +56,4 @@ def measure(data: str, epochs: int, lr: float, batch_size: int, seed: int, metho
 
 
 def run(folder: Path, quick: bool) -> list[Row]:
-    return finish(folder / FILE, NAMES, cells(quick), measure)
+    return measure_missing(folder / FILE, NAMES, cells(quick), measure)

@@ -24,7 +24,7 @@ def read(path: Path) -> list[Row]:
         return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
-def finish(
+def measure_missing(
     path: Path, names: Sequence[str], cells: Iterable[tuple], measure: Measure, shown: Iterable[tuple] = ()
 ) -> list[Row]:
     """Measures the cells that the file lacks, writes them to it one by one, and returns the rows of all of `cells`.

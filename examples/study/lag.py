@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from examples.pretrain.processes import cpu_threads
-from examples.study.cells import Row, finish
+from examples.study.cells import Row, measure_missing
 from examples.study.finite import Finite
 from examples.study.subset import METHODS
 
@@ -46,4 +46,4 @@ def measure(data: str, num_items: int, batch_size: int, steps: int, lr: float, s
 def run(folder: Path, quick: bool) -> list[Row]:
     *setting, seeds = QUICK if quick else FULL
     cells = ((*setting, seed, method) for seed in range(seeds) for method in CHOSEN if method in METHODS)
-    return finish(folder / FILE, NAMES, cells, measure)
+    return measure_missing(folder / FILE, NAMES, cells, measure)

@@ -8,7 +8,7 @@ from typing import Any
 
 from examples.pretrain.processes import cpu_threads
 from examples.study import gradient_bias
-from examples.study.cells import Row, finish
+from examples.study.cells import Row, measure_missing
 from examples.study.compare_methods import trained
 
 BANK = {"proposals": "bank"}
@@ -87,6 +87,6 @@ def measure_accuracy(data: str, epochs: int, batch_size: int, seed: int, options
 
 def run(folder: Path, quick: bool) -> tuple[list[Row], list[Row]]:
     cells, shown = bias_cells(quick, OPTIONS), bias_cells(quick, REMOVED)
-    bias = finish(folder / BIAS_FILE, BIAS_NAMES, cells, measure_bias, shown)
+    bias = measure_missing(folder / BIAS_FILE, BIAS_NAMES, cells, measure_bias, shown)
     cells, shown = accuracy_cells(quick, TRAINED), accuracy_cells(quick, REMOVED)
-    return bias, finish(folder / ACCURACY_FILE, ACCURACY_NAMES, cells, measure_accuracy, shown)
+    return bias, measure_missing(folder / ACCURACY_FILE, ACCURACY_NAMES, cells, measure_accuracy, shown)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 import emc2_kernels as emc2
 from examples.pretrain.processes import cpu_threads
-from examples.study.cells import Row, finish
+from examples.study.cells import Row, measure_missing
 from examples.study.finite import Finite
 
 KINDS = ("uniform", "sweep, one view", "sweep, both views")
@@ -190,5 +190,5 @@ def run(folder: Path, quick: bool) -> list[Row]:
             for anchor in range(anchors)
             for kind in KINDS
         )
-        rows += finish(folder / FILE, NAMES, cells, partial(measure, most=most))
+        rows += measure_missing(folder / FILE, NAMES, cells, partial(measure, most=most))
     return rows

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.study.accuracy import METHODS
-from examples.study.cells import Row, finish, grouped
+from examples.study.cells import Row, grouped, measure_missing
 from examples.study.compare_methods import trained
 
 NAMES = ("data", "batch_size", "round")
@@ -45,7 +45,7 @@ def measure(data: str, batch_size: int, number: int) -> list[Row]:
 def run(folder: Path, quick: bool) -> list[Row]:
     settings = QUICK if quick else FULL
     cells = ((data, size, k) for data, sizes, rounds in settings for k in range(rounds) for size in sizes)
-    return finish(folder / FILE, NAMES, cells, measure)
+    return measure_missing(folder / FILE, NAMES, cells, measure)
 
 
 class Ratio(NamedTuple):

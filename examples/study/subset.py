@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from examples.pretrain.processes import cpu_threads
-from examples.study.cells import Row, finish
+from examples.study.cells import Row, measure_missing
 from examples.study.finite import Finite
 
 METHODS = {
@@ -85,4 +85,4 @@ def measure(data: str, num_items: int, batch_size: int, steps: int, seed: int, l
 
 
 def run(folder: Path, quick: bool) -> list[Row]:
-    return finish(folder / FILE, NAMES, cells(quick), measure)
+    return measure_missing(folder / FILE, NAMES, cells(quick), measure)

@@ -127,16 +127,16 @@ def test_an_interrupted_study_measures_what_is_missing(tmp_path):
 
     wanted = [("a", 1), ("a", 2), ("b", 1)]
     with pytest.raises(KeyboardInterrupt):
-        cells.finish(path, ("name", "number"), wanted, measure)
+        cells.measure_missing(path, ("name", "number"), wanted, measure)
     assert len(cells.read(path)) == 4
-    rows = cells.finish(path, ("name", "number"), wanted, measure)
+    rows = cells.measure_missing(path, ("name", "number"), wanted, measure)
     assert calls == [*wanted, ("b", 1)] and len(rows) == 6
     assert rows[2]["value"] == pytest.approx(2 / 3, rel=1e-5) and rows[2]["note"] is None and rows[3]["note"] == "text"
-    assert len(cells.finish(path, ("name", "number"), wanted[:1], measure)) == 2 and len(calls) == 4
+    assert len(cells.measure_missing(path, ("name", "number"), wanted[:1], measure)) == 2 and len(calls) == 4
     shown = [("a", 2), ("z", 9)]
-    assert len(cells.finish(path, ("name", "number"), wanted[:1], measure, shown)) == 4 and len(calls) == 4
+    assert len(cells.measure_missing(path, ("name", "number"), wanted[:1], measure, shown)) == 4 and len(calls) == 4
     with pytest.raises(ValueError, match="expected columns that begin with .*'other'"):
-        cells.finish(path, ("other",), [(1,)], measure)
+        cells.measure_missing(path, ("other",), [(1,)], measure)
     assert [path] == list(tmp_path.iterdir())
 
 
