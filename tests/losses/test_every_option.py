@@ -1,9 +1,11 @@
 """Every loss and option: without gradient, as Lightning's validate() and test() call it, with training mode in between;
-and several calls before one backward pass."""
+several calls before one backward pass; evaluation, resumption and casts."""
+
+import io
 
 import pytest
 import torch
-from helpers import RUNNABLE, assert_identical, snapshot
+from helpers import RUNNABLE, assert_identical, assert_unchanged, snapshot
 from test_finite_state import LOSSES, batch, encode
 
 from emc2_kernels.losses import TABLE, CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
@@ -59,6 +61,52 @@ def test_several_calls_before_one_backward_pass_add_their_gradients(name):
         return [leaf.grad for z0, z1, _ in data for leaf in (z0, z1)] + [leaf.grad for leaf in loss.parameters()]
 
     torch.testing.assert_close(gradients(True), gradients(False))
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "fused" not in name])
+def test_evaluation_writes_nothing_and_gives_the_training_value(name):
+    """Where what is kept of the batch's own items is not drawn from."""
+    loss = EVERY[name]()
+    for step in range(3):
+        loss(*batch(step))
+    before, (z0, z1, index) = snapshot(loss), batch(5)
+    first = loss.eval()(z0, z1, index, return_stats=True)
+    with torch.no_grad():
+        assert_identical(loss(z0, z1, index, return_stats=True), first)
+    assert_unchanged(loss, before)
+    value = loss.train()(z0, z1, index)
+    if "cache" not in name and "bank" not in name:
+        assert_identical(value, first[0])
+    assert "step" not in before or loss.step == before["step"] + 1
+
+
+def trained(loss, steps):
+    values, states = [], [snapshot(loss)]
+    for step in steps:
+        values.append(loss(*batch(step)))
+        states.append(snapshot(loss))
+    return values, states
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "fused" not in name])
+def test_a_run_resumed_at_any_step_is_the_same_run(name):
+    values, states = trained(EVERY[name](), range(8))
+    for k, state in enumerate(states):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        resumed = EVERY[name]()
+        resumed.load_state_dict(torch.load(file), strict=True)
+        assert_identical(trained(resumed, range(k, 8)), (values[k:], states[k:]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_casting_a_loss_leaves_what_it_keeps_alone(name, cast):
+    loss = LOSSES[name]()
+    trained(loss, range(3))
+    before = snapshot(loss)
+    assert_unchanged(getattr(loss, cast)(), before)
 
 
 def test_every_loss_is_tried_here():
