@@ -4,13 +4,13 @@ which shows the arithmetic, the indices and the shuffles, and nothing of timing.
 from __future__ import annotations
 
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
+from first_use import run_checked
 from helpers import poisoned
 
 from emc2_kernels import mh, ops
@@ -23,12 +23,6 @@ EMULATOR_FLAGS = (
     "-std=c++17", "-O1", "-fPIC", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
     "-Wno-unknown-pragmas", "-Wno-attributes",
 )  # fmt: skip
-
-
-def run_checked(*command: str | Path) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout + done.stderr
 
 
 def build_emulator(folder: Path) -> None:

@@ -70,31 +70,29 @@ def everything(n=37, m=45, num_samples=3):
     return queries, keys, options
 
 
-@pytest.fixture(params=["one tile", "many tiles"])
-def tiles(request, monkeypatch):
-    """Tiles of the cpu backend that end inside a block of four draws, and blocks of few rows."""
+@pytest.fixture(params=["reference", "one tile", "many tiles"])
+def backend(request, monkeypatch):
+    """The reference, and the cpu backend: with its tiles, and with ones that end inside a block of four draws."""
     if request.param == "many tiles":
         monkeypatch.setattr(tile_sizes, "TILE_ROWS", 64)
         monkeypatch.setattr(tile_sizes, "TILE_ELEMENTS", 64 * 30)
+    return "reference" if request.param == "reference" else "cpu"
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 17])
 @pytest.mark.parametrize(("n", "m", "d"), SIZES)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_positions_are_the_oracles(backend, n, m, d, num_samples, tiles):
+def test_positions_are_the_oracles(backend, n, m, d, num_samples):
     assert_exact(backend, unit(n, d, seed=1), unit(m, d, seed=2), num_samples=num_samples)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("num_samples", [1, 3, 17])
-def test_everything_at_once(backend, num_samples, tiles):
+def test_everything_at_once(backend, num_samples):
     queries, keys, options = everything(num_samples=num_samples)
     assert_exact(backend, queries, keys, **options)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(backend, dtype, tiles):
+def test_dtypes(backend, dtype):
     queries, keys = unit(40, 50, seed=5, dtype=dtype), unit(60, 50, seed=6, dtype=dtype)
     assert_exact(backend, queries, keys, temperature=0.07, num_samples=2)
 
@@ -106,8 +104,7 @@ def test_float64_goes_to_the_reference():
         draw("cpu", queries, keys)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_strided_operands(backend, tiles):
+def test_strided_operands(backend):
     wide_queries, wide_keys = unit(80, 3, 24, seed=7), unit(90, 40, seed=8)
     queries, keys = wide_queries[::2, 1, :20], wide_keys[5::2, 10:30]
     options = {
