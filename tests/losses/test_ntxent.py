@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_identical, normal, peak_megabytes, relative_rms
+from helpers import assert_identical, normal, relative_rms
 from slow_losses import (
     DIM,
     assert_statistics,
@@ -104,20 +104,3 @@ def test_a_learnt_temperature_has_the_formulas_gradient(index):
     assert stats["temperature"].item() == pytest.approx(0.2) and not stats["temperature"].requires_grad
     assert dict(loss.named_parameters()).keys() == {"log_scale"}
     assert not list(NTXentLoss().parameters()) and not NTXentLoss().state_dict()
-
-
-TRAINS = """
-z = torch.rand(n, 128).requires_grad_()
-NTXentLoss(temperature=0.1)(z, z.detach().flip(0)).backward()
-"""
-
-
-def test_memory_of_2048_pairs():
-    """The scores of 4,096 rows would be 67 MB, of which plain torch keeps several; the anchors are 2 MB."""
-    assert peak_megabytes(TRAINS, 128, 2048) < 40
-
-
-@pytest.mark.slow
-def test_memory_of_16384_pairs():
-    """The scores would be 4.3 GB; the anchors are 17 MB."""
-    assert peak_megabytes(TRAINS, 128, 16384) < 250

@@ -1,10 +1,10 @@
-"""contrastive_lse on every backend against plain formulas in float64, under torch's machinery, and its memory."""
+"""contrastive_lse on every backend against plain formulas in float64, and under torch's machinery."""
 
 import sys
 
 import pytest
 import torch
-from helpers import COMPILED, RUNNABLE, int64, named_error, normal, peak_megabytes, relative_rms, table, with_rows
+from helpers import COMPILED, RUNNABLE, int64, named_error, normal, relative_rms, table, with_rows
 
 from emc2_kernels import contrastive_lse
 from emc2_kernels.backends import TABLE, gpu, resolve
@@ -321,16 +321,3 @@ ERRORS = {
 def test_bad_input_is_named(change, exception, regex):
     with named_error(exception, regex):
         contrastive_lse(**({"queries": torch.ones(4, 3), "keys": torch.ones(5, 3), "temperature": 0.1} | change))
-
-
-RUNS = {
-    "keys": "contrastive_lse(torch.rand(n, 8).requires_grad_(), torch.rand(n, 8), temperature=0.1).sum().backward()",
-    "NT-Xent": "z = torch.rand(n // 2, 8).requires_grad_(); NTXentLoss()(z, z * 2, return_stats=True)[0].backward()",
-    "CLIP, one item": "z = torch.rand(n, 8).requires_grad_(); ClipLoss()(z, z * 2, torch.ones(n).long()).backward()",
-}
-
-
-@pytest.mark.parametrize("statement", RUNS.values(), ids=RUNS)
-def test_no_array_of_all_scores_is_kept(statement):
-    """8,192 x 8,192 scores would be 268 MB."""
-    assert peak_megabytes(statement, 256, 8192) < 25
