@@ -320,14 +320,16 @@ def test_degenerate_input_gives_a_legal_result(change, backend):
     call = {"queries": QUERIES, "keys": KEYS, "state": STATE} | change
     labels = call.get("key_labels", call.get("key_ids", torch.arange(call["keys"].shape[0])))
     given = call["state"].key.clone(), call["state"].score.clone()
-    result = step(change | {"backend": backend, "return_accepts": True})
+    swept = change.get("proposal", "sweep") == "sweep"
+    at_once = backend == "triton" and swept  # its interpreter takes half a second a walk
+    result = step(change | {"backend": backend, "return_accepts": True, "return_lse": at_once})
     assert_identical(tuple(call["state"]), given)
     assert result.samples.shape == (call["queries"].shape[0], call.get("num_samples", 1))
     assert_legal(result, call["state"], labels)
     assert torch.equal(result.num_accepted > 0, (result.samples[:, -1] >= 0))
     assert not any(field.requires_grad for field in (*result.state, result.threshold))
-    if change.get("proposal", "sweep") == "sweep":
-        lse = step(change | {"backend": backend, "return_lse": True}).lse
+    if swept:
+        lse = result.lse if at_once else step(change | {"backend": backend, "return_lse": True}).lse
         assert not lse.isnan().any()
 
 
