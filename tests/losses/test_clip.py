@@ -5,15 +5,11 @@ import math
 import pytest
 import torch
 from helpers import assert_identical, normal, relative_rms
-from slow_losses import DIM, unit, value_and_gradients
+from slow_losses import DIM, DTYPES, INDICES, B, unit, value_and_gradients
 
 from emc2_kernels.losses import ClipLoss, EMC2Loss
 from emc2_kernels.losses.anchors import Anchors
 from emc2_kernels.losses.in_batch import batch_stats
-
-B = 6
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # tolerated relative RMS of the gradient
-INDICES = {"no index": None, "distinct": torch.arange(B), "duplicates": torch.tensor([3, 1, 3, 3, 0, 1])}
 
 
 def open_clip_formula(images, texts, logit_scale):

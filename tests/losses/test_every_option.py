@@ -105,11 +105,14 @@ def test_a_run_resumed_at_any_step_is_the_same_run(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-def test_casting_a_loss_leaves_what_it_keeps_alone(name, cast):
+def test_casting_a_model_leaves_what_its_loss_keeps_alone(name, cast):
     loss = LOSSES[name]()
     trained(loss, range(3))
-    before = snapshot(loss)
-    assert_unchanged(getattr(loss, cast)(), before)
+    loss.step.fill_(2_000_003)  # half precision cannot hold it
+    model, before = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.ModuleDict({"loss": loss})), snapshot(loss)
+    getattr(model, cast)()
+    assert model[0].weight.dtype == {"half": torch.float16, "double": torch.float64}.get(cast, torch.bfloat16)
+    assert_unchanged(loss, before)
 
 
 def test_every_loss_is_tried_here():

@@ -7,15 +7,14 @@ from collections import Counter
 import pytest
 import torch
 from helpers import COMPILED, RUNNABLE, assert_identical, normal, relative_rms, snapshot
-from slow_losses import DIM, ITEMS, SlowEMC2, assert_statistics, unit, value_and_gradients
+from slow_losses import DIM, DTYPES, ITEMS, B, SlowEMC2, assert_statistics, unit, value_and_gradients
 from torch import nn
 
 from emc2_kernels import MHState, mh_step, rng
 from emc2_kernels.distributed.keys import LocalKeys
 from emc2_kernels.losses import EMC2Loss, NTXentLoss
 
-B, STEPS = 6, 36  # long enough that chains are found where they were left
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # tolerated relative RMS of the gradient
+STEPS = 36  # long enough that chains are found where they were left
 
 
 def shuffled_batches(seed=0, size=B, steps=STEPS):
@@ -245,21 +244,6 @@ def test_a_tiny_temperature_makes_chains_that_do_not_depend_on_the_rows_order():
         torch.testing.assert_close(other, value, rtol=1e-5, atol=0)
         assert relative_rms(other_gradient, gradient[torch.cat((order, order + B))]) <= 1e-5
         assert_identical(permuted.chains.key, straight.chains.key)
-
-
-def test_permuted_rows_of_a_sweep_walk_the_same_chains():
-    """Neighbours in a batch have no influence: a row's chain id names its draws."""
-    queries, keys, ids = normal(0, 40, DIM), normal(1, 30, DIM), torch.arange(40) * 1000 + 5
-    state = MHState(torch.arange(40), normal(2, 40))
-    call = {"temperature": 0.3, "seed": 1, "step": 9, "num_samples": 30, "return_accepts": True, "return_lse": True}
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:33]
-    whole = mh_step(queries, keys, state, chain_ids=ids, **call)
-    part = mh_step(queries[order], keys, MHState(*(f[order] for f in state)), chain_ids=ids[order], **call)
-    assert_identical(part.samples, whole.samples[order])
-    assert_identical(part.state.key, whole.state.key[order])
-    assert_identical(part.num_accepted, whole.num_accepted[order])
-    torch.testing.assert_close(part.state.score, whole.state.score[order])
-    torch.testing.assert_close(part.lse, whole.lse[order])
 
 
 def coins(items, step, seed=0, backend="auto"):

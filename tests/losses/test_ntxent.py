@@ -7,6 +7,9 @@ import torch
 from helpers import assert_identical, normal, relative_rms
 from slow_losses import (
     DIM,
+    DTYPES,
+    INDICES,
+    B,
     assert_statistics,
     slow_ntxent,
     slow_ntxent_negative_similarity,
@@ -15,12 +18,6 @@ from slow_losses import (
 )
 
 from emc2_kernels.losses import NTXentLoss
-
-B = 6
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # tolerated relative RMS of the gradient
-
-
-INDICES = {"no index": None, "distinct": torch.arange(B), "duplicates": torch.tensor([3, 1, 3, 3, 0, 1])}
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.stats import chi2
 
 from emc2_kernels import backends
 from emc2_kernels.backends import TABLE
@@ -65,6 +66,13 @@ def relative_rms(actual, expected):
     """Root mean square of the error over that of the expected values, in float64."""
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+def chi_square(counts, probabilities):
+    """p-value of the counts under the probabilities."""
+    expected = probabilities * counts.sum()
+    assert expected.min() > 5
+    return float(chi2.sf(float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1))
 
 
 def int64(*values):

@@ -89,12 +89,17 @@ print([row.assertions for row in tool.measure("loss d=128", 90)])
 """
 
 
-def test_assertions_can_be_left_out():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", WITHOUT]
-    environment |= {"EMC2_DEVICE_ASSERTIONS": "0"}
+def output(*arguments, **changes):
+    """Of a process in which kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | changes
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stdout == "[[], [], [], []]\n", done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_assertions_can_be_left_out():
+    assert output("-c", WITHOUT, EMC2_DEVICE_ASSERTIONS="0") == "[[], [], [], []]\n"
 
 
 TIMES = """
@@ -114,12 +119,7 @@ print(json.dumps(seconds))
 
 def test_a_first_step_does_not_wait_for_the_compiler(tmp_path):
     """Processor time, in that of a kernel without a walk (0.7 s here). Both in one took 15 of it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", TIMES]
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seconds = json.loads(done.stdout)
+    seconds = json.loads(output("-c", TIMES, TRITON_CACHE_DIR=str(tmp_path)))
     print(seconds)
     assert seconds["sweep_kernel.walk"] < 4 * seconds["lse_kernel"]
     assert seconds["replay_kernel"] < 10 * seconds["lse_kernel"]
@@ -129,11 +129,7 @@ PRINTED = ["loss d=128", "lse d=1024"]
 
 
 def test_the_table_has_a_row_for_each_kernel():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.gpu.compiled", "--generations", "90", "--cases", *PRINTED]
-    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    header, *rows = done.stdout.splitlines()
+    header, *rows = output("-m", "bench.gpu.compiled", "--generations", "90", "--cases", *PRINTED).splitlines()
     assert header.split() == [
         "case", "sm", "kernel", "registers", "stack", "shared", "programs", "issue", "ALU", "MUFU", "wide", "cycles",
         "binds", "ms", "product", "L2",
