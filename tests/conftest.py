@@ -15,3 +15,11 @@ if not torch.cuda.is_available():
 def over_ranks(tmp_path_factory):
     """over_ranks(size, check): what each of so many ranks has returned from a check of tests/support/ranks.py."""
     return functools.partial(ranks.found, folder=ranks.shared_folder(tmp_path_factory))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    from examples.pretrain.processes import cpu_threads
+
+    with cpu_threads(1):
+        yield

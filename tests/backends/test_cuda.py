@@ -1,26 +1,17 @@
-"""The CUDA backend without a GPU: its kernels, run by an emulator (tests/cpp/cuda_emulator.h).
-
-The emulator is g++'s build of the same sources, so it shows the arithmetic, the indices and the shuffles, and nothing
-of timing.
-"""
+"""The CUDA backend without a GPU, in the emulator of conftest.py: what is the kernels' own, beside test_parity.py."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from oracle import unit
-from oracle import walk as oracle_walk
-from test_parity import assert_walks, call, everything
+from test_parity import assert_same, call, everything
 
 import emc2_kernels as emc2
-from emc2_kernels import mh, ops
-from emc2_kernels.backends import extension, gpu
+from emc2_kernels.backends import gpu
 from emc2_kernels.backends.cuda import build as cuda_build
 from emc2_kernels.backends.cuda import mh as cuda
 from emc2_kernels.backends.params import WalkParams
@@ -29,58 +20,6 @@ from emc2_kernels.backends.reference import mh as reference
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIFORM = {"proposal": "uniform", "num_proposals": 70}
-EMULATOR_FLAGS = (
-    "-std=c++17", "-O1", "-fPIC", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-    "-Wno-unknown-pragmas", "-Wno-attributes",
-)  # fmt: skip
-
-
-def run_checked(*command: str | Path) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="session")
-def emulated_module(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
-    folder = tmp_path_factory.mktemp("emulator")
-    (folder / "cuda_runtime.h").write_text('#include "cuda_emulator.h"\n')
-    flags = (*EMULATOR_FLAGS, "-I", folder, "-I", ROOT / "tests" / "cpp")
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        run_checked("g++", *flags, *extension.include_flags(), "-x", "c++", "-c", source, "-o", target)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, cuda_build.sources()))
-    run_checked("g++", "-shared", *objects, "-o", folder / "emc2_cuda.so")
-    module = extension.load("emc2_cuda", folder / "emc2_cuda.so")
-    module.load(0)
-    return module
-
-
-def poisoned(allocate):
-    def allocate_poisoned(*args, **kwargs):
-        tensor = allocate(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
-
-    return allocate_poisoned
-
-
-@pytest.fixture
-def emulated(emulated_module, monkeypatch):
-    """The backend's name while it takes CPU tensors; its outputs come with rubbish in them."""
-    resolve = ops.resolve
-    monkeypatch.setattr(cuda, "library", lambda device: emulated_module)
-    monkeypatch.setattr(cuda, "_current_stream", lambda device: 0)
-    monkeypatch.setattr(ops, "resolve", lambda name, *a: cuda if name == "emulated" else resolve(name, *a))
-    monkeypatch.setattr(mh, "NAMES", (*mh.NAMES, "emulated"))
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-    return "emulated"
 
 
 def between_nans(tensor: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
@@ -94,12 +33,6 @@ def between_nans(tensor: torch.Tensor, stride: int, offset: int) -> torch.Tensor
 
 
 # Walks.
-
-
-def assert_same(result, state, queries, keys, min_rows=0.9, **options):
-    options = {"temperature": 0.2, "seed": 7, "step": 3} | options
-    lowest = min(0.2, float(torch.as_tensor(options["temperature"]).min()))
-    assert_walks(result, oracle_walk(queries, keys, state, **options), lowest, min_rows)
 
 
 @pytest.mark.parametrize(
@@ -141,19 +74,6 @@ def test_numbers_of_proposals(emulated, count, proposal):
     assert_same(call(emulated, queries, keys, state, **options), state, queries, keys, min_rows=0.8, **options)
 
 
-@pytest.mark.parametrize("proposal", ["sweep", "uniform", "positions"])
-@pytest.mark.parametrize("d", [19, 32])
-def test_everything_at_once(emulated, proposal, d):
-    options, state = everything(proposal)
-    queries, keys = unit(37, d, seed=3), unit(45, d, seed=4)
-    result = call(emulated, queries, keys, state, **options)
-    assert_same(result, state, queries, keys, **options)
-    in_memory = {"seed": torch.tensor(-3), "step": torch.tensor(2**32 - 1)}
-    again = call(emulated, queries, keys, state, **options | in_memory)  # the threads run in another order, too
-    for a, b in zip((*result[:1], *result[1], *result[2:4]), (*again[:1], *again[1], *again[2:4]), strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, UNIFORM], ids=["sweep", "uniform"])
 @pytest.mark.parametrize(("d", "stride", "offset"), [(16, 16, 0), (16, 32, 8), (16, 16, 1), (16, 17, 0), (50, 56, 8)])
@@ -164,69 +84,6 @@ def test_rows_anywhere_in_memory(emulated, dtype, options, d, stride, offset):
     state = emc2.init_state(11)
     result = call(emulated, between_nans(queries, stride, offset), between_nans(keys, stride, offset), state, **options)
     assert_same(result, state, queries, keys, min_rows=0.8, **options)
-
-
-@pytest.mark.parametrize("options", [{}, UNIFORM], ids=["sweep", "uniform"])
-def test_strided_vectors(emulated, options):
-    wide_queries, wide_keys = unit(80, 3, 24, seed=7), unit(90, 40, seed=8)
-    queries, keys = wide_queries[::2, 1, :20], wide_keys[5::2, 10:30]
-    options = options | {"query_ids": torch.arange(80)[::2] % 5, "key_ids": torch.arange(86)[::2] % 7}
-    state = emc2.MHState(torch.arange(80)[::2], torch.zeros(80)[::2])
-    assert_same(call(emulated, queries, keys, state, **options), state, queries, keys, **options)
-    one_query = queries[:1].expand(40, 20)
-    one_temperature = options | {"temperature": torch.tensor(0.2)}
-    assert_same(call(emulated, one_query, keys, state, **one_temperature), state, one_query, keys, **options)
-
-
-@pytest.mark.parametrize("options", [{}, {"proposal": "uniform", "num_proposals": 31}], ids=["sweep", "uniform"])
-def test_every_state_after_burn_in(emulated, options):
-    queries, keys = unit(20, 8, seed=9), unit(31, 8, seed=10)
-    for kept in (20, 31):
-        asked_for = options | {"burn_in": 31 - kept, "num_samples": kept}
-        state = emc2.init_state(20)
-        assert_same(call(emulated, queries, keys, state, **asked_for), state, queries, keys, **asked_for)
-
-
-@pytest.mark.parametrize("n", [30, 530])
-def test_lse(emulated, n):
-    """Over similarity / temperature of the keys not excluded, without the proposal weights; -inf without any."""
-    queries, keys = unit(n, 12, seed=13), unit(90, 12, seed=14)
-    keys[7] = float("nan")
-    query_ids, key_ids = torch.arange(n) % 10, torch.arange(90) % 12
-    scores = queries.double() @ keys.double().T / 0.05
-    scores[:, 7] = -torch.inf
-    scores[query_ids[:, None] == key_ids] = -torch.inf
-    options = {"temperature": 0.05, "query_ids": query_ids, "key_ids": key_ids, "log_proposal": torch.randn(90)}
-    result = call(emulated, queries, keys, return_lse=True, **options)
-    torch.testing.assert_close(result.lse.double(), torch.logsumexp(scores, 1), rtol=1e-6, atol=2e-6)
-    nothing = call(emulated, queries, keys[:1], query_ids=query_ids * 0, key_ids=key_ids[:1] * 0, return_lse=True)
-    assert (nothing.lse == -torch.inf).all() and (nothing.samples == -1).all() and (nothing.state.key == -1).all()
-
-
-@pytest.mark.parametrize("options", [{}, {"proposal": "uniform", "num_proposals": 30}], ids=["sweep", "uniform"])
-def test_scores_that_are_not_finite_are_never_moved_to(emulated, options):
-    queries, keys = unit(20, 6, seed=15), unit(30, 6, seed=16)
-    keys[3], keys[11], keys[12, 2], keys[29] = float("inf"), float("nan"), float("-inf"), float("nan")
-    options = options | {"num_samples": 30}
-    state = emc2.init_state(20)
-    result = call(emulated, queries, keys, state, **options)
-    assert_same(result, state, queries, keys, **options)
-    assert not torch.isin(result.samples, torch.tensor([3, 11, 12, 29])).any()
-    assert torch.isfinite(result.state.score).all() and torch.isfinite(result.threshold).all()
-
-
-@pytest.mark.parametrize("proposal", [{}, {"proposal": "uniform", "num_proposals": 40}], ids=["sweep", "uniform"])
-def test_a_proposal_weight_that_overflows_the_score_is_an_identity_step(emulated, proposal):
-    queries, keys = torch.ones(20, 4), torch.ones(8, 4) * torch.linspace(-1, 1, 8)[:, None]
-    keys[2] = 2.5e37
-    log_proposal = torch.zeros(8)
-    log_proposal[2] = -3e38
-    options = proposal | {"temperature": 1.0, "log_proposal": log_proposal, "num_samples": 8}
-    result = call(emulated, queries, keys, return_lse=not proposal, **options)
-    assert not (result.samples == 2).any() and (result.state.key != 2).all()
-    assert result.threshold.isfinite().all() and result.state.score.isfinite().all()
-    if not proposal:
-        torch.testing.assert_close(result.lse, torch.full((20,), 1e38))
 
 
 def test_float16_at_its_extremes(emulated):

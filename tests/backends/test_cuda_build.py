@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from first_use import run_checked
 
 from emc2_kernels.backends.cuda import build as cuda_build
 from emc2_kernels.backends.extension import Unavailable
@@ -60,12 +61,6 @@ def parse_ptxas(log: str) -> list[Usage]:
         shared_bytes = int(shared[1]) if shared else 0
         found.append(Usage(int(match["sm"]), kernel, arguments, int(match["registers"]), shared_bytes, stack))
     return found
-
-
-def run_checked(*command: str | Path) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout + done.stderr
 
 
 @needs_nvcc

@@ -38,15 +38,9 @@ from emc2_kernels.batching import GlobalContrastiveBatchSampler  # noqa: E402
 from emc2_kernels.batching import sentence_transformers as adapter  # noqa: E402
 from emc2_kernels.batching.sentence_transformers import GCBSBatchSampler, GCBSCallback  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ITEMS, TOPICS, BATCH = 64, 8, 8
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Rows:

@@ -29,8 +29,7 @@ def assert_equal_to_one_process(found, case):
         assert errors["unchanged"], f"rank {rank}: an evaluation wrote"
 
 
-@SIZES
-@pytest.mark.parametrize("case", rank_losses.CASES)
+@pytest.mark.parametrize(("size", "case"), [(size, case) for size in ranks.SIZES for case in rank_losses.cases(size)])
 def test_processes_compute_what_one_does(over_ranks, size, case):
     """Uneven parts, items on several processes and several times on one, a last small batch."""
     assert_equal_to_one_process(over_ranks(size, case), rank_losses.CASES[case])

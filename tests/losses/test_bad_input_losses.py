@@ -7,14 +7,59 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assert_unchanged, int64, named_error, normal, snapshot, table, with_rows
+from helpers import assert_unchanged, int64, named_error, normal, snapshot, with_rows
 
-from emc2_kernels.losses import EMC2Loss, NTXentLoss
+from emc2_kernels.losses import TABLE, CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
 
 INF, NAN = torch.inf, torch.nan
 D = 8
 ITEMS, B = 10, 4
 Z0, Z1, INDEX = normal(2, B, D), normal(3, B, D), int64(1, 4, 6, 9)
+LOSSES = {
+    "NT-Xent": NTXentLoss,
+    "CLIP": ClipLoss,
+    "EMC2": partial(EMC2Loss, num_items=ITEMS, dim=D),
+    "SogCLR": partial(SogCLRLoss, num_items=ITEMS),
+    "iSogCLR": partial(SogCLRLoss, num_items=ITEMS, individual_temperature=True, bimodal=True),
+    "cached": partial(CachedSoftmaxLoss, num_items=ITEMS, dim=D),
+}
+
+
+def every(tables):
+    """Parametrises (name of a loss, change, exception, regex)."""
+    cases = {f"{name}: {case}": (name, *asked) for name, table in tables.items() for case, asked in table.items()}
+    return pytest.mark.parametrize(("name", "change", "exception", "regex"), cases.values(), ids=cases)
+
+
+def forward(loss, change):
+    """The loss's value and the gradients of z0 and z1, all of them finite, as the statistics are."""
+    call = {"z0": Z0, "z1": Z1, "index": INDEX} | change
+    for name in ("z0", "z1"):
+        if isinstance(call[name], torch.Tensor) and call[name].is_floating_point():
+            call[name] = call[name].clone().requires_grad_()
+    out = loss(**call)
+    value, stats = out if isinstance(out, tuple) else (out, {})
+    value.backward()
+    gradients = call["z0"].grad, call["z1"].grad
+    assert all(number.isfinite().all() for number in (value, *gradients, *stats.values())), stats
+    return value.detach(), *gradients
+
+
+def warm(name, **options):
+    """A loss whose state has moved on."""
+    loss = LOSSES[name](**options)
+    for seed in range(3):
+        index = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(seed))[:B]
+        loss(normal(10 + seed, B, D), normal(20 + seed, B, D), index)
+    return loss
+
+
+def assert_refused(loss, exception, regex, change, error=named_error):
+    before = snapshot(loss)
+    with error(exception, regex):
+        forward(loss, change)
+    assert_unchanged(loss, before)
+
 
 EMBEDDING_ERRORS = {
     "z0 is None": ({"z0": None}, TypeError, "z0"),
@@ -53,45 +98,29 @@ EMBEDDING_ERRORS = {
     "an index is negative": ({"index": int64(0, 1, -1, 2)}, ValueError, "index"),
     "an index has 41 bits": ({"index": int64(0, 1, 2**40, 2)}, ValueError, "index"),
     "return_stats is a word": ({"return_stats": "yes"}, (TypeError, ValueError), "return_stats"),
+    "return_stats is a number": ({"return_stats": 1}, TypeError, "return_stats"),
+    "return_stats is None": ({"return_stats": None}, TypeError, "return_stats"),
     "an unknown argument": ({"indices": INDEX}, TypeError, ".*indices"),
 }
-
-EMC2_FORWARD_ERRORS = {
+ITEM_ERRORS = {
     "index is None": ({"index": None}, TypeError, "index"),
     "an index is past the items": ({"index": int64(0, 1, ITEMS, 2)}, ValueError, "index"),
+    "all is elsewhere": ({"z0": Z0.to("meta"), "z1": Z1.to("meta")}, ValueError, "z0"),
+}
+WIDTH_ERRORS = {
     "z0 and z1 are too narrow": ({"z0": Z0[:, 1:], "z1": Z1[:, 1:]}, ValueError, "z0"),
     "z0 and z1 are too wide": ({"z0": normal(0, B, D + 1), "z1": normal(1, B, D + 1)}, ValueError, "z0"),
 }
+FORWARD_ERRORS = {
+    **dict.fromkeys(("NT-Xent", "CLIP"), EMBEDDING_ERRORS),
+    **dict.fromkeys(("SogCLR", "iSogCLR"), EMBEDDING_ERRORS | ITEM_ERRORS),
+    **dict.fromkeys(("EMC2", "cached"), EMBEDDING_ERRORS | ITEM_ERRORS | WIDTH_ERRORS),
+}
 
 
-def forward(loss, change):
-    """The loss's value and the gradients of z0 and z1."""
-    call = {"z0": Z0, "z1": Z1, "index": INDEX} | change
-    for name in ("z0", "z1"):
-        if isinstance(call[name], torch.Tensor) and call[name].is_floating_point():
-            call[name] = call[name].clone().requires_grad_()
-    out = loss(**call)
-    value = out[0] if isinstance(out, tuple) else out
-    value.backward()
-    return value.detach(), call["z0"].grad, call["z1"].grad
-
-
-def warm_emc2(**options):
-    """A loss whose chains, bank and step have moved on."""
-    loss = EMC2Loss(ITEMS, D, **options)
-    for seed in range(3):
-        index = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(seed))[:B]
-        loss(normal(10 + seed, B, D), normal(20 + seed, B, D), index)
-    return loss
-
-
-@table(EMBEDDING_ERRORS | EMC2_FORWARD_ERRORS)
-def test_emc2_names_what_is_wrong_and_leaves_its_state_alone(change, exception, regex):
-    loss = warm_emc2()
-    before = snapshot(loss)
-    with named_error(exception, regex):
-        forward(loss, change)
-    assert_unchanged(loss, before)
+@every(FORWARD_ERRORS)
+def test_a_call_names_what_is_wrong_and_leaves_the_state_alone(name, change, exception, regex):
+    assert_refused(warm(name), exception, regex, change)
 
 
 @pytest.mark.parametrize(
@@ -104,19 +133,18 @@ def test_emc2_names_what_is_wrong_and_leaves_its_state_alone(change, exception, 
     ],
 )
 def test_emc2_names_num_samples_that_a_batch_is_too_small_for(options, change):
-    loss = EMC2Loss(ITEMS, D, **options)
-    before = snapshot(loss)
-    with named_error(ValueError, "num_samples"):
-        forward(loss, change)
-    assert_unchanged(loss, before)
+    assert_refused(LOSSES["EMC2"](**options), ValueError, "num_samples", change)
 
 
 def test_emc2_names_a_backend_that_does_not_take_the_dtype():
-    loss = EMC2Loss(ITEMS, D, backend="cpu")
-    before = snapshot(loss)
-    with named_error(ValueError, "backend"):
-        forward(loss, {"z0": Z0.double(), "z1": Z1.double()})
-    assert_unchanged(loss, before)
+    assert_refused(LOSSES["EMC2"](backend="cpu"), ValueError, "backend", {"z0": Z0.double(), "z1": Z1.double()})
+
+
+@pytest.mark.parametrize("scale", [1e19, 3e38])
+@pytest.mark.parametrize("name", LOSSES)
+def test_products_that_overflow_without_normalisation_are_named_and_change_nothing(name, scale):
+    big = torch.full_like(Z0, scale)
+    assert_refused(warm(name, normalize=False), ValueError, "the similarities", {"z0": big, "z1": big})
 
 
 def raises(items, views):
@@ -142,62 +170,22 @@ ENCODE_ERRORS = {
     "returns infinities": (filled(INF), ValueError, "encode.*got"),
     "takes one argument": (lambda items: torch.ones(len(items), D), TypeError, "positional"),
 }
-
-
-@pytest.mark.parametrize(("encode", "exception", "regex"), ENCODE_ERRORS.values(), ids=ENCODE_ERRORS)
-def test_emc2_state_survives_an_encode_that(encode, exception, regex):
-    options = {"carry": "recompute", "burn_in": 0.0, "num_samples": B}
-    loss = warm_emc2(encode=filled(1.0), **options)
-    loss.encode = encode
-    before = snapshot(loss)
-    with pytest.raises(exception, match=regex):
-        forward(loss, {})
-    assert_unchanged(loss, before)
-
-
-EMC2_CONSTRUCTOR_ERRORS = {
-    "num_items is 0": ({"num_items": 0}, ValueError, "num_items"),
-    "num_items is a float": ({"num_items": 10.0}, TypeError, "num_items"),
-    "num_items is a bool": ({"num_items": True}, TypeError, "num_items"),
-    "num_items exceeds the chain ids": ({"num_items": 2**39 + 1}, ValueError, "num_items"),
-    "dim is 0": ({"dim": 0}, ValueError, "dim"),
-    "dim is a word": ({"dim": "8"}, TypeError, "dim"),
-    "proposals is a typo": ({"proposals": "batches"}, ValueError, "proposals"),
-    "views is a number": ({"views": 1}, ValueError, "views"),
-    "views is a typo": ({"views": "two"}, ValueError, "views"),
-    "num_proposals beside the batch": ({"num_proposals": 64}, ValueError, "num_proposals"),
-    "num_proposals is 0": ({"proposals": "bank", "num_proposals": 0}, ValueError, "num_proposals"),
-    "num_proposals is a float": ({"proposals": "bank", "num_proposals": 6.5}, TypeError, "num_proposals"),
-    "both views from the bank": ({"proposals": "bank", "views": "both"}, ValueError, "views"),
-    "both views of two modalities": ({"bimodal": True, "views": "both"}, ValueError, "views"),
-    "bimodal is a number": ({"bimodal": 1}, TypeError, "bimodal"),
-    "carry was deleted": ({"proposals": "bank", "carry": "drop"}, ValueError, "carry"),
-    "burn_in is 1": ({"burn_in": 1.0}, ValueError, "burn_in"),
-    "burn_in is a count": ({"burn_in": 16}, ValueError, "burn_in"),
-    "burn_in is negative": ({"burn_in": -0.1}, ValueError, "burn_in"),
-    "burn_in is NaN": ({"burn_in": NAN}, ValueError, "burn_in"),
-    "burn_in is None": ({"burn_in": None}, (TypeError, ValueError), "burn_in"),
-    "num_samples is 0": ({"num_samples": 0}, ValueError, "num_samples"),
-    "num_samples is a float": ({"num_samples": 2.0}, TypeError, "num_samples"),
-    "carry is a typo": ({"carry": "cache"}, ValueError, "carry"),
-    "carry is None": ({"carry": None}, ValueError, "carry"),
-    "recompute without encode": ({"carry": "recompute"}, ValueError, "encode"),
-    "recompute with an encode that is no function": ({"carry": "recompute", "encode": 3}, TypeError, "encode"),
-    "encode is a word": ({"encode": "recompute"}, TypeError, "encode"),
-    "estimator is a typo": ({"estimator": "state"}, ValueError, "estimator"),
-    "gather is a typo": ({"gather": "some"}, ValueError, "gather"),
-    "gather is a bool": ({"gather": True}, ValueError, "gather"),
-    "seed is negative": ({"seed": -1}, ValueError, "seed"),
-    "seed is a float": ({"seed": 0.5}, TypeError, "seed"),
-    "seed is None": ({"seed": None}, TypeError, "seed"),
-    "bimodal is a word": ({"bimodal": "yes"}, (TypeError, ValueError), "bimodal"),
-    "bank_dtype is integer": ({"bank_dtype": torch.int8}, TypeError, "bank_dtype"),
-    "bank_dtype is a word": ({"bank_dtype": "bfloat16"}, TypeError, "bank_dtype"),
-    "backend is unknown": ({"backend": "fpga"}, ValueError, "backend"),
-    "an unknown argument": ({"temprature": 0.1}, TypeError, ".*temprature"),
+ENCODING = {
+    "EMC2": ("EMC2", {"carry": "recompute", "burn_in": 0.0, "num_samples": B}),
+    "cached, refresh": ("cached", {"refresh": 0.2}),
+    "cached, recompute": ("cached", {"refresh": 0, "carry": "recompute"}),
 }
 
-LOSS_CONSTRUCTOR_ERRORS = {
+
+@pytest.mark.parametrize(("name", "options"), ENCODING.values(), ids=ENCODING)
+@pytest.mark.parametrize(("encode", "exception", "regex"), ENCODE_ERRORS.values(), ids=ENCODE_ERRORS)
+def test_the_state_survives_an_encode_that(encode, exception, regex, name, options):
+    loss = warm(name, encode=filled(1.0), **options)
+    loss.encode = encode
+    assert_refused(loss, exception, regex, {}, error=lambda exception, regex: pytest.raises(exception, match=regex))
+
+
+COMMON_OPTION_ERRORS = {
     "temperature is 0": ({"temperature": 0.0}, ValueError, "temperature"),
     "temperature is negative": ({"temperature": -1}, ValueError, "temperature"),
     "temperature is NaN": ({"temperature": NAN}, ValueError, "temperature"),
@@ -209,32 +197,130 @@ LOSS_CONSTRUCTOR_ERRORS = {
     "temperatures are none": ({"temperature": torch.ones(0)}, ValueError, "temperature"),
     "temperature is an integer tensor": ({"temperature": torch.tensor(1)}, TypeError, "temperature"),
     "normalize is a word": ({"normalize": "no"}, (TypeError, ValueError), "normalize"),
+    "gather is a typo": ({"gather": "some"}, ValueError, "gather"),
+    "gather is a bool": ({"gather": True}, ValueError, "gather"),
+    "backend is unknown": ({"backend": "fpga"}, ValueError, "backend"),
+    "an unknown argument": ({"temprature": 0.1}, TypeError, ".*temprature"),
+}
+LEARN = {"learn_temperature": True}
+IN_BATCH_OPTION_ERRORS = {
+    "learn_temperature is a number": ({"learn_temperature": 1}, TypeError, "learn_temperature"),
+    "max_scale is a word": ({"max_scale": "big"}, TypeError, "max_scale"),
+    "max_scale is a bool": ({"max_scale": True}, TypeError, "max_scale"),
+    "max_scale is 0": ({"max_scale": 0.0}, ValueError, "max_scale"),
+    "max_scale is infinite": ({"max_scale": INF}, ValueError, "max_scale"),
+    "temperature is past the scale": (LEARN | {"temperature": 0.001}, ValueError, "temperature"),
+}
+ITEM_OPTION_ERRORS = {
+    "num_items is 0": ({"num_items": 0}, ValueError, "num_items"),
+    "num_items is a float": ({"num_items": 10.0}, TypeError, "num_items"),
+    "num_items is a bool": ({"num_items": True}, TypeError, "num_items"),
+    "bimodal is a word": ({"bimodal": "yes"}, TypeError, "bimodal"),
+    "bimodal is a number": ({"bimodal": 1}, TypeError, "bimodal"),
+}
+SAMPLING_OPTION_ERRORS = {
+    "dim is 0": ({"dim": 0}, ValueError, "dim"),
+    "dim is a word": ({"dim": "8"}, TypeError, "dim"),
+    "num_samples is 0": ({"num_samples": 0}, ValueError, "num_samples"),
+    "num_samples is a float": ({"num_samples": 2.0}, TypeError, "num_samples"),
+    "carry is a typo": ({"carry": "cache"}, ValueError, "carry"),
+    "carry is None": ({"carry": None}, ValueError, "carry"),
+    "recompute without encode": ({"carry": "recompute"}, ValueError, "encode"),
+    "recompute with an encode that is no function": ({"carry": "recompute", "encode": 3}, TypeError, "encode"),
+    "encode is no function": ({"encode": 3}, TypeError, "encode"),
+    "encode is a word": ({"encode": "recompute"}, TypeError, "encode"),
+    "seed is negative": ({"seed": -1}, ValueError, "seed"),
+    "seed is a float": ({"seed": 0.5}, TypeError, "seed"),
+    "seed is None": ({"seed": None}, TypeError, "seed"),
+    "bank_dtype is integer": ({"bank_dtype": torch.int8}, TypeError, "bank_dtype"),
+    "bank_dtype is a word": ({"bank_dtype": "bfloat16"}, TypeError, "bank_dtype"),
+}
+EMC2_OPTION_ERRORS = {
+    "num_items exceeds the chain ids": ({"num_items": 2**39 + 1}, ValueError, "num_items"),
+    "proposals is a typo": ({"proposals": "batches"}, ValueError, "proposals"),
+    "views is a number": ({"views": 1}, ValueError, "views"),
+    "views is a typo": ({"views": "two"}, ValueError, "views"),
+    "num_proposals beside the batch": ({"num_proposals": 64}, ValueError, "num_proposals"),
+    "num_proposals is 0": ({"proposals": "bank", "num_proposals": 0}, ValueError, "num_proposals"),
+    "num_proposals is a float": ({"proposals": "bank", "num_proposals": 6.5}, TypeError, "num_proposals"),
+    "both views from the bank": ({"proposals": "bank", "views": "both"}, ValueError, "views"),
+    "both views of two modalities": ({"bimodal": True, "views": "both"}, ValueError, "views"),
+    "carry was deleted": ({"proposals": "bank", "carry": "drop"}, ValueError, "carry"),
+    "burn_in is 1": ({"burn_in": 1.0}, ValueError, "burn_in"),
+    "burn_in is a count": ({"burn_in": 16}, ValueError, "burn_in"),
+    "burn_in is negative": ({"burn_in": -0.1}, ValueError, "burn_in"),
+    "burn_in is NaN": ({"burn_in": NAN}, ValueError, "burn_in"),
+    "burn_in is None": ({"burn_in": None}, (TypeError, ValueError), "burn_in"),
+    "estimator is a typo": ({"estimator": "state"}, ValueError, "estimator"),
+}
+CACHED_OPTION_ERRORS = {
+    "num_items exceeds the positions": ({"num_items": 2**30}, ValueError, "num_items"),
+    "refresh is a count": ({"refresh": 16, "encode": len}, ValueError, "refresh"),
+    "refresh is negative": ({"refresh": -0.1, "encode": len}, ValueError, "refresh"),
+    "refresh is NaN": ({"refresh": NAN, "encode": len}, ValueError, "refresh"),
+    "refresh is a bool": ({"refresh": True, "encode": len}, TypeError, "refresh"),
+    "refresh is None": ({"refresh": None}, TypeError, "refresh"),
+    "refresh without encode": ({"refresh": 0.5}, ValueError, "refresh"),
+    "num_samples is None": ({"num_samples": None}, TypeError, "num_samples"),
+    "num_samples is 2^16": ({"num_samples": 2**16}, ValueError, "num_samples"),
+    "carry is another loss's": ({"carry": "drop"}, ValueError, "carry"),
+    "carry was deleted": ({"carry": "cached"}, ValueError, "carry"),
+}
+LEARNED = {"individual_temperature": True}
+SOGCLR_OPTION_ERRORS = {
+    "num_items exceeds the ids": ({"num_items": 2**40 + 1}, ValueError, "num_items"),
+    "gamma is 0": ({"gamma": 0.0}, ValueError, "gamma"),
+    "gamma is above 1": ({"gamma": 1.5}, ValueError, "gamma"),
+    "gamma is NaN": ({"gamma": NAN}, ValueError, "gamma"),
+    "gamma is None": ({"gamma": None}, TypeError, "gamma"),
+    "gamma is a bool": ({"gamma": True}, TypeError, "gamma"),
+    "gamma is a word": ({"gamma": "0.9"}, TypeError, "gamma"),
+    "gamma_schedule is a typo": ({"gamma_schedule": "cos"}, ValueError, "gamma_schedule"),
+    "cosine without its length": ({"gamma_schedule": "cosine"}, TypeError, "gamma_steps"),
+    "cosine over no steps": ({"gamma_schedule": "cosine", "gamma_steps": 0}, ValueError, "gamma_steps"),
+    "cosine over half a step": ({"gamma_schedule": "cosine", "gamma_steps": 0.5}, TypeError, "gamma_steps"),
+    "gamma_steps of a constant": ({"gamma_steps": 100}, ValueError, "gamma_steps"),
+    "individual_temperature is a number": ({"individual_temperature": 0.1}, TypeError, "individual_temperature"),
+    "temperature_lr is negative": (LEARNED | {"temperature_lr": -0.1}, ValueError, "temperature_lr"),
+    "temperature_lr is infinite": (LEARNED | {"temperature_lr": INF}, ValueError, "temperature_lr"),
+    "temperature_momentum is 1": (LEARNED | {"temperature_momentum": 1.0}, ValueError, "temperature_momentum"),
+    "temperature_momentum is a word": (LEARNED | {"temperature_momentum": "0"}, TypeError, "temperature_momentum"),
+    "rho is negative": (LEARNED | {"rho": -1}, ValueError, "rho"),
+    "rho is NaN": (LEARNED | {"rho": NAN}, ValueError, "rho"),
+    "one bound": (LEARNED | {"temperature_bounds": 0.1}, TypeError, "temperature_bounds"),
+    "three bounds": (LEARNED | {"temperature_bounds": (0.01, 0.1, 1)}, TypeError, "temperature_bounds"),
+    "bounds are words": (LEARNED | {"temperature_bounds": ("0.01", "1")}, TypeError, "temperature_bounds"),
+    "lowest is 0": (LEARNED | {"temperature_bounds": (0, 1)}, ValueError, "temperature_bounds"),
+    "lowest is above it": (LEARNED | {"temperature_bounds": (0.1, 1)}, ValueError, "temperature_bounds"),
+    "highest is below it": (LEARNED | {"temperature_bounds": (0.01, 0.05)}, ValueError, "temperature_bounds"),
+    "highest is infinite": (LEARNED | {"temperature_bounds": (0.01, INF)}, ValueError, "temperature_bounds"),
+}
+OPTION_ERRORS = {
+    **dict.fromkeys(("NT-Xent", "CLIP"), COMMON_OPTION_ERRORS | IN_BATCH_OPTION_ERRORS),
+    "EMC2": COMMON_OPTION_ERRORS | ITEM_OPTION_ERRORS | SAMPLING_OPTION_ERRORS | EMC2_OPTION_ERRORS,
+    "SogCLR": COMMON_OPTION_ERRORS | ITEM_OPTION_ERRORS | SOGCLR_OPTION_ERRORS,
+    "cached": COMMON_OPTION_ERRORS | ITEM_OPTION_ERRORS | SAMPLING_OPTION_ERRORS | CACHED_OPTION_ERRORS,
 }
 
 
-@table(EMC2_CONSTRUCTOR_ERRORS | LOSS_CONSTRUCTOR_ERRORS)
-def test_emc2_constructor_names_what_is_wrong(change, exception, regex):
+@every(OPTION_ERRORS)
+def test_the_constructor_names_what_is_wrong(name, change, exception, regex):
     with named_error(exception, regex):
-        EMC2Loss(**({"num_items": ITEMS, "dim": D} | change))
+        LOSSES[name](**change)
 
 
-NTXENT_CONSTRUCTOR_ERRORS = {"an unknown argument": ({"tau": 0.1}, TypeError, ".*tau")}
+def test_each_table_has_at_least_forty_cases():
+    for name in ("EMC2", "SogCLR", "cached"):
+        assert min(len(FORWARD_ERRORS[name]), len(OPTION_ERRORS[name])) >= 40
+    assert all(len(FORWARD_ERRORS[name] | OPTION_ERRORS[name]) >= 40 for name in ("NT-Xent", "CLIP"))
 
 
-@table(LOSS_CONSTRUCTOR_ERRORS | NTXENT_CONSTRUCTOR_ERRORS)
-def test_ntxent_constructor_names_what_is_wrong(change, exception, regex):
-    with named_error(exception, regex):
-        NTXentLoss(**change)
+def test_every_loss_is_asked():
+    assert {type(make()) for make in LOSSES.values()} == {method.loss for method in TABLE.values()}
 
 
-@table(EMBEDDING_ERRORS)
-def test_ntxent_names_what_is_wrong(change, exception, regex):
-    with named_error(exception, regex):
-        forward(NTXentLoss(), change)
-
-
-def one_row(change=None):
-    return {"z0": Z0[:1], "z1": Z1[:1], "index": INDEX[:1]} | (change or {})
+def one_row():
+    return {"z0": Z0[:1], "z1": Z1[:1], "index": INDEX[:1]}
 
 
 DEGENERATE_BATCHES = {
@@ -259,72 +345,42 @@ DEGENERATE_BATCHES = {
     "one row expanded": {"z0": Z0[:1].expand(B, D)},
     "first and last item": {"index": int64(0, ITEMS - 1, 1, 2)},
     "index apart": {"index": torch.arange(2 * B)[::2]},
-    "with statistics": {"return_stats": True},
-    "one pair with statistics": one_row({"return_stats": True}),
-    "one item with statistics": {"index": int64(3, 3, 3, 3), "return_stats": True},
+}
+
+DEGENERATE_LOSSES = {
+    "NT-Xent": ("NT-Xent", {}),
+    "CLIP": ("CLIP", {}),
+    "EMC2": ("EMC2", {}),
+    "EMC2, both views": ("EMC2", {"views": "both", "burn_in": 0}),
+    "EMC2, burn-in": ("EMC2", {"burn_in": 0.9}),
+    "EMC2, bimodal": ("EMC2", {"bimodal": True}),
+    "EMC2, bank, bimodal": ("EMC2", {"proposals": "bank", "num_proposals": 5, "bimodal": True}),
+    "SogCLR": ("SogCLR", {}),
+    "iSogCLR, bimodal": ("iSogCLR", {}),
+    "cached": ("cached", {}),
+    "cached, bimodal": ("cached", {"bimodal": True, "bank_dtype": torch.float32}),
 }
 
 
-def assert_finite_and_differentiable(loss, change):
-    for _ in range(3):  # chains that have not started, and chains that have
-        value, *gradients = forward(loss, change)
-        assert value.isfinite()
-        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-
-
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
+@pytest.mark.parametrize(("name", "options"), DEGENERATE_LOSSES.values(), ids=DEGENERATE_LOSSES)
 @pytest.mark.parametrize("change", DEGENERATE_BATCHES.values(), ids=DEGENERATE_BATCHES)
-class TestDegenerateBatch:
-    def test_ntxent_is_finite(self, change, temperature):
-        assert_finite_and_differentiable(NTXentLoss(temperature=temperature), change)
-
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {},
-            {"views": "both", "burn_in": 0},
-            {"burn_in": 0.9},
-            {"bimodal": True},
-            {"proposals": "bank", "num_proposals": 5, "bimodal": True},
-        ],
-        ids=str,
-    )
-    def test_emc2_is_finite_and_its_state_legal(self, change, temperature, options):
-        dim = change.get("z0", Z0).shape[1]
-        loss = EMC2Loss(ITEMS, dim, temperature=temperature, **options)
-        assert_finite_and_differentiable(loss, change)
-        chains = loss.chains
-        assert loss.step == 3
-        assert not chains.score.isnan().any()
-        assert torch.equal(chains.key == -1, chains.score == -INF)
-        assert loss.bank.embeddings[loss.bank.written_at >= 0].isfinite().all()
+def test_degenerate_batches_are_finite_and_leave_a_legal_state(change, name, options, temperature):
+    width = {"dim": change.get("z0", Z0).shape[1]} if name in ("EMC2", "cached") else {}
+    loss = LOSSES[name](temperature=temperature, **options, **width)
+    for return_stats in (False, True, True):  # chains that have not started, and chains that have
+        forward(loss, change | {"return_stats": return_stats})
+    state = snapshot(loss)
+    if "bank.embeddings" in state:
+        state["bank.embeddings"] = state["bank.embeddings"][state["bank.written_at"] >= 0]
+    assert not state or state["step"] == 3
+    assert not any(kept.isnan().any() or (kept == INF).any() for kept in state.values())
+    if name == "EMC2":
+        assert torch.equal(loss.chains.key == -1, loss.chains.score == -INF)
 
 
 @pytest.mark.parametrize("options", [{"burn_in": 0}, {"seed": 2**64 - 1}, {"temperature": 1}, {"temperature": 1e30}])
 def test_extreme_options_of_emc2_are_legal(options):
-    assert_finite_and_differentiable(EMC2Loss(ITEMS, D, **options), {})
-
-
-def test_every_statistic_of_a_degenerate_batch_is_finite():
-    for loss in (NTXentLoss(), EMC2Loss(ITEMS, D)):
-        for change in (one_row(), {"index": int64(3, 3, 3, 3)}, {"z0": Z0 * 0, "z1": Z1 * 0}):
-            _, stats = partial(loss, return_stats=True)(**({"z0": Z0, "z1": Z1, "index": INDEX} | change))
-            assert all(value.isfinite() for value in stats.values()), stats
-
-
-@pytest.mark.parametrize("scale", [1e19, 3e38])
-def test_products_that_overflow_without_normalisation_are_named_and_change_nothing(scale):
-    big = torch.full_like(Z0, scale)
-    with named_error(ValueError, "the similarities"):
-        NTXentLoss(normalize=False)(big, big)
-    loss = warm_emc2(normalize=False)
-    before = snapshot(loss)
-    with named_error(ValueError, "the similarities"):
-        loss(big, big, INDEX)
-    assert_unchanged(loss, before)
-
-
-def test_each_table_has_at_least_forty_cases():
-    assert len(EMBEDDING_ERRORS | EMC2_FORWARD_ERRORS) >= 40
-    assert len(EMC2_CONSTRUCTOR_ERRORS | LOSS_CONSTRUCTOR_ERRORS) >= 40
-    assert len(EMBEDDING_ERRORS | LOSS_CONSTRUCTOR_ERRORS) >= 40
+    loss = LOSSES["EMC2"](**options)
+    for _ in range(3):
+        forward(loss, {})

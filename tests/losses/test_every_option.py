@@ -1,9 +1,11 @@
 """Every loss and option: without gradient, as Lightning's validate() and test() call it, with training mode in between;
-and several calls before one backward pass."""
+several calls before one backward pass; evaluation, resumption and casts."""
+
+import io
 
 import pytest
 import torch
-from helpers import RUNNABLE, assert_identical, snapshot
+from helpers import RUNNABLE, assert_identical, assert_unchanged, snapshot
 from test_finite_state import LOSSES, batch, encode
 
 from emc2_kernels.losses import TABLE, CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
@@ -24,24 +26,27 @@ EVERY = LOSSES | MORE
 pytestmark = pytest.mark.filterwarnings("ignore:.*collapses when it trains from scratch")
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference", "no_grad"])
 @pytest.mark.parametrize("name", EVERY)
-def test_without_gradient_values_statistics_and_state_are_the_same(name, mode):
-    loss, other = EVERY[name](), EVERY[name]()
+def test_without_gradient_values_statistics_and_state_are_the_same(name):
+    without = {mode: EVERY[name]() for mode in (torch.inference_mode, torch.no_grad)}
+    other = EVERY[name]()
     for step, training in enumerate((True, False, True)):
         for return_stats in (True,) if "fused" in name else (False, True):  # the interpreter takes a second each
             z0, z1, index = batch(step)
             expected = other.train(training)(z0, z1, index, return_stats=return_stats)
-            with mode():
-                found = loss.train(training)(z0.detach(), z1.detach(), index, return_stats=return_stats)
-            value, wanted = (out[0] if return_stats else out for out in (found, expected))
-            assert not value.requires_grad and wanted.requires_grad
-            assert_identical(found, expected)
-    assert_identical(snapshot(loss), snapshot(other))
-    value = loss.train()(*batch(9))  # and a step of training after it
-    value.backward()
-    assert_identical(value, other.train()(*batch(9)))
-    assert not any(kept.is_inference() for kept in loss.state_dict().values())
+            assert (expected[0] if return_stats else expected).requires_grad
+            for mode, loss in without.items():
+                with mode():
+                    found = loss.train(training)(z0.detach(), z1.detach(), index, return_stats=return_stats)
+                assert not (found[0] if return_stats else found).requires_grad
+                assert_identical(found, expected)
+    before, following = snapshot(other), other.train()(*batch(9))
+    for loss in without.values():
+        assert_identical(snapshot(loss), before)
+        value = loss.train()(*batch(9))  # and a step of training after it
+        value.backward()
+        assert_identical(value, following)
+        assert not any(kept.is_inference() for kept in loss.state_dict().values())
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if "fused" not in name])
@@ -59,6 +64,55 @@ def test_several_calls_before_one_backward_pass_add_their_gradients(name):
         return [leaf.grad for z0, z1, _ in data for leaf in (z0, z1)] + [leaf.grad for leaf in loss.parameters()]
 
     torch.testing.assert_close(gradients(True), gradients(False))
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "fused" not in name])
+def test_evaluation_writes_nothing_and_gives_the_training_value(name):
+    """Where what is kept of the batch's own items is not drawn from."""
+    loss = EVERY[name]()
+    for step in range(3):
+        loss(*batch(step))
+    before, (z0, z1, index) = snapshot(loss), batch(5)
+    first = loss.eval()(z0, z1, index, return_stats=True)
+    with torch.no_grad():
+        assert_identical(loss(z0, z1, index, return_stats=True), first)
+    assert_unchanged(loss, before)
+    value = loss.train()(z0, z1, index)
+    if "cache" not in name and "bank" not in name:
+        assert_identical(value, first[0])
+    assert "step" not in before or loss.step == before["step"] + 1
+
+
+def trained(loss, steps):
+    values, states = [], [snapshot(loss)]
+    for step in steps:
+        values.append(loss(*batch(step)))
+        states.append(snapshot(loss))
+    return values, states
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "fused" not in name])
+def test_a_run_resumed_at_any_step_is_the_same_run(name):
+    values, states = trained(EVERY[name](), range(8))
+    for k, state in enumerate(states):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        resumed = EVERY[name]()
+        resumed.load_state_dict(torch.load(file), strict=True)
+        assert_identical(trained(resumed, range(k, 8)), (values[k:], states[k:]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_casting_a_model_leaves_what_its_loss_keeps_alone(name, cast):
+    loss = LOSSES[name]()
+    trained(loss, range(3))
+    loss.step.fill_(2_000_003)  # half precision cannot hold it
+    model, before = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.ModuleDict({"loss": loss})), snapshot(loss)
+    getattr(model, cast)()
+    assert model[0].weight.dtype == {"half": torch.float16, "double": torch.float64}.get(cast, torch.bfloat16)
+    assert_unchanged(loss, before)
 
 
 def test_every_loss_is_tried_here():

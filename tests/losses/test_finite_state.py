@@ -24,7 +24,7 @@ def encode(items, views):
 LOSSES = {
     "EMC2": lambda: EMC2Loss(ITEMS, D, carry="cached"),
     "EMC2, bimodal": lambda: EMC2Loss(ITEMS, D, bimodal=True),
-    "EMC2, both views": lambda: EMC2Loss(ITEMS, D, views="both"),
+    "EMC2, both views": lambda: EMC2Loss(ITEMS, D, views="both", burn_in=0.0, bank_dtype=torch.float32),
     "EMC2, bank": lambda: EMC2Loss(ITEMS, D, proposals="bank", num_proposals=8),
     "EMC2, bank, bimodal": lambda: EMC2Loss(ITEMS, D, proposals="bank", bimodal=True),
     "SogCLR": lambda: SogCLRLoss(ITEMS),

@@ -1,4 +1,4 @@
-"""The parameter of a learnt temperature: several calls before one backward pass, its bound, torch.func, checkpoints."""
+"""The parameter of a learnt temperature: its bound, torch.func, checkpoints."""
 
 import copy
 import math
@@ -28,19 +28,6 @@ def learnt(loss_of=NTXentLoss, scale=10.0, **options):
 
 def pairs(*seeds):
     return [normal(seed, B, D).requires_grad_() for seed in seeds]
-
-
-@LEARN
-def test_several_calls_before_one_backward_pass_add_their_gradients(loss_of):
-    a, b, c = pairs(0, 1, 2)
-    loss = loss_of(learn_temperature=True)
-    (loss(a, b) + loss(a, c)).backward()
-    together = [x.grad for x in (a, b, c, loss.log_scale)]
-    for x in (a, b, c, loss.log_scale):
-        x.grad = None
-    loss(a, b).backward()
-    loss(a, c).backward()
-    torch.testing.assert_close(together, [x.grad for x in (a, b, c, loss.log_scale)])
 
 
 @LEARN

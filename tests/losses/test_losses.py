@@ -1,22 +1,20 @@
 """The losses against slow reimplementations: one anchor, one sample and one dictionary entry at a time, in float64."""
 
-import io
 import itertools
 import math
 from collections import Counter
 
 import pytest
 import torch
-from helpers import COMPILED, RUNNABLE, assert_identical, assert_unchanged, normal, relative_rms, snapshot
-from slow_losses import DIM, ITEMS, SlowEMC2, assert_statistics, unit, value_and_gradients
+from helpers import COMPILED, RUNNABLE, assert_identical, normal, relative_rms, snapshot
+from slow_losses import DIM, DTYPES, ITEMS, B, SlowEMC2, assert_statistics, unit, value_and_gradients
 from torch import nn
 
 from emc2_kernels import MHState, mh_step, rng
 from emc2_kernels.distributed.keys import LocalKeys
 from emc2_kernels.losses import EMC2Loss, NTXentLoss
 
-B, STEPS = 6, 36  # long enough that chains are found where they were left
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # tolerated relative RMS of the gradient
+STEPS = 36  # long enough that chains are found where they were left
 
 
 def shuffled_batches(seed=0, size=B, steps=STEPS):
@@ -211,21 +209,6 @@ def trained(loss, batches, first=0):
     return values, states
 
 
-@pytest.mark.parametrize("options", [{}, {"views": "both", "bank_dtype": torch.float32}, {"burn_in": 0.0}], ids=str)
-def test_a_run_resumed_at_any_step_is_the_same_run(options):
-    batches = shuffled_batches(4)
-    values, states = trained(EMC2Loss(ITEMS, DIM, **options), batches)
-    for k in range(STEPS + 1):
-        file = io.BytesIO()
-        torch.save(states[k], file)
-        file.seek(0)
-        resumed = EMC2Loss(ITEMS, DIM, **options)
-        resumed.load_state_dict(torch.load(file), strict=True)
-        later_values, later_states = trained(resumed, batches[k:], first=k)
-        assert_identical(later_values, values[k:])
-        assert_identical(later_states, states[k:])
-
-
 def test_seeds_and_steps_make_other_chains():
     batches = shuffled_batches(4)
     (_, first), (_, again), (_, other) = (trained(EMC2Loss(ITEMS, DIM, seed=seed), batches) for seed in (1, 1, 2))
@@ -234,16 +217,6 @@ def test_seeds_and_steps_make_other_chains():
     late = EMC2Loss(ITEMS, DIM, seed=1)
     late.step.fill_(1000)
     assert not torch.equal(trained(late, batches)[1][-1]["chains.key"], first[-1]["chains.key"])
-
-
-def test_evaluation_gives_the_training_loss_and_writes_nothing():
-    loss = EMC2Loss(ITEMS, DIM)
-    trained(loss, shuffled_batches(5))
-    before, batch = snapshot(loss), (normal(1, B, DIM), normal(2, B, DIM), torch.arange(B))
-    first, again = loss.eval()(*batch), loss(*batch)
-    assert_unchanged(loss, before)
-    assert_identical((first, again), (loss.train()(*batch),) * 2)
-    assert loss.step == before["step"] + 1
 
 
 def test_nothing_but_the_batchs_slots_is_written():
@@ -271,21 +244,6 @@ def test_a_tiny_temperature_makes_chains_that_do_not_depend_on_the_rows_order():
         torch.testing.assert_close(other, value, rtol=1e-5, atol=0)
         assert relative_rms(other_gradient, gradient[torch.cat((order, order + B))]) <= 1e-5
         assert_identical(permuted.chains.key, straight.chains.key)
-
-
-def test_permuted_rows_of_a_sweep_walk_the_same_chains():
-    """Neighbours in a batch have no influence: a row's chain id names its draws."""
-    queries, keys, ids = normal(0, 40, DIM), normal(1, 30, DIM), torch.arange(40) * 1000 + 5
-    state = MHState(torch.arange(40), normal(2, 40))
-    call = {"temperature": 0.3, "seed": 1, "step": 9, "num_samples": 30, "return_accepts": True, "return_lse": True}
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:33]
-    whole = mh_step(queries, keys, state, chain_ids=ids, **call)
-    part = mh_step(queries[order], keys, MHState(*(f[order] for f in state)), chain_ids=ids[order], **call)
-    assert_identical(part.samples, whole.samples[order])
-    assert_identical(part.state.key, whole.state.key[order])
-    assert_identical(part.num_accepted, whole.num_accepted[order])
-    torch.testing.assert_close(part.state.score, whole.state.score[order])
-    torch.testing.assert_close(part.lse, whole.lse[order])
 
 
 def coins(items, step, seed=0, backend="auto"):
@@ -334,31 +292,6 @@ def test_no_chain_sits_on_its_own_item():
             loss(same, same, torch.arange(ITEMS))
         assert not (loss.chains.key // 2 == torch.arange(2 * ITEMS) // 2).any()
         assert (loss.chains.key >= 0).all()
-
-
-@pytest.mark.parametrize("temperature", [0.07, 0.01])
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "build",
-    [
-        NTXentLoss,
-        lambda **options: EMC2Loss(ITEMS, DIM, **options),
-        lambda **options: EMC2Loss(ITEMS, DIM, views="both", burn_in=0.0, **options),
-    ],
-    ids=["NT-Xent", "EMC2", "EMC2 both drop"],
-)
-def test_losses_and_gradients_are_finite(build, dtype, autocast, temperature):
-    loss = build(temperature=temperature)
-    for step, index in enumerate(shuffled_batches(9)):
-        z0, z1 = (normal(seed + step, B, DIM, dtype=dtype).requires_grad_() for seed in (0, 20))
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            value, stats = loss(z0, z1, index, return_stats=True)
-        value.backward()
-        assert value.dtype == torch.float32 and value.isfinite()
-        assert all(stat.isfinite() for stat in stats.values())
-        for z in (z0, z1):
-            assert z.grad.dtype == dtype and z.grad.isfinite().all() and z.grad.any()
 
 
 @pytest.mark.parametrize(

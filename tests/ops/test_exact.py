@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers import chi_square
 from oracle import unit
-from scipy.stats import chi2
 
 import emc2_kernels as emc2
 
@@ -98,13 +98,6 @@ def test_proposals_from_another_law_enter_by_their_log(backend):
         assert_within_standard_errors(
             states[:, p].bincount(minlength=5).double(), torch.linalg.matrix_power(kernel, p + 1)[2]
         )
-
-
-def chi_square(counts, probabilities):
-    """p-value of the counts under the probabilities."""
-    expected = probabilities * counts.sum()
-    assert expected.min() > 5
-    return float(chi2.sf(float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1))
 
 
 def stationary_counts(backend, chains, temperature, num_keys=40, num_proposals=400):

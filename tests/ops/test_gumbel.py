@@ -3,9 +3,8 @@ law itself."""
 
 import pytest
 import torch
-from helpers import COMPILED, RUNNABLE, assert_identical, named_error, table
+from helpers import COMPILED, RUNNABLE, assert_identical, chi_square, named_error
 from oracle import unit
-from scipy.stats import chi2
 
 import emc2_kernels as emc2
 from emc2_kernels import rng
@@ -70,31 +69,29 @@ def everything(n=37, m=45, num_samples=3):
     return queries, keys, options
 
 
-@pytest.fixture(params=["one tile", "many tiles"])
-def tiles(request, monkeypatch):
-    """Tiles of the cpu backend that end inside a block of four draws, and blocks of few rows."""
+@pytest.fixture(params=["reference", "one tile", "many tiles"])
+def backend(request, monkeypatch):
+    """The reference, and the cpu backend: with its tiles, and with ones that end inside a block of four draws."""
     if request.param == "many tiles":
         monkeypatch.setattr(tile_sizes, "TILE_ROWS", 64)
         monkeypatch.setattr(tile_sizes, "TILE_ELEMENTS", 64 * 30)
+    return "reference" if request.param == "reference" else "cpu"
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 17])
 @pytest.mark.parametrize(("n", "m", "d"), SIZES)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_positions_are_the_oracles(backend, n, m, d, num_samples, tiles):
+def test_positions_are_the_oracles(backend, n, m, d, num_samples):
     assert_exact(backend, unit(n, d, seed=1), unit(m, d, seed=2), num_samples=num_samples)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("num_samples", [1, 3, 17])
-def test_everything_at_once(backend, num_samples, tiles):
+def test_everything_at_once(backend, num_samples):
     queries, keys, options = everything(num_samples=num_samples)
     assert_exact(backend, queries, keys, **options)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(backend, dtype, tiles):
+def test_dtypes(backend, dtype):
     queries, keys = unit(40, 50, seed=5, dtype=dtype), unit(60, 50, seed=6, dtype=dtype)
     assert_exact(backend, queries, keys, temperature=0.07, num_samples=2)
 
@@ -106,8 +103,7 @@ def test_float64_goes_to_the_reference():
         draw("cpu", queries, keys)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_strided_operands(backend, tiles):
+def test_strided_operands(backend):
     wide_queries, wide_keys = unit(80, 3, 24, seed=7), unit(90, 40, seed=8)
     queries, keys = wide_queries[::2, 1, :20], wide_keys[5::2, 10:30]
     options = {
@@ -139,13 +135,6 @@ def test_ties_go_to_the_lowest_position(monkeypatch):
     words = rng.words
     monkeypatch.setattr(rng, "words", lambda *args, **options: torch.full_like(words(*args, **options), 2**31))
     assert draw("reference", unit(4, 3), unit(1, 3).expand(9, 3)).unique().tolist() == [0]
-
-
-def chi_square(counts, probabilities):
-    """p-value of the counts under the probabilities."""
-    expected = probabilities * counts.sum()
-    assert expected.min() > 5
-    return float(chi2.sf(float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1))
 
 
 QUERY, KEYS = unit(1, 6, seed=7), unit(12, 6, seed=8)
@@ -263,58 +252,6 @@ def test_counters_may_be_tensors():
 
 
 Q, K = unit(3, 4, seed=1), unit(5, 4, seed=2)
-IDS = {"query_ids": torch.arange(3), "key_ids": torch.arange(5)}
-ERRORS = {
-    "queries is a list": ({"queries": Q.tolist()}, TypeError, "queries"),
-    "queries is one row": ({"queries": Q[0]}, ValueError, "queries"),
-    "queries is integers": ({"queries": Q.long()}, TypeError, "queries"),
-    "queries has columns apart": ({"queries": unit(3, 8)[:, ::2]}, ValueError, "queries"),
-    "keys is None": ({"keys": None}, TypeError, "keys"),
-    "keys is too narrow": ({"keys": K[:, 1:]}, ValueError, "keys"),
-    "keys has another dtype": ({"keys": K.double()}, TypeError, "keys"),
-    "keys is elsewhere": ({"keys": K.to("meta")}, ValueError, "keys"),
-    "temperature is 0": ({"temperature": 0.0}, ValueError, "temperature"),
-    "temperature is NaN": ({"temperature": float("nan")}, ValueError, "temperature"),
-    "temperature is a word": ({"temperature": "0.1"}, TypeError, "temperature"),
-    "temperatures are too few": ({"temperature": torch.ones(2)}, ValueError, "temperature"),
-    "a temperature is negative": ({"temperature": torch.tensor([1.0, -1, 1])}, ValueError, "temperature"),
-    "seed is negative": ({"seed": -1}, ValueError, "seed"),
-    "seed is too large": ({"seed": 2**64}, ValueError, "seed"),
-    "seed is a float": ({"seed": 0.5}, TypeError, "seed"),
-    "step is too large": ({"step": 2**32}, ValueError, "step"),
-    "step is a vector": ({"step": torch.zeros(1, dtype=torch.int64)}, TypeError, "step"),
-    "num_samples is 0": ({"num_samples": 0}, ValueError, "num_samples"),
-    "num_samples is 2^16": ({"num_samples": 2**16}, ValueError, "num_samples"),
-    "num_samples is a float": ({"num_samples": 2.0}, TypeError, "num_samples"),
-    "query_ids alone": ({"query_ids": torch.arange(3)}, ValueError, "query_ids"),
-    "query_ids are too few": (IDS | {"query_ids": torch.arange(2)}, ValueError, "query_ids"),
-    "key_ids are int32": (IDS | {"key_ids": torch.arange(5).int()}, TypeError, "key_ids"),
-    "key_ids are too many": (IDS | {"key_ids": torch.arange(6)}, ValueError, "key_ids"),
-}
-GUMBEL_ERRORS = {
-    "query_ids that cannot name chains": (IDS | {"query_ids": torch.arange(3) - 1}, ValueError, "query_ids"),
-    "chain_ids are too few": ({"chain_ids": torch.arange(2)}, ValueError, "chain_ids"),
-    "a chain id has 41 bits": ({"chain_ids": torch.tensor([0, 1, 2**40])}, ValueError, "chain_ids"),
-    "chain_ids are floats": ({"chain_ids": torch.ones(3)}, TypeError, "chain_ids"),
-    "backend is unknown": ({"backend": "fpga"}, ValueError, "backend"),
-    "backend draws nothing of the kind": ({"backend": "cuda"}, ValueError, "backend"),
-}
-SOFTMAX_ERRORS = {
-    "generator is a seed": ({"generator": 3}, TypeError, "generator"),
-    "more keys than torch.multinomial takes": ({"keys": K[:1].expand(2**24 + 1, 4)}, ValueError, "keys"),
-}
-
-
-@table(ERRORS | GUMBEL_ERRORS)
-def test_gumbel_sample_names_what_is_wrong(change, exception, regex):
-    with named_error(exception, regex):
-        emc2.gumbel_sample(**({"queries": Q, "keys": K, "temperature": 0.2, "seed": 0, "step": 0} | change))
-
-
-@table(ERRORS | SOFTMAX_ERRORS)
-def test_softmax_sample_names_what_is_wrong(change, exception, regex):
-    with named_error(exception, regex):
-        emc2.softmax_sample(**({"queries": Q, "keys": K, "temperature": 0.2} | change))
 
 
 def test_softmax_sample_follows_the_softmax():

@@ -27,15 +27,20 @@ def problem(n=41, m=53, d=9):
 def test_row_order_and_neighbours(backend, proposal):
     queries, keys, ids = problem()
     state = emc2.init_state(41)
-    options = OPTIONS | proposal | {"burn_in": 10, "num_samples": 8, "backend": backend}
+    options = OPTIONS | proposal | {"burn_in": 10, "num_samples": 8, "backend": backend, "return_accepts": True}
+    options |= {"return_lse": not proposal}
     whole = emc2.mh_step(queries, keys, state, **ids, **options)
     generator = torch.Generator().manual_seed(3)
     for size in (41, 20, 3, 1):
         rows = torch.randperm(41, generator=generator)[:size]
         row_ids = ids | {name: ids[name][rows] for name in ("query_ids", "chain_ids")}
         part = emc2.mh_step(queries[rows], keys, emc2.init_state(size), **row_ids, **options)
-        assert torch.equal(part.samples, whole.samples[rows])
+        for name in ("samples", "num_accepted"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), name
         assert torch.equal(part.state.key, whole.state.key[rows])
+        torch.testing.assert_close(part.state.score, whole.state.score[rows])
+        if not proposal:
+            torch.testing.assert_close(part.lse, whole.lse[rows])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,10 +1,10 @@
-"""contrastive_lse on every backend against plain formulas in float64, under torch's machinery, and its memory."""
+"""contrastive_lse on every backend against plain formulas in float64, and under torch's machinery."""
 
 import sys
 
 import pytest
 import torch
-from helpers import COMPILED, RUNNABLE, int64, named_error, normal, peak_megabytes, relative_rms, table, with_rows
+from helpers import COMPILED, RUNNABLE, normal, relative_rms, with_rows
 
 from emc2_kernels import contrastive_lse
 from emc2_kernels.backends import TABLE, gpu, resolve
@@ -290,47 +290,3 @@ def test_the_cpu_needs_no_compiler(monkeypatch):
     finally:
         for cached in (package._able, package._named):
             cached.cache_clear()
-
-
-ERRORS = {
-    "queries are a list": ({"queries": [[1.0]]}, TypeError, "queries"),
-    "queries are one vector": ({"queries": torch.ones(3)}, ValueError, "queries"),
-    "queries are integers": ({"queries": torch.ones(4, 3).long()}, TypeError, "queries"),
-    "queries are transposed": ({"queries": torch.ones(3, 4).T}, ValueError, "queries"),
-    "keys are narrower": ({"keys": torch.ones(5, 2)}, ValueError, "keys"),
-    "keys have another dtype": ({"keys": torch.ones(5, 3).half()}, TypeError, "keys"),
-    "keys are elsewhere": ({"keys": torch.ones(5, 3, device="meta")}, ValueError, "keys"),
-    "temperature is 0": ({"temperature": 0.0}, ValueError, "temperature"),
-    "temperature is NaN": ({"temperature": torch.tensor(NAN)}, ValueError, "temperature"),
-    "a temperature is negative": ({"temperature": torch.tensor([1.0, 1, 1, -1])}, ValueError, "temperature"),
-    "temperatures are too few": ({"temperature": torch.ones(3)}, ValueError, "temperature"),
-    "query_ids alone": ({"query_ids": int64(0, 1, 2, 3)}, ValueError, "query_ids"),
-    "key_ids are too many": ({"key_ids": torch.arange(6)}, ValueError, "key_ids"),
-    "key_ids are int32": ({"key_ids": torch.arange(5).int()}, TypeError, "key_ids"),
-    "backend is unknown": ({"backend": "fpga"}, ValueError, "backend"),
-    "backend has no such operation": ({"backend": "cuda"}, ValueError, "backend"),
-    "backend takes no float64": (
-        {"queries": torch.ones(4, 3).double(), "keys": torch.ones(5, 3).double(), "backend": "cpu"},
-        ValueError,
-        "backend",
-    ),
-}
-
-
-@table(ERRORS)
-def test_bad_input_is_named(change, exception, regex):
-    with named_error(exception, regex):
-        contrastive_lse(**({"queries": torch.ones(4, 3), "keys": torch.ones(5, 3), "temperature": 0.1} | change))
-
-
-RUNS = {
-    "keys": "contrastive_lse(torch.rand(n, 8).requires_grad_(), torch.rand(n, 8), temperature=0.1).sum().backward()",
-    "NT-Xent": "z = torch.rand(n // 2, 8).requires_grad_(); NTXentLoss()(z, z * 2, return_stats=True)[0].backward()",
-    "CLIP, one item": "z = torch.rand(n, 8).requires_grad_(); ClipLoss()(z, z * 2, torch.ones(n).long()).backward()",
-}
-
-
-@pytest.mark.parametrize("statement", RUNS.values(), ids=RUNS)
-def test_no_array_of_all_scores_is_kept(statement):
-    """8,192 x 8,192 scores would be 268 MB."""
-    assert peak_megabytes(statement, 256, 8192) < 25

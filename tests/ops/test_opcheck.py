@@ -131,9 +131,20 @@ def test_opcheck(name, case):
     torch.library.opcheck(operator(name), tuple(arguments(name, case)))
 
 
-@every_case
-@pytest.mark.parametrize("backend", RUNNABLE)
-def test_arguments_as_they_lie_in_memory(name, case, backend):
+# In Triton's interpreter, where a call takes half a second, a transition is asked less: its kernels are the step's.
+ON_TRITON = ("rows apart", "one tensor", "everything", "drawn, ids", "positions, ids", "a shard")
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "case"),
+    [
+        (backend, name, case)
+        for backend in RUNNABLE
+        for name, case in CASES
+        if (backend, name) != ("triton", "mh_transition") or case in ON_TRITON
+    ],
+)
+def test_arguments_as_they_lie_in_memory(backend, name, case):
     """What opcheck's copies lose, strides and all that is one tensor: nothing is written to nor handed back, the fake
     results are like the real ones, and these are those of copies."""
     given = arguments(name, case, backend)

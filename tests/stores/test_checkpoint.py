@@ -232,7 +232,7 @@ def test_200_killed_processes_leave_whole_checkpoints(tmp_path):
     assert halves > 50
 
 
-ITEMS, DIM, STEPS, BATCH = 44, 6, 21, 8  # an epoch is 5 batches, and 4 items that it leaves out
+ITEMS, DIM, STEPS, BATCH = 44, 6, 12, 8  # an epoch is 5 batches, and 4 items that it leaves out
 LOSSES = {
     "emc2": lambda encode: EMC2Loss(ITEMS, DIM, temperature=0.2, burn_in=0.0),
     "emc2 from the bank, corrected": lambda encode: EMC2Loss(ITEMS, DIM, temperature=0.2, proposals="bank"),

@@ -11,7 +11,6 @@ from helpers import assert_identical, assert_unchanged, normal, snapshot
 from torch import nn
 
 from emc2_kernels import ChainStore, EmbeddingBank, MHState
-from emc2_kernels.losses import EMC2Loss
 
 ITEMS, VIEWS, DIM = 7, 2, 5
 FAR_KEY = 2_000_003  # float16 and bfloat16 cannot hold it, float32 can
@@ -258,18 +257,6 @@ def test_casting_leaves_ids_scores_and_the_banks_dtype_alone(cast):
     for module in (*stores_that_casting_would_damage(), EmbeddingBank(2, DIM)):
         before = snapshot(module)
         assert_unchanged(cast(module), before)
-
-
-@pytest.mark.parametrize("name", ["half", "bfloat16", "double"])
-def test_casting_a_model_that_holds_a_loss_leaves_its_state_alone(name):
-    loss = EMC2Loss(4, DIM, bank_dtype=torch.float32)
-    loss.chains, loss.bank = stores_that_casting_would_damage()
-    loss.step.fill_(FAR_KEY)
-    model = nn.Sequential(nn.Linear(DIM, DIM), nn.ModuleDict({"loss": loss}))
-    before = snapshot(loss)
-    CASTS[name](model)
-    assert model[0].weight.dtype == {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}[name]
-    assert_unchanged(loss, before)
 
 
 def test_casting_and_moving_at_once_moves():

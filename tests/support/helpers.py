@@ -1,11 +1,8 @@
 """What several test files share: seeded inputs, and module states compared bit by bit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from scipy.stats import chi2
 
 from emc2_kernels import backends
 from emc2_kernels.backends import TABLE
@@ -71,6 +68,13 @@ def relative_rms(actual, expected):
     return ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
+def chi_square(counts, probabilities):
+    """p-value of the counts under the probabilities."""
+    expected = probabilities * counts.sum()
+    assert expected.min() > 5
+    return float(chi2.sf(float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1))
+
+
 def int64(*values):
     return torch.tensor(values, dtype=torch.int64)
 
@@ -94,25 +98,3 @@ def with_rows(tensor, row, value):
 def poisoned(tensor):
     """What a kernel has to overwrite."""
     return tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
-
-
-def peak_megabytes(statement, small, large):
-    """Growth of a fresh process's peak memory over a statement with n = large, after the same with n = small."""
-    lines = "\n".join(f"    {line}" for line in statement.strip().splitlines())
-    code = f"""
-import torch
-from bench.harness import memory
-from emc2_kernels import contrastive_lse
-from emc2_kernels.losses import ClipLoss, NTXentLoss
-def run(n):
-{lines}
-run({small})
-torch.ones(1024, 1024) @ torch.ones(1024, 1024)
-print(memory.peak_growth(lambda: run({large}), torch.device("cpu")))
-"""
-    # Blocks from 64 KiB up go back to the system when freed, else what a smaller run has freed would serve uncounted.
-    settings = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True, check=True
-    )
-    return int(done.stdout) / 1e6

@@ -32,6 +32,18 @@ def shared_folder(tmp_path_factory):
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
+def made_once(folder, make):
+    """A folder in the shared one, filled by ``make(folder)`` in the first process that asks for it."""
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            draft = folder.with_suffix(".draft")
+            draft.mkdir(exist_ok=True)
+            make(draft)
+            draft.rename(folder)
+    return folder
+
+
 def found(size, check, folder, modules=CHECKS):
     """What each rank has returned from a check; fails where one has raised or did not come that far."""
     ranks = _launched(size, folder, modules)
@@ -46,12 +58,7 @@ def found(size, check, folder, modules=CHECKS):
 
 @functools.cache
 def _launched(size, folder, modules):
-    results = folder / f"{modules[0]}-{size}"
-    with open(results.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not results.exists():
-            results.mkdir()
-            _launch(size, results, modules)
+    results = made_once(folder / f"{modules[0]}-{size}", lambda draft: _launch(size, draft, modules))
     return [_said(results, rank) for rank in range(size)]
 
 

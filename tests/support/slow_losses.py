@@ -8,7 +8,9 @@ import torch
 
 from emc2_kernels import MHState, mh_step, rng
 
-ITEMS, DIM = 12, 8
+ITEMS, DIM, B = 12, 8, 6
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # tolerated relative RMS of the gradient
+INDICES = {"no index": None, "distinct": torch.arange(B), "duplicates": torch.tensor([3, 1, 3, 3, 0, 1])}
 NORM_FLOOR = 1e-6
 
 

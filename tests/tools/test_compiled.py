@@ -89,12 +89,17 @@ print([row.assertions for row in tool.measure("loss d=128", 90)])
 """
 
 
-def test_assertions_can_be_left_out():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", WITHOUT]
-    environment |= {"EMC2_DEVICE_ASSERTIONS": "0"}
+def output(*arguments, **changes):
+    """Of a process in which kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | changes
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stdout == "[[], [], [], []]\n", done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_assertions_can_be_left_out():
+    assert output("-c", WITHOUT, EMC2_DEVICE_ASSERTIONS="0") == "[[], [], [], []]\n"
 
 
 TIMES = """
@@ -104,42 +109,27 @@ from bench.gpu import compiled as tool
 seconds = {}
 for case in "lse d=128", "sweep d=128":
     for launched in tool.launches(tool.CASES[case], 90):
-        started = time.process_time()
-        tool.compile_launch(launched, 90)
-        seconds.setdefault(tool.kernel_name(launched), time.process_time() - started)
+        name, started = tool.kernel_name(launched), time.process_time()
+        if name in ("lse_kernel", "sweep_kernel.walk", "replay_kernel"):
+            tool.compile_launch(launched, 90)
+            seconds.setdefault(name, time.process_time() - started)
 print(json.dumps(seconds))
 """
 
 
 def test_a_first_step_does_not_wait_for_the_compiler(tmp_path):
     """Processor time, in that of a kernel without a walk (0.7 s here). Both in one took 15 of it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", TIMES]
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seconds = json.loads(done.stdout)
+    seconds = json.loads(output("-c", TIMES, TRITON_CACHE_DIR=str(tmp_path)))
     print(seconds)
     assert seconds["sweep_kernel.walk"] < 4 * seconds["lse_kernel"]
     assert seconds["replay_kernel"] < 10 * seconds["lse_kernel"]
 
 
-@pytest.fixture(scope="module")
-def printed():
-    """printed(*options): the lines of bench/gpu/compiled.py, of a case that has no walk."""
-
-    def run(*options):
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "bench.gpu.compiled", "--generations", "90", *options]
-        done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.splitlines()
-
-    return run
+PRINTED = ["loss d=128", "lse d=1024"]
 
 
-def test_the_table_has_a_row_for_each_kernel(printed):
-    header, *rows = printed("--cases", "loss d=128", "lse d=1024")
+def test_the_table_has_a_row_for_each_kernel():
+    header, *rows = output("-m", "bench.gpu.compiled", "--generations", "90", "--cases", *PRINTED).splitlines()
     assert header.split() == [
         "case", "sm", "kernel", "registers", "stack", "shared", "programs", "issue", "ALU", "MUFU", "wide", "cycles",
         "binds", "ms", "product", "L2",
@@ -153,10 +143,15 @@ def test_the_table_has_a_row_for_each_kernel(printed):
         assert len(row.split()) == (17 if "lse" in row else 8)
 
 
-def test_bounds_are_printed_as_they_are_written(printed):
+def test_bounds_are_printed_as_they_are_written(compiled, monkeypatch, capsys):
     """So that after a change of the kernels they can be measured again."""
-    lines = printed("--bounds", "--cases", "loss d=128", "lse d=1024")
-    for key, bound in eval("{" + "".join(lines) + "}", {"Bound": Bound}).items():
+    measured = [row for case in PRINTED for row in compiled(case, 90)]
+    monkeypatch.setattr(tool, "measure_all", lambda names, generations, processes: measured)
+    monkeypatch.setattr(sys, "argv", ["compiled", "--bounds"])
+    tool.main()
+    printed = eval("{" + capsys.readouterr().out + "}", {"Bound": Bound})
+    assert {key[0] for key in printed} == set(PRINTED)
+    for key, bound in printed.items():
         assert key in BOUNDS
         assert (bound.cycles is None) == ("lse" not in key[0])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from emc2_kernels.checkpoint import CheckpointError, save
 from examples import demo
 from examples.pretrain import augment, config, data, encoders, evaluate, images, report, training
 from examples.pretrain.__main__ import main
-from examples.pretrain.processes import Processes, cpu_threads
+from examples.pretrain.processes import Processes
 from examples.pretrain.run import Run, build_loss, load_checkpoint
 from examples.study import compare_methods
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = config.Config(batch_size=64, epochs=3, dim=16, device="cpu", quiet=True)
 # In the second epoch chains carry states from the first; with small batches and no burn-in some of these are samples.
@@ -43,12 +44,6 @@ RUNS += [{"method": "simclr", "batching": "gcbs"}]
 RUNS += [{"method": "emc2", "proposals": "bank", "batching": "gcbs", "quantile": 0.9, "scope": "row"}]
 RUNS += [{"method": "emc2", "proposals": "bank", "num_proposals": 12, "num_samples": 3}]
 CLOCK_COLUMN = "images_per_second"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with cpu_threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

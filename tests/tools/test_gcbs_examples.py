@@ -12,18 +12,13 @@ from tqdm import tqdm
 
 from emc2_kernels.batching import GlobalContrastiveBatchSampler
 from examples.pretrain import config, data
-from examples.pretrain.processes import cpu_threads
 from examples.pretrain.run import Run
 from examples.two_towers import gcbs, halves
 from examples.two_towers import pairs as pairings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGES = 330  # ten batches of 32, and ten images that an epoch leaves out
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with cpu_threads(1):
-        yield
 
 
 def make_run(**options):

@@ -9,15 +9,7 @@ import pytest
 
 from examples.study import global_loss, gradient_bias
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    """The studies take one thread a process; what runs after them here gets its own back."""
-    import torch
-
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def errors(method, batches):

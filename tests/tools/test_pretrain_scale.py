@@ -16,17 +16,13 @@ from tqdm import tqdm
 
 from examples.pretrain import config, data, report
 from examples.pretrain.__main__ import main, parse_arguments
-from examples.pretrain.processes import Processes, cpu_threads
+from examples.pretrain.processes import Processes
 from examples.pretrain.run import Run, load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIGS = sorted((Path(config.__file__).parent / "configs").glob("*.yaml"))
 SMALL = "image_size: 16\nepochs: 2\nbatch_size: 8\ndevice: cpu\nquiet: true\ndim: 8\nprobe: sgd\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with cpu_threads(1):
-        yield
 
 
 def read_end(path):

@@ -1,4 +1,4 @@
-"""Bad and degenerate input of walks: a named error that changes nothing, or a legal result.
+"""Bad and degenerate input of walks, draws and sums: a named error that changes nothing, or a legal result.
 
 Each table has (change to a valid call, expected exception, regex with the argument's name), or changes that stay legal.
 """
@@ -8,7 +8,18 @@ import pytest
 import torch
 from helpers import RUNNABLE, assert_identical, int64, named_error, normal, table, with_rows
 
-from emc2_kernels import MHState, Transition, apply, compose, init_state, mh_step, mh_transition
+from emc2_kernels import (
+    MHState,
+    Transition,
+    apply,
+    compose,
+    contrastive_lse,
+    gumbel_sample,
+    init_state,
+    mh_step,
+    mh_transition,
+    softmax_sample,
+)
 
 INF, NAN = torch.inf, torch.nan
 
@@ -23,7 +34,8 @@ def step(change):
     return mh_step(call.pop("queries"), call.pop("keys"), call.pop("state"), **call)
 
 
-WALK_ERRORS = {
+# Of every operation on queries and keys; of those that draw; of those whose rows are named; of those with a choice.
+OPERAND_ERRORS = {
     "queries are a list": ({"queries": QUERIES.tolist()}, TypeError, "queries"),
     "queries are an array": ({"queries": QUERIES.numpy()}, TypeError, "queries"),
     "queries are one vector": ({"queries": QUERIES[0]}, ValueError, "queries"),
@@ -53,6 +65,14 @@ WALK_ERRORS = {
     "one temperature is 0": ({"temperature": torch.tensor([0.1, 0.0, 0.1, 0.1])}, ValueError, "temperature"),
     "one temperature is NaN": ({"temperature": torch.tensor([0.1, NAN, 0.1, 0.1])}, ValueError, "temperature"),
     "temperatures are elsewhere": ({"temperature": torch.ones(N, device="meta")}, ValueError, "temperature"),
+    "query_ids without key_ids": ({"query_ids": torch.arange(N)}, ValueError, "query_ids"),
+    "query_ids are too many": ({"query_ids": torch.arange(M), "key_ids": torch.arange(M)}, ValueError, "query_ids"),
+    "key_ids are too few": ({"key_ids": torch.arange(N)}, ValueError, "key_ids"),
+    "key_ids are floats": ({"key_ids": torch.zeros(M)}, TypeError, "key_ids"),
+    "key_ids are 2-d": ({"key_ids": torch.zeros(M, 1, dtype=torch.int64)}, ValueError, "key_ids"),
+    "an unknown argument": ({"temperatur": 0.1}, TypeError, ".*temperatur"),
+}
+COUNTER_ERRORS = {
     "seed is negative": ({"seed": -1}, ValueError, "seed"),
     "seed has 65 bits": ({"seed": 2**64}, ValueError, "seed"),
     "seed is a float": ({"seed": 1.0}, TypeError, "seed"),
@@ -66,21 +86,30 @@ WALK_ERRORS = {
     "step is a tensor of 33 bits": ({"step": torch.tensor(2**32)}, ValueError, "step"),
     "step is a float tensor": ({"step": torch.tensor(1.0)}, TypeError, "step"),
     "step is elsewhere": ({"step": torch.tensor(1, device="meta")}, ValueError, "step"),
+}
+CHAIN_ERRORS = {
     "chain_ids are too few": ({"chain_ids": int64(1, 2)}, ValueError, "chain_ids"),
     "chain_ids are int32": ({"chain_ids": torch.arange(N, dtype=torch.int32)}, TypeError, "chain_ids"),
     "chain_ids are a list": ({"chain_ids": [0, 1, 2, 3]}, TypeError, "chain_ids"),
     "a chain id is negative": ({"chain_ids": int64(0, 1, 2, -1)}, ValueError, "chain_ids"),
     "a chain id has 41 bits": ({"chain_ids": int64(0, 1, 2, 2**40)}, ValueError, "chain_ids"),
-    "query_ids without key_ids": ({"query_ids": torch.arange(N)}, ValueError, "query_ids"),
-    "query_ids are too many": ({"query_ids": torch.arange(M), "key_ids": torch.arange(M)}, ValueError, "query_ids"),
     "query_ids name chains and one is negative": (
         {"query_ids": int64(0, 1, 2, -1), "key_ids": torch.arange(M)},
         ValueError,
         "query_ids",
     ),
-    "key_ids are too few": ({"key_ids": torch.arange(N)}, ValueError, "key_ids"),
-    "key_ids are floats": ({"key_ids": torch.zeros(M)}, TypeError, "key_ids"),
-    "key_ids are 2-d": ({"key_ids": torch.zeros(M, 1, dtype=torch.int64)}, ValueError, "key_ids"),
+}
+BACKEND_ERRORS = {
+    "backend is unknown": ({"backend": "fpga"}, ValueError, "backend"),
+    "backend is None": ({"backend": None}, ValueError, "backend"),
+    "backend does not take float64": (
+        {"queries": QUERIES.double(), "keys": KEYS.double(), "backend": "cpu"},
+        ValueError,
+        "backend",
+    ),
+}
+WALK_ERRORS = OPERAND_ERRORS | COUNTER_ERRORS | CHAIN_ERRORS | BACKEND_ERRORS
+WALK_ERRORS |= {
     "proposal is a typo": ({"proposal": "sweeps"}, ValueError, "proposal"),
     "proposal is None": ({"proposal": None}, ValueError, "proposal"),
     "proposal is a list": ({"proposal": [[0]] * N}, ValueError, "proposal"),
@@ -105,14 +134,6 @@ WALK_ERRORS = {
     "num_samples exceeds what burn-in leaves": ({"burn_in": 4, "num_samples": 3}, ValueError, "num_samples"),
     "num_samples is a float": ({"num_samples": 2.0}, TypeError, "num_samples"),
     "num_samples is a bool": ({"num_samples": True}, TypeError, "num_samples"),
-    "backend is unknown": ({"backend": "fpga"}, ValueError, "backend"),
-    "backend is None": ({"backend": None}, ValueError, "backend"),
-    "backend does not take float64": (
-        {"queries": QUERIES.double(), "keys": KEYS.double(), "backend": "cpu"},
-        ValueError,
-        "backend",
-    ),
-    "an unknown argument": ({"temperatur": 0.1}, TypeError, ".*temperatur"),
 }
 
 STEP_ERRORS = {
@@ -174,6 +195,37 @@ def test_mh_transition_names_what_is_wrong(change, exception, regex):
     call = {"queries": QUERIES, "keys": KEYS, "temperature": 0.2, "seed": 1, "step": 2} | change
     with named_error(exception, regex):
         mh_transition(call.pop("queries"), call.pop("keys"), **call)
+
+
+SAMPLE_ERRORS = {
+    "num_samples is 0": ({"num_samples": 0}, ValueError, "num_samples"),
+    "num_samples is 2^16": ({"num_samples": 2**16}, ValueError, "num_samples"),
+    "num_samples is a float": ({"num_samples": 2.0}, TypeError, "num_samples"),
+}
+GUMBEL_ERRORS = {"backend draws nothing of the kind": ({"backend": "cuda"}, ValueError, "backend")}
+SOFTMAX_ERRORS = {
+    "generator is a seed": ({"generator": 3}, TypeError, "generator"),
+    "more keys than torch.multinomial takes": ({"keys": KEYS[:1].expand(2**24 + 1, D)}, ValueError, "keys"),
+}
+LSE_ERRORS = {"backend has no such operation": ({"backend": "cuda"}, ValueError, "backend")}
+
+
+@table(OPERAND_ERRORS | COUNTER_ERRORS | CHAIN_ERRORS | BACKEND_ERRORS | SAMPLE_ERRORS | GUMBEL_ERRORS)
+def test_gumbel_sample_names_what_is_wrong(change, exception, regex):
+    with named_error(exception, regex):
+        gumbel_sample(**({"queries": QUERIES, "keys": KEYS, "temperature": 0.2, "seed": 0, "step": 0} | change))
+
+
+@table(OPERAND_ERRORS | COUNTER_ERRORS | SAMPLE_ERRORS | SOFTMAX_ERRORS)
+def test_softmax_sample_names_what_is_wrong(change, exception, regex):
+    with named_error(exception, regex):
+        softmax_sample(**({"queries": QUERIES, "keys": KEYS, "temperature": 0.2} | change))
+
+
+@table(OPERAND_ERRORS | BACKEND_ERRORS | LSE_ERRORS)
+def test_contrastive_lse_names_what_is_wrong(change, exception, regex):
+    with named_error(exception, regex):
+        contrastive_lse(**({"queries": QUERIES, "keys": KEYS, "temperature": 0.1} | change))
 
 
 def transition(n=N, samples=3):
@@ -320,14 +372,16 @@ def test_degenerate_input_gives_a_legal_result(change, backend):
     call = {"queries": QUERIES, "keys": KEYS, "state": STATE} | change
     labels = call.get("key_labels", call.get("key_ids", torch.arange(call["keys"].shape[0])))
     given = call["state"].key.clone(), call["state"].score.clone()
-    result = step(change | {"backend": backend, "return_accepts": True})
+    swept = change.get("proposal", "sweep") == "sweep"
+    at_once = backend == "triton" and swept  # its interpreter takes half a second a walk
+    result = step(change | {"backend": backend, "return_accepts": True, "return_lse": at_once})
     assert_identical(tuple(call["state"]), given)
     assert result.samples.shape == (call["queries"].shape[0], call.get("num_samples", 1))
     assert_legal(result, call["state"], labels)
     assert torch.equal(result.num_accepted > 0, (result.samples[:, -1] >= 0))
     assert not any(field.requires_grad for field in (*result.state, result.threshold))
-    if change.get("proposal", "sweep") == "sweep":
-        lse = step(change | {"backend": backend, "return_lse": True}).lse
+    if swept:
+        lse = result.lse if at_once else step(change | {"backend": backend, "return_lse": True}).lse
         assert not lse.isnan().any()
 
 
