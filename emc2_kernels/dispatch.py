@@ -82,7 +82,8 @@ class Argument(NamedTuple):
         elif self.number is None:
             flat.append(value)
         elif isinstance(value, Tensor):
-            flat.extend((self.number, value))
+            # Literals: an attribute would be a symbol to Dynamo, of a graph that it may not be in.
+            flat.extend((0, value) if self.number == 0 else (1.0, value))
         else:
             flat.extend((value - _TWO_64 if self.number == 0 and value >= _SIGN_BIT else value, None))
 

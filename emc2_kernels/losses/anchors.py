@@ -38,7 +38,7 @@ class Anchors(NamedTuple):
         """
         finite = normalize and checks.values_visible(z0)
         if normalize and not functorch_active():
-            embeddings = _StackUnit.apply(z0, z1)
+            embeddings, _ = _StackUnit.apply(z0, z1)
         else:
             check_finite(z0, z1)
             embeddings = unit(torch.cat((wide(z0), wide(z1))), normalize)
@@ -128,10 +128,12 @@ def _check_index(index: Any, z0: Tensor, num_items: int | None) -> int | None:
     return len(items) - len(set(items))
 
 
-def finite_batch(embeddings: Tensor, temperature: float) -> Tensor:
+def finite_batch(embeddings: Tensor, temperature: float) -> Tensor | None:
     """() bool whether a batch's embeddings, of all ranks where they are gathered, and their scores are finite: what a
     loss keeps of one that is not is nothing, as the optimizer's step is none where torch.amp.GradScaler finds that it
-    has overflowed."""
+    has overflowed. None: they are seen, and were looked at."""
+    if checks.values_visible(embeddings.detach()):
+        return None
     return (embeddings.detach().square().sum() / temperature).isfinite()  # no score is larger
 
 
@@ -140,29 +142,35 @@ def wide(z: Tensor) -> Tensor:
 
 
 class _StackUnit(torch.autograd.Function):
-    """Both views' unit rows, view 0 first: one node of the graph in the place of eight."""
+    """Both views' unit rows, view 0 first, and the rows' lengths: one node of the graph in the place of eight.
+
+    Both are outputs, so that a gradient of the gradient goes through them, and the views need not be kept.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, z0: Tensor, z1: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
         z = torch.cat((wide(z0), wide(z1)))
         lengths, shrink = _lengths(z, (z0, z1))
-        divisors = lengths.clamp_min(NORM_FLOOR)
-        rows = (z if shrink is None else z * shrink) / divisors
-        ctx.save_for_backward(z0, z1, rows, lengths, divisors, shrink)
-        return rows
+        rows = (z if shrink is None else z * shrink) / lengths.clamp_min(NORM_FLOOR)
+        ctx.save_for_backward(rows, lengths, shrink)
+        ctx.dtype = z0.dtype
+        ctx.set_materialize_grads(False)  # of the lengths: mostly zeros that nobody reads
+        return rows, lengths
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        z0, z1, rows, lengths, divisors, shrink = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is differentiated in turn, lengths and all
-            shrunk = torch.cat((wide(z0), wide(z1))) * (1 if shrink is None else shrink)
-            lengths = torch.linalg.vector_norm(shrunk, dim=1, keepdim=True)
-            divisors = lengths.clamp_min(NORM_FLOOR)
-            rows = shrunk / divisors
-        along = (grad * rows).sum(1, keepdim=True)
-        along = torch.where(lengths >= NORM_FLOOR, along, 0)  # below it nothing is normalised
-        d_z = (grad - along * rows) / divisors
-        return (d_z if shrink is None else d_z * shrink).to(z0.dtype).tensor_split(2)
+    def backward(ctx: FunctionCtx, grad: Tensor | None, d_lengths: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, lengths, shrink = ctx.saved_tensors
+        divisors, d_z = lengths.clamp_min(NORM_FLOOR), None
+        if grad is not None:
+            along = (grad * rows).sum(1, keepdim=True)
+            along = torch.where(lengths >= NORM_FLOOR, along, 0)  # below it nothing is normalised
+            d_z = (grad - along * rows) / divisors
+        if d_lengths is not None:
+            direction = rows * (divisors / torch.where(lengths > 0, lengths, torch.inf))
+            d_z = d_lengths * direction if d_z is None else d_z + d_lengths * direction
+        if d_z is None:
+            return None, None
+        return (d_z if shrink is None else d_z * shrink).to(ctx.dtype).tensor_split(2)
 
 
 def _lengths(z: Tensor, views: tuple[Tensor, Tensor] = ()) -> tuple[Tensor, Tensor | None]:

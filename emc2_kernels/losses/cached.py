@@ -136,7 +136,7 @@ class CachedSoftmaxLoss(SampledLoss):
         with torch.no_grad():
             oldest = self._oldest(keys.labels)
             fresh = self._encode_share(oldest, anchors.embeddings, z0) if self.refresh_count else None
-        finite = None if anchors.finite and shards is None else finite_batch(keys.embeddings, self.temperature)
+        finite = finite_batch(keys.embeddings, self.temperature)
         written = torch.cat((oldest, keys.labels))
         with self._restored_on_error(written):
             with torch.no_grad():

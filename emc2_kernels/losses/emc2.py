@@ -174,7 +174,9 @@ class EMC2Loss(SampledLoss):
 
     def _walk(self, anchors: Anchors, keys: Keys, options: WalkOptions) -> Walked:
         """A step of the anchors' chains; changes nothing of what is kept."""
-        start, carried = self.chains.rescore(anchors.labels, anchors.embeddings.detach(), self.bank, self.temperature)
+        start, carried = self.chains.rescore(
+            anchors.labels, anchors.embeddings.detach(), self.bank.read, self.temperature
+        )
         if self.proposals == "batch":
             return sweep_batch(anchors, start, carried, keys, options)
         slots = BankSlots(self.slot_items, self.slot_labels, self.num_proposals)
@@ -206,11 +208,10 @@ class EMC2Loss(SampledLoss):
         Args:
             state: (2b,) of this rank's.
         """
-        ring, finite = self.gather == "ring", None
-        state = MHState(state.key, state.score.float())
-        if not (anchors.finite and shards is None):
-            finite = finite_batch(anchors.embeddings if ring else keys.embeddings, self.temperature)
-            finite = all_true(finite, shards) if ring else finite
+        ring, state = self.gather == "ring", MHState(state.key, state.score.float())
+        finite = finite_batch(anchors.embeddings if ring else keys.embeddings, self.temperature)
+        if ring and finite is not None:
+            finite = all_true(finite, shards)
         if self.sharded:  # what a rank has goes to the owners, and to nobody else
             self._update(anchors.labels, anchors.embeddings, state, only=finite)
         elif ring:  # of a slot's rows, the last rank's come last

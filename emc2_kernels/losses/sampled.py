@@ -87,10 +87,12 @@ def mean_negative(samples: Samples, bank: EmbeddingBank, encode: Encode | None, 
     """
     mean, weights = samples.inside, samples.weights.to(samples.inside.dtype)
     if encode is None:
-        kept = samples.kept
-        if kept is None:
-            kept = bank.find(torch.where(weights > 0, samples.labels, -1).flatten())[1].view(*weights.shape, -1)
-        return mean + (weights[..., None] * kept.to(mean.dtype)).sum(1)  # no product for autocast to round
+        if samples.kept is not None:
+            kept = samples.kept.to(mean.dtype)
+        else:  # in their own dtype they would take memory beside this
+            labels = torch.where(weights > 0, samples.labels, -1).flatten()
+            kept = bank.read(labels)[1].to(mean.dtype).view(*weights.shape, -1)
+        return mean + (weights[..., None] * kept).sum(1)  # no product for autocast to round
     anchor, sample = weights.nonzero(as_tuple=True)
     if len(anchor) == 0:
         return mean

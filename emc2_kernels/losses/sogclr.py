@@ -118,6 +118,9 @@ class SogCLRLoss(SlotTable):
         self.gather, self.process_group = gather, process_group
         checks.boolean("normalize", normalize)
         checks.one_of("backend", backend, NAMES)
+        learns = isinstance(self, ISogCLRLoss)
+        if individual_temperature != learns:
+            raise ValueError(f"individual_temperature must be {learns} in {type(self).__name__}, got {not learns}")
         self.individual_temperature, self.normalize, self.backend = individual_temperature, normalize, backend
         warn_uniform_weights(self.temperature, normalize, 3 if type(self) is SogCLRLoss else 4)
         self._watch = IndexWatch(num_items)
@@ -226,11 +229,9 @@ class SogCLRLoss(SlotTable):
         rows = slots if self.bimodal else slots[: slots.shape[0] // 2]
         log_u = found.log_u if self.bimodal else found.log_u.view(2, -1).logsumexp(0) - math.log(2)
         values = {"log_u": log_u, **self._learnt(of, found, scores, rows)}
-        updates, finite = found.has_negatives, None
+        updates = found.has_negatives
         updates = None if updates is None else updates[: rows.shape[0]]
-        if shards is not None or not of.anchors.finite:
-            embeddings = of.anchors.embeddings if keys is None else keys.embeddings
-            finite = finite_batch(embeddings, self.temperature)
+        finite = finite_batch(of.anchors.embeddings if keys is None else keys.embeddings, self.temperature)
         if shards is not None:
             rows, updates = gather_views(rows, shards), gather_views(updates, shards)
             values = {name: gather_views(value, shards) for name, value in values.items()}
@@ -278,11 +279,11 @@ class ISogCLRLoss(SogCLRLoss):
 
     Args:
         temperature: that of an item that was not visited yet.
-        temperature_lr: >= 0, its step.
+        temperature_lr: >= 0, its step; None: 0.01.
         temperature_momentum: in [0, 1), weight of the kept gradient in v <- momentum * v + (1 - momentum) * gradient,
-            v = 0 at first.
+            v = 0 at first; None: 0.9.
         temperature_bounds: (lowest, highest), around ``temperature``; None: a tenth and ten times of it.
-        rho: >= 0, in nats.
+        rho: >= 0, in nats; None: 1.
         The others are those of ``SogCLRLoss``.
 
     Statistics: also temperature, the batch's mean.
@@ -300,10 +301,10 @@ class ISogCLRLoss(SogCLRLoss):
         gamma_schedule: str = "constant",
         gamma_steps: int | None = None,
         individual_temperature: bool = True,
-        temperature_lr: float = 0.01,
-        temperature_momentum: float = 0.9,
+        temperature_lr: float | None = None,
+        temperature_momentum: float | None = None,
         temperature_bounds: tuple[float, float] | None = None,
-        rho: float = 1.0,
+        rho: float | None = None,
         bimodal: bool = False,
         gather: str = "none",
         process_group: dist.ProcessGroup | None = None,
@@ -312,13 +313,15 @@ class ISogCLRLoss(SogCLRLoss):
     ) -> None:
         super().__init__(
             num_items, temperature=temperature, gamma=gamma, gamma_schedule=gamma_schedule, gamma_steps=gamma_steps,
-            individual_temperature=True, bimodal=bimodal, gather=gather, process_group=process_group,
+            individual_temperature=individual_temperature, bimodal=bimodal, gather=gather, process_group=process_group,
             normalize=normalize, backend=backend,
         )  # fmt: skip
-        self.temperature_lr = checks.number_in("temperature_lr", temperature_lr, 0, math.inf, open_high=True)
-        momentum = checks.number_in("temperature_momentum", temperature_momentum, 0, 1, open_high=True)
-        self.temperature_momentum, self.temperature_bounds = momentum, _bounds(temperature_bounds, self.temperature)
-        self.rho = checks.number_in("rho", rho, 0, math.inf, open_high=True)
+        lr = 0.01 if temperature_lr is None else temperature_lr
+        momentum = 0.9 if temperature_momentum is None else temperature_momentum
+        self.temperature_lr = checks.number_in("temperature_lr", lr, 0, math.inf, open_high=True)
+        self.temperature_momentum = checks.number_in("temperature_momentum", momentum, 0, 1, open_high=True)
+        self.temperature_bounds = _bounds(temperature_bounds, self.temperature)
+        self.rho = checks.number_in("rho", 1.0 if rho is None else rho, 0, math.inf, open_high=True)
         self.keep("item_temperature", self.temperature, torch.float32)
         self.keep("item_velocity", 0, torch.float32)
 

@@ -85,15 +85,18 @@ class EmbeddingBank(SlotTable):
         return labels.clamp_min(0) if self.owners is None else labels
 
     def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the bank holds each of the checked labels (k,) int64; (k, dim) embeddings, zeros for what it does
-        not."""
+        """Whether the bank holds each of the labels (k,) int64; (k, dim) embeddings, zeros for what it does not."""
+        return self.read(self._checked(labels))
+
+    def read(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """``find`` of labels that have been checked."""
         embeddings, written_at = self.rows(self._legal(labels), "embeddings", "written_at")
         held = (labels >= 0) & (written_at >= 0)
         return held, torch.where(held[:, None], embeddings, 0)
 
     def lookup(self, labels: Tensor) -> Tensor:
         """(k, dim) embeddings of labels (k,) int64; zeros for -1 and for what was never written."""
-        return self.find(self._checked(labels))[1]
+        return self.find(labels)[1]
 
     def age(self, labels: Tensor) -> Tensor:
         """(k,) int64 steps between each embedding and the latest update; -1 for label -1 and what was never written."""

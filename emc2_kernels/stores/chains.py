@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,18 +67,26 @@ class ChainStore(SlotTable):
             slots = self.slots(index, view, self.key.device)
             rescored = self._check_rescoring(slots.shape[0], queries, bank, temperature)
         if rescored:
-            return self.rescore(slots, queries, bank, temperature)[0]
+            return self.rescore(slots, queries, bank.find, temperature)[0]
         return MHState(*self.rows(slots, "key", "score"))
 
     @torch.no_grad()
     def rescore(
-        self, slots: Tensor, queries: Tensor, bank: EmbeddingBank, temperature: float | Tensor
+        self,
+        slots: Tensor,
+        queries: Tensor,
+        find: Callable[[Tensor], tuple[Tensor, Tensor]],
+        temperature: float | Tensor,
     ) -> tuple[MHState, Tensor]:
         """``read`` of slots (b,), rescored, with arguments that have been checked; and the embeddings (b, d) of the
-        chains' keys, zeros for what the bank does not hold."""
+        chains' keys, zeros for what the bank does not hold.
+
+        Args:
+            find: the bank's, or its ``read`` where keys are known to be its labels.
+        """
         key, score = self.rows(slots, "key", "score")
         with torch.autocast(queries.device.type, enabled=False):
-            held, embeddings = bank.find(key)
+            held, embeddings = find(key)
             similarity = (queries.float() * embeddings.float()).sum(-1)
             return MHState(key, torch.where(held, similarity / temperature, score)), embeddings
 

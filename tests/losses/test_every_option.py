@@ -23,7 +23,6 @@ MORE = {
 if "triton" in RUNNABLE:
     MORE["EMC2, fused"] = lambda: EMC2Loss(ITEMS, D, backend="triton")
 EVERY = LOSSES | MORE
-pytestmark = pytest.mark.filterwarnings("ignore:.*collapses when it trains from scratch")
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -117,3 +116,27 @@ def test_casting_a_model_leaves_what_its_loss_keeps_alone(name, cast):
 
 def test_every_loss_is_tried_here():
     assert {type(make()) for make in EVERY.values()} == {method.loss for method in TABLE.values()}
+
+
+@pytest.mark.parametrize("name", ["NT-Xent", "CLIP, learnt, unnormalised", "SogCLR, bimodal", "iSogCLR", "EMC2, bank"])
+def test_one_graph_of_any_size_has_the_statistics_too(name):
+    torch.compiler.reset()
+    loss, other = EVERY[name](), EVERY[name]()
+    whole = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for step in range(2):
+        (found, stats), (expected, others) = (some(*batch(step), return_stats=True) for some in (whole, other))
+        torch.testing.assert_close((found, stats), (expected, others))
+
+
+@pytest.mark.parametrize("name", ["NT-Xent", "SogCLR", "EMC2", "cache"])
+def test_embeddings_may_change_between_the_loss_and_its_gradient(name):
+    gradients = []
+    for changes in (False, True):
+        z0, z1, index = batch(0)
+        leaves = [z.detach().clone().requires_grad_() for z in (z0, z1)]
+        value = EVERY[name]()(*leaves, index)
+        if changes:
+            with torch.no_grad():
+                leaves[0].mul_(2)
+        gradients.append(torch.autograd.grad(value, leaves))
+    assert_identical(*gradients)

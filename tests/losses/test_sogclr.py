@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_identical, assert_unchanged, normal, relative_rms, snapshot
+from helpers import assert_identical, assert_unchanged, named_error, normal, relative_rms, snapshot
 from slow_losses import slow_pair_statistics, unit
 from torch.nn import functional
 
@@ -375,3 +375,12 @@ def test_0_1_0_s_spelling_of_isogclr():
     assert type(SogCLRLoss(ITEMS, individual_temperature=True, rho=2.0)) is ISogCLRLoss
     assert type(SogCLRLoss(ITEMS, individual_temperature=False)) is SogCLRLoss
     assert type(copy.deepcopy(ISogCLRLoss(ITEMS))) is ISogCLRLoss
+    assert SogCLRLoss(ITEMS, individual_temperature=True, rho=None, temperature_lr=None).rho == 1
+
+    class Mine(SogCLRLoss):
+        pass
+
+    with named_error(ValueError, "individual_temperature"):
+        Mine(ITEMS, individual_temperature=True)
+    with named_error(ValueError, "individual_temperature"):
+        ISogCLRLoss(ITEMS, individual_temperature=False)

@@ -366,7 +366,7 @@ def test_wrong_rescoring_arguments_raise(change, exception, regex):
         filled_chains().read(torch.arange(3), 0, **(RESCORING | change))
 
 
-@pytest.mark.parametrize("method", ["lookup", "age"])
+@pytest.mark.parametrize("method", ["find", "lookup", "age"])
 @pytest.mark.parametrize(
     ("labels", "exception"),
     [
