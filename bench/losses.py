@@ -94,7 +94,7 @@ def main() -> None:
     largest = max(options.batches)
     taken = {name: memory.call_isolated("bench.losses", "growth", name, largest, options.dim) for name in LOSSES}
     for name, size in taken.items():
-        print(f"b = {largest:6}  {name:12}{size / 1e6:10.1f} MB extra, {size / taken['plain']:.3f} of plain")
+        print(f"b = {largest:6}  {name:12}{size / 1e6:10.1f} MB extra, {size / max(taken['plain'], 1):.3f} of plain")
     print(f"memory: {HOW}")
     if options.json:
         results = {
