@@ -87,8 +87,8 @@ def mh_step(
     samples, key, score, threshold, *asked_for = ops.mh_step(
         walk, key, detached(score), key_labels, return_accepts, return_lse, backend
     )
-    num_accepted = asked_for.pop(0) if return_accepts else None
-    lse = asked_for.pop(0) if return_lse else None
+    num_accepted = asked_for[0] if return_accepts else None
+    lse = asked_for[-1] if return_lse else None
     return MHResult(samples, MHState(key, score), num_accepted, threshold, lse)
 
 
