@@ -37,6 +37,14 @@ class Sweep(NamedTuple):
     return_accepts: bool
     backend: str
 
+    def params(self, keys: Keys) -> WalkParams:
+        """Over all keys, of which a ring's other ranks' are not here."""
+        here = keys.embeddings.detach().to(self.queries.dtype)
+        return WalkParams(
+            self.queries, here, self.temperature, self.seed, self.step, self.chain_ids, self.items, keys.items,
+            None, None, None, self.burn_in, self.num_samples, 0, keys.items.shape[0],
+        )  # fmt: skip
+
 
 class LocalKeys(NamedTuple):
     """Keys that are here: this process's own, or those of all ranks, gathered."""
@@ -61,13 +69,8 @@ class LocalKeys(NamedTuple):
 
     def walk(self, sweep: Sweep) -> MHResult:
         """Chains after all keys."""
-        keys = self.embeddings.detach().to(sweep.queries.dtype)
-        walk = WalkParams(
-            sweep.queries, keys, sweep.temperature, sweep.seed, sweep.step, sweep.chain_ids, sweep.items, self.items,
-            None, None, None, sweep.burn_in, sweep.num_samples, 0, keys.shape[0],
-        )  # fmt: skip
         samples, key, score, threshold, *accepted = ops.mh_step(
-            walk, *sweep.state, self.labels, sweep.return_accepts, False, sweep.backend
+            sweep.params(self), *sweep.state, self.labels, sweep.return_accepts, False, sweep.backend
         )
         return MHResult(samples, MHState(key, score), accepted[0] if accepted else None, threshold, None)
 
@@ -121,12 +124,9 @@ class RingKeys(NamedTuple):
 
     def walk(self, sweep: Sweep) -> MHResult:
         """``num_accepted`` is None: which proposals were accepted is on no rank."""
-        keys = self.embeddings.detach().to(sweep.queries.dtype)
-        walk = WalkParams(
-            sweep.queries, keys, sweep.temperature, sweep.seed, sweep.step, sweep.chain_ids, sweep.items, self.items,
-            None, None, None, sweep.burn_in, sweep.num_samples, 0, self.items.shape[0],
-        )  # fmt: skip
-        return apply(Transition(*ring_transition(walk, self.shards, sweep.backend)), sweep.state, self.labels)
+        return apply(
+            Transition(*ring_transition(sweep.params(self), self.shards, sweep.backend)), sweep.state, self.labels
+        )
 
     def lse(self, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str) -> Tensor:
         return ring_lse(queries, self.embeddings, temperature, (items, self.own_items), self.shards, backend)

@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from .. import checks
 from ..autograd import functorch_active
+from .recomputation import refuse_recomputation
 
 NORM_FLOOR = 1e-6  # below it an embedding is left short: dividing by less would blow its gradient up past 10^6
 # An element above the first has a square, or a row of them a sum of squares, that could overflow: its row is made
@@ -49,11 +50,6 @@ class Anchors(NamedTuple):
         return cls(embeddings, torch.cat((items, items)), torch.cat((first, first + 1)), finite, repeats)
 
     @property
-    def positives(self) -> Tensor:
-        """(2b, d)."""
-        return self.embeddings.roll(self.embeddings.shape[0] // 2, 0)
-
-    @property
     def distinct(self) -> bool:
         """Whether no item is known to come twice."""
         return self.repeats == 0
@@ -84,6 +80,24 @@ def check_batch(z0: Any, z1: Any, index: Any, *, dim: int | None, num_items: int
             f"z1 must have the shape, dtype and device of z0, {checks.describe(z0)}, got {checks.describe(z1)}"
         )
     return None if index is None else _check_index(index, z0, num_items)
+
+
+def check_visit(
+    loss: Any, z0: Any, z1: Any, index: Any, return_stats: Any, *, dim: int | None, state: tuple[Tensor, ...]
+) -> int | None:
+    """Checks a call of a loss that keeps ``state`` for each of its items, and lets its watch see the index.
+
+    Returns and raises as ``check_batch``; also RuntimeError, see ``refuse_recomputation``.
+    """
+    refuse_recomputation(loss)
+    checks.boolean("return_stats", return_stats)
+    if index is None:
+        raise TypeError("index must be an int64 tensor of the batch's items, got None")
+    repeats = check_batch(z0, z1, index, dim=dim, num_items=loss.num_items)
+    check_state_device(z0, "state", *state)
+    if loss.training:
+        loss._watch.look(index, repeats)
+    return repeats
 
 
 def check_finite(z0: Tensor, z1: Tensor) -> None:

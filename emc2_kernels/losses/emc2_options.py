@@ -26,16 +26,13 @@ def resolved_carry(carry: Any, proposals: Any) -> str:
     legal = CARRIES[proposals]
     if carry == "auto":
         return legal[0]
+    if isinstance(carry, str) and carry in legal:
+        return carry
     shown = ", ".join(map(repr, ("auto", *legal)))
     expected = f'carry must be one of {shown} with proposals="{proposals}", got {checks.shown(carry)}'
-    reason = None
-    if isinstance(carry, str) and carry not in legal:
-        reason = DELETED_CARRIES.get(carry) or DELETED_PAIRS.get((proposals, carry))
-    if reason is not None:
-        raise ValueError(f"{expected}, which was deleted: {reason} (docs/choosing.md)")
-    if not isinstance(carry, str) or carry not in legal:
-        raise ValueError(expected)
-    return carry
+    if isinstance(carry, str) and (reason := DELETED_CARRIES.get(carry) or DELETED_PAIRS.get((proposals, carry))):
+        expected += f", which was deleted: {reason} (docs/choosing.md)"
+    raise ValueError(expected)
 
 
 def check_estimator(estimator: Any) -> None:

@@ -16,11 +16,10 @@ from ..distributed.keys import Keys, LocalKeys
 from ..distributed.shards import Shards
 from ..stores.bank import EmbeddingBank
 from ..stores.strict_state import StrictState
-from .anchors import Anchors, check_batch, check_state_device, unit
+from .anchors import Anchors, unit
 from .correction import BatchMeans, correction
 from .in_batch import batch_stats
 from .index_watch import IndexWatch
-from .recomputation import refuse_recomputation
 from .temperature import fixed_temperature
 
 Encode = Callable[[Tensor, Tensor], Tensor]
@@ -149,18 +148,6 @@ class SampledLoss(StrictState):
             self.batch_means = BatchMeans(num_items, dim, bank_dtype)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.bank.embeddings.device))
         self._watch = IndexWatch(num_items)
-
-    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> int | None:
-        """Of ``forward``'s arguments; how many rows repeat an item, where that can be seen."""
-        refuse_recomputation(self)
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        repeats = check_batch(z0, z1, index, dim=self.dim, num_items=self.num_items)
-        check_state_device(z0, "state", self.step, self.bank.embeddings)
-        if self.training:
-            self._watch.look(index, repeats)
-        return repeats
 
     def _surrogate(
         self, anchors: Anchors, keys: Keys, samples: Samples, shards: Shards | None

@@ -16,11 +16,10 @@ from ..distributed.keys import Keys
 from ..distributed.shards import Shards, gather_views
 from ..stores.strict_state import FINITE, range_errors
 from ..stores.table import SlotTable
-from .anchors import Anchors, check_batch, check_state_device, compute_dtype, finite_batch
+from .anchors import Anchors, check_visit, compute_dtype, finite_batch
 from .in_batch import Contrast, Form, batch_stats, contrast
 from .index_watch import IndexWatch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
-from .recomputation import refuse_recomputation
 from .temperature import LEAST, fixed_temperature, warn_uniform_weights
 
 TEMPERATURE_RANGE = 10.0  # the bounds' default: from a tenth of `temperature` to ten times it
@@ -144,7 +143,7 @@ class SogCLRLoss(SlotTable):
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
         with report_errors(self, z0):
-            repeats = self._check(z0, z1, index, return_stats)
+            repeats = check_visit(self, z0, z1, index, return_stats, dim=None, state=(self.log_u,))
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
         shards = batch_shards(self, z0, index)
         keys = None if shards is None else batch_keys(anchors, shards, self.gather)
@@ -171,17 +170,6 @@ class SogCLRLoss(SlotTable):
     def _temperatures(self, slots: Tensor) -> float | Tensor:
         """Of the anchors with these slots (2b,)."""
         return self.temperature
-
-    def _check(self, z0: Tensor, z1: Tensor, index: Tensor, return_stats: bool) -> int | None:
-        refuse_recomputation(self)
-        checks.boolean("return_stats", return_stats)
-        if index is None:
-            raise TypeError("index must be an int64 tensor of the batch's items, got None")
-        repeats = check_batch(z0, z1, index, dim=None, num_items=self.num_items)
-        check_state_device(z0, "state", self.log_u)
-        if self.training:
-            self._watch.look(index, repeats)
-        return repeats
 
     def _count_negatives(self, anchors: Anchors, keys: Keys | None) -> int | Tensor:
         """Of each anchor (2b,); a number where all are known to have as many, and some."""
