@@ -82,7 +82,7 @@ def check_batch(z0: Any, z1: Any, index: Any, *, dim: int | None, num_items: int
     return None if index is None else _check_index(index, z0, num_items)
 
 
-def check_visit(
+def check_call(
     loss: Any, z0: Any, z1: Any, index: Any, return_stats: Any, *, dim: int | None, state: tuple[Tensor, ...]
 ) -> int | None:
     """Checks a call of a loss that keeps ``state`` for each of its items, and lets its watch see the index.

@@ -16,7 +16,7 @@ from .. import checks, ops
 from ..backends.params import DrawParams, ScoreParams
 from ..distributed.keys import LocalKeys
 from ..distributed.shards import Shards, gather_rows
-from .anchors import Anchors, check_visit, finite_batch
+from .anchors import Anchors, check_call, finite_batch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .sampled import Encode, SampledLoss, encoded, samples_by_label
 from .temperature import warn_uniform_weights
@@ -126,7 +126,7 @@ class CachedSoftmaxLoss(SampledLoss):
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
         with report_errors(self, z0):
-            repeats = check_visit(
+            repeats = check_call(
                 self, z0, z1, index, return_stats, dim=self.dim, state=(self.step, self.bank.embeddings)
             )
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)

@@ -17,7 +17,7 @@ from ..stores.strict_state import range_errors
 from ..stores.table import fitted_tables
 from ..transition import MHState
 from . import emc2_fused
-from .anchors import Anchors, check_finite, check_state_device, check_visit, compute_dtype, finite_batch
+from .anchors import Anchors, check_call, check_finite, check_state_device, compute_dtype, finite_batch
 from .emc2_options import check_estimator, check_proposals, check_ranks, resolved_carry
 from .emc2_sampler import BankSlots, Walked, WalkOptions, count_proposals, draw_from_bank, sweep_batch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
@@ -152,7 +152,7 @@ class EMC2Loss(SampledLoss):
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
         with report_errors(self, z0):
-            repeats = check_visit(
+            repeats = check_call(
                 self, z0, z1, index, return_stats, dim=self.dim, state=(self.step, self.bank.embeddings)
             )
             check_state_device(z0, "chains", self.chains.key)

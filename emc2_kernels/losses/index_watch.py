@@ -65,7 +65,7 @@ class IndexWatch:
             "index seems to name classes, and not the items of the data set, for each of which state is kept (or a "
             "part of the items alone is visited, or one several times in a batch)"
         )
-        # Past look, check_visit, the loss's forward, and torch's two frames of a call.
+        # Past look, check_call, the loss's forward, and torch's two frames of a call.
         warnings.warn(f"{seems}: {what}", stacklevel=7)
 
 

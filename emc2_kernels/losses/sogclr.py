@@ -16,7 +16,7 @@ from ..distributed.keys import Keys
 from ..distributed.shards import Shards, gather_views
 from ..stores.strict_state import FINITE, range_errors
 from ..stores.table import SlotTable
-from .anchors import Anchors, check_visit, compute_dtype, finite_batch
+from .anchors import Anchors, check_call, compute_dtype, finite_batch
 from .in_batch import Contrast, Form, batch_stats, contrast
 from .index_watch import IndexWatch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
@@ -143,7 +143,7 @@ class SogCLRLoss(SlotTable):
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
         with report_errors(self, z0):
-            repeats = check_visit(self, z0, z1, index, return_stats, dim=None, state=(self.log_u,))
+            repeats = check_call(self, z0, z1, index, return_stats, dim=None, state=(self.log_u,))
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
         shards = batch_shards(self, z0, index)
         keys = None if shards is None else batch_keys(anchors, shards, self.gather)
