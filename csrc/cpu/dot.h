@@ -13,7 +13,11 @@ typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 EMC2_HD Words widened(const void* from) {
   HalfWords halves;
   std::memcpy(&halves, from, sizeof halves);
+#if defined(__aarch64__)
+  return (Words)vmovl_u16((uint16x4_t)halves);  // one instruction, which GCC 12 does not find
+#else
   return __builtin_convertvector(halves, Words);
+#endif
 }
 
 EMC2_HD Floats load_floats(const float* from) { return load<Floats>(from); }

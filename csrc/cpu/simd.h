@@ -1,7 +1,7 @@
 // One chain in each lane: GCC's vector extensions, lowered to whatever the target has (AVX-512, AVX2, SSE, NEON).
 //
-// Two operations are spelled with intrinsics where x86 has the exact instruction and GCC does not find it: the widening
-// multiply that Philox is made of, and "is any lane set". Everything else is portable C++.
+// Two operations are spelled with intrinsics where the target has the exact instruction and GCC does not find it: the
+// widening multiply that Philox is made of, and "is any lane set". Everything else is portable C++.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../philox.h"
@@ -22,6 +24,9 @@ constexpr const char* kInstructionSet = "AVX512";
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr const char* kInstructionSet = "AVX2";
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;  // a register: GCC takes comparisons and choices of wider vectors apart, lane by lane
+constexpr const char* kInstructionSet = "NEON";
 #else
 constexpr int kLanes = 8;
 constexpr const char* kInstructionSet = "DEFAULT";  // torch's word for it
@@ -56,6 +61,8 @@ EMC2_HD bool any(Ints mask) {
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
   int32_t joined = 0;
   for (int lane = 0; lane < kLanes; ++lane) joined |= mask[lane];
@@ -85,6 +92,8 @@ EMC2_HD Wides multiply_low_halves(Wides words, uint32_t multiplier) {
   return (Wides)_mm512_maskz_mul_epu32(0xff, (__m512i)words, _mm512_set1_epi64(multiplier));
 #elif defined(__AVX2__)
   return (Wides)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi64x(multiplier));
+#elif defined(__aarch64__)
+  return (Wides)vmull_n_u32(vmovn_u64((uint64x2_t)words), multiplier);  // no multiply has 64-bit lanes
 #else
   return (words & 0xffffffffu) * static_cast<uint64_t>(multiplier);
 #endif

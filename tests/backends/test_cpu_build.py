@@ -1,4 +1,4 @@
-"""The compiled core, built ahead of time with CMake, for other instruction sets."""
+"""The compiled core, built ahead of time: with CMake, and for other instruction sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is
 # Ahead of time: three builds, one test program and one Python module each.
 
 ARCHITECTURES = {"native": "-march=native", "baseline": "", "avx2": "-mavx2 -mfma"}
-INSTRUCTION_SETS = {"native": ("AVX512", "AVX2", "DEFAULT"), "baseline": ("DEFAULT",), "avx2": ("AVX2",)}
+INSTRUCTION_SETS = {"native": ("AVX512", "AVX2", "NEON", "DEFAULT"), "baseline": ("NEON", "DEFAULT"), "avx2": ("AVX2",)}
 
 
 def why_not_here(architecture: str) -> str | None:
@@ -191,3 +191,23 @@ def test_every_instruction_set_walks_the_same_chains(build: Build, tmp_path: Pat
             if expected.lse is not None:
                 torch.testing.assert_close(result.lse, expected.lse, rtol=1e-6, atol=1e-6)
         assert (result.samples >= 0).any()
+
+
+# For another kind of processor: a cross compiler, and an emulator of its user-mode programs.
+
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+MISSING = [program for program in (CROSS_COMPILER, EMULATOR) if shutil.which(program) is None]
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (g++-aarch64-linux-gnu, qemu-user)")
+def test_neon_passes_the_cores_tests(tmp_path: Path) -> None:
+    """With the flags of the first use, and warnings as errors: among them, that GCC takes an operation on lanes apart
+    into operations on numbers. All of core_test, in an emulator, which says nothing of time."""
+    strict = ("-Wall", "-Wextra", "-Wvector-operation-performance", "-Werror")
+    core = [source for source in cpu_build.sources() if source.parent.name == "cpu"]
+    test = ROOT / "tests" / "cpp" / "core_test.cpp"
+    run_checked(
+        CROSS_COMPILER, *cpu_build.FLAGS, *strict, "-static", "-I", ROOT / "csrc", *core, test, "-o", tmp_path / "test"
+    )
+    printed = run_checked(EMULATOR, tmp_path / "test")
+    assert printed.startswith("NEON, 4 lanes\n")

@@ -450,6 +450,7 @@ void bad_values_are_refused() {
 }  // namespace
 
 int main() {
+  std::printf("%s, %d lanes\n", emc2::kInstructionSet, kLanes);
   philox_has_the_published_answers();
   vector_philox_equals_the_plain_generator();
   exponential_is_minus_the_logarithm();
