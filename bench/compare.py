@@ -4,7 +4,8 @@
 
 A time is a regression where its ratio to the matrix product, which stood beside it, is above the old one by more than
 `--tolerance` and the quartiles of the two do not overlap; between files of one machine this holds for the time itself,
-too. Exits with 1 where there is one.
+too. Exits with 1 where there is one. Files of unlike instruction sets (the core's, or torch's), or that do not say
+which, are compared with `--across-instruction-sets` alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from bench.harness import machine
 
 SCHEMA = 2
 SAME_MACHINE = ("device", "usable_cores", "threads")
@@ -42,6 +45,17 @@ def read(path: Path) -> dict[str, Any]:
     if found != SCHEMA:
         raise SystemExit(f"bench.compare: error: {path}: expected results of schema {SCHEMA}, got {found}")
     return results
+
+
+def unlike_instruction_sets(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Both files' in words, where they differ or one does not say; None where they are alike, and of GPUs."""
+    if any(results["machine"]["device_type"] != "cpu" for results in (old, new)):
+        return None
+    a, b = (machine.instruction_sets(results["machine"]) for results in (old, new))
+    if machine.UNKNOWN not in a and a == b:
+        return None
+    unknown = " (written before files said which)" if machine.UNKNOWN in a + b else ""
+    return f"old: {a}; new: {b}{unknown}"
 
 
 def times(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -85,8 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--tolerance", type=float, default=0.1, help="share (%(default)s)")
+    across = "compare them where the instruction sets differ, or are unknown, all the same"
+    parser.add_argument("--across-instruction-sets", action="store_true", help=across)
     options = parser.parse_args(arguments)
     old, new = read(options.old), read(options.new)
+    unlike = unlike_instruction_sets(old, new)
+    if unlike and not options.across_instruction_sets:
+        advice = "measure both on one, or pass --across-instruction-sets"
+        raise SystemExit(f"bench.compare: error: expected files of one instruction set, got {unlike}: {advice}")
+    if unlike:
+        print(f"ACROSS INSTRUCTION SETS, {unlike}")
     for label, results in (("old", old), ("new", new)):
         on = results["machine"]
         print(f"{label}: {on['device']}, {on['usable_cores']} cores, load {on['load_average']}, commit {on['commit']}")

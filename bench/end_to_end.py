@@ -109,7 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         base = Config(data=options.data, device=options.device, threads=options.threads, out=out, quiet=True)
         described = machine.describe(base.torch_device)
-        print(f"{described['device']}, {options.threads} threads, load {described['load_average']}; {options.data}")
+        print(machine.heading(described, options.data))
         split = load(options.data).to(base.torch_device)
         for b in options.batches:
             timed[b] = time_batch(replace(base, batch_size=b), split, options.rounds)

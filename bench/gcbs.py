@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.harness import machine
 from bench.harness.memory import peak_resident
 from emc2_kernels.batching import consecutive_order, graph, similarity_graph
 
@@ -83,7 +84,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--quantile", type=float, default=0.999)
     given = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, d = {given.dim}, q = {given.quantile:g}")
+    described = machine.describe(torch.device("cpu"))
+    print(machine.heading(described, f"d = {given.dim}, q = {given.quantile:g}"))
     print("  ".join(f"{name:>14}" for name in HEADER))
     fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
     with ProcessPoolExecutor(1, **fresh) as pool:

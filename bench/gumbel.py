@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import emc2_kernels as emc2
+from bench.harness import machine
 from bench.harness.timing import Call, cpu_timer, figures, interleave, ratios
 from bench.peers import MatrixProduct
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--process-time", action="store_true")
     options = parser.parse_args()
     timer = process_timer if options.process_time else cpu_timer
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(machine.heading(machine.describe(torch.device("cpu")), f"float32, temperature {TEMPERATURE}"))
     print(f"{'n':>6}{'m':>8}{'R':>4}  {'':18}{'ms':>9}{'over torch.mm':>15}{'over gumbel_sample':>20}")
     for size in SIZES:
         for num_samples in options.samples:

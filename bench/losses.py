@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     described = machine.describe(torch.device("cpu"))
-    print(f"{described['device']}, {options.threads} threads, load {described['load_average']}; d = {options.dim}")
+    print(machine.heading(described, f"d = {options.dim}"))
     timed = {b: time_batch(b, options.dim, options.rounds) for b in options.batches}
     for b, rows in timed.items():
         for name, row in rows.items():

@@ -201,13 +201,12 @@ def write_results(results: dict[str, Any], path: str) -> list[Path]:
 
 
 def heading(described: dict[str, object], command: str) -> str:
-    """Machine, versions and command, as lines of text."""
-    cores = f"{described['usable_cores']} of {described['cores']} cores, {described['threads']} threads"
+    """Machine, instruction sets, versions and command, as lines of text."""
+    cores = f"{described['usable_cores']} of {described['cores']} cores"
     changes = " with changes" if described["dirty"] else ""
     return (
-        f"{described['device']}; {cores}, load {described['load_average']}; {command}\n"
-        f"emc2_kernels {described['emc2_kernels']}, commit {described['commit']}{changes};"
-        f" torch {described['torch']}, python {described['python']}"
+        f"{machine.heading(described, f'{cores}; {command}')}\n"
+        f"emc2_kernels {described['emc2_kernels']}, commit {described['commit']}{changes}; python {described['python']}"
     )
 
 

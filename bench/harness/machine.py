@@ -11,6 +11,8 @@ import torch
 
 import emc2_kernels
 from bench.harness import CHECKOUT
+from emc2_kernels.backends.cpu import build
+from emc2_kernels.backends.extension import Unavailable
 
 UNKNOWN = "unknown"
 
@@ -74,6 +76,14 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def core_instruction_set() -> str | None:
+    """What the CPU backend's core is compiled for, which this does where it has not been; None: there is no core."""
+    try:
+        return build.library().instruction_set
+    except Unavailable:
+        return None
+
+
 def describe(device: torch.device) -> dict[str, object]:
     """Everything that a figure depends on and that the figure's own record does not say."""
     on_gpu = device.type == "cuda"
@@ -85,6 +95,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "usable_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "core_instruction_set": None if on_gpu else core_instruction_set(),
         "load_average": load_average(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -111,6 +122,22 @@ def describe_gpu(device: torch.device) -> dict[str, object]:
         "memory_gb": round(properties.total_memory / 1e9, 1),
         "l2_mb": round(getattr(properties, "L2_cache_size", 0) / 1e6, 1),
     }
+
+
+def instruction_sets(description: dict[str, object]) -> str:
+    """The core's and torch's, in words."""
+    core, in_torch = (description.get(name, UNKNOWN) for name in ("core_instruction_set", "cpu_capability"))
+    return f"core {core or 'not compiled'}, torch {in_torch}"
+
+
+def heading(description: dict[str, object], what: str) -> str:
+    """What a benchmark prints first: the machine, `what` it does there and, on a CPU, by which instructions."""
+    load = f"load {description['load_average']}"
+    line = f"{description['device']}, {description['threads']} threads, {load}, torch {description['torch']}; {what}"
+    if description["device_type"] != "cpu":
+        return line
+    # ATen tells what its own kernels run; what the library behind torch.mm chooses, it does not.
+    return f"{line}\ninstruction sets: {instruction_sets(description)} (its matrix product chooses for itself)"
 
 
 def slug(description: dict[str, object]) -> str:

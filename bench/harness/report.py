@@ -20,6 +20,8 @@ MACHINE = (
     "device",
     "usable_cores",
     "threads",
+    "cpu_capability",
+    "core_instruction_set",
     "load_average",
     "torch",
     "triton",
@@ -121,7 +123,10 @@ def plot_all(results: dict[str, Any], stem: Path) -> list[Path]:
         one for one in results["throughput"] if one["kind"] == "sweep" and one["n"] == one["m"] and one["d"] == dim
     ]
     banks = [one for one in results["throughput"] if one["kind"] == "uniform"]
-    measured_on = f"{results['machine']['device']}, {results['machine']['usable_cores']} cores"
+    on = results["machine"]
+    measured_on = f"{on['device']}, {on['usable_cores']} cores"
+    if on["device_type"] == "cpu":
+        measured_on += f"; {machine.instruction_sets(on)}"
     paths = []
     for name, records, across, title in (
         ("time", sweeps, "n", f"One sweep of n rows over n keys, d = {dim}"),

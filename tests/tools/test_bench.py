@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, gumbel, losses, peers, throughput
+from bench import compare, end_to_end, gcbs, gumbel, losses, peers, throughput
 from bench.harness import CHECKOUT, machine, report, timing
+from emc2_kernels.backends.cpu import build
+from emc2_kernels.backends.extension import Unavailable
 
 FIVE_ITEMS = torch.tensor([0.0, 0.4, 1.1, -0.9, 1.7])  # similarities to one query
 TEMPERATURE = 0.7
@@ -280,6 +283,7 @@ def test_results_file(saved: Path) -> None:
     assert str(saved.parent) not in json.dumps(results)
     expected = {"device", "cpu", "usable_cores", "threads", "torch", "python", "emc2_kernels", "commit", "dirty"}
     assert expected <= set(results["machine"])
+    assert results["machine"]["core_instruction_set"] == machine.core_instruction_set()
     assert results["memory"] == [] and "reference" in results["available_backends"]
     cases = [(one["kind"], one["n"], one["m"], one["d"]) for one in results["throughput"]]
     assert cases[:3] == [("sweep", 8, 16, 4), ("sweep", 6, 6, 128), ("sweep", 9, 9, 128)]
@@ -304,7 +308,8 @@ def test_lines_of_csv_say_what_was_measured_where(saved: Path) -> None:
     with saved.with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(len(one["peers"]) for one in results["throughput"])
-    assert {row["commit"] for row in rows} == {results["machine"]["commit"]}
+    for name in ("commit", "core_instruction_set", "cpu_capability"):
+        assert {row[name] for row in rows} == {results["machine"][name]}
     first = results["throughput"][0]["peers"]["mh_step"]
     assert float(rows[0]["median_ms"]) == first["time_ms"]["median"]
     assert float(rows[0]["ratio_to_mm"]) == first["ratio_to_mm"]["median"]
@@ -348,6 +353,44 @@ def test_comparison_flags_regressions(saved, tmp_path, capsys, factor, code, lin
     elsewhere = changed(saved, tmp_path / "elsewhere.json", factor, {"device": "another"})
     assert compare.main([str(old), str(elsewhere)]) == code
     assert capsys.readouterr().out.count("mh_step") == (0 if factor == 1.05 else 1)  # times do not compare
+
+
+def on_instruction_sets(path: Path, out: Path, core: str | None, in_torch: str) -> Path:
+    """The results as a CPU of these would have them; `core` None: from before files had the core's."""
+    results = json.loads(path.read_text())
+    results["machine"] |= {"core_instruction_set": core, "cpu_capability": in_torch}
+    if core is None:
+        del results["machine"]["core_instruction_set"]
+    out.write_text(json.dumps(results))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("core", "in_torch", "named"),
+    [
+        ("AVX2", "AVX512", "new: core AVX2, torch AVX512"),
+        ("AVX512", "AVX2", "new: core AVX512, torch AVX2"),
+        (None, "AVX512", "new: core unknown, torch AVX512 (written before files said which)"),
+    ],
+)
+def test_instruction_sets_are_compared_only_when_asked_for(saved, tmp_path, capsys, core, in_torch, named) -> None:
+    old = on_instruction_sets(saved, tmp_path / "old.json", "AVX512", "AVX512")
+    new = on_instruction_sets(saved, tmp_path / "new.json", core, in_torch)
+    unlike = f"old: core AVX512, torch AVX512; {named}"
+    with pytest.raises(SystemExit, match=re.escape(f"got {unlike}: measure both on one, or pass --across")):
+        compare.main([str(old), str(new)])
+    assert compare.main([str(old), str(new), "--across-instruction-sets"]) == 0
+    assert capsys.readouterr().out.startswith(f"ACROSS INSTRUCTION SETS, {unlike}\n")
+
+
+def test_two_files_that_do_not_say_their_instruction_sets_are_not_alike(saved, tmp_path, capsys) -> None:
+    kept = on_instruction_sets(saved, tmp_path / "old.json", None, "AVX512")
+    with pytest.raises(SystemExit, match="core unknown.*core unknown"):
+        compare.main([str(kept), str(kept)])
+    gpu = changed(kept, tmp_path / "gpu.json", 1, {"device_type": "cuda"})  # its CPU does not matter
+    assert compare.main([str(gpu), str(gpu)]) == 0
+    assert compare.main([str(saved), str(saved)]) == 0
+    assert "ACROSS" not in capsys.readouterr().out
 
 
 def make_results(median: float, spread: float, megabytes: float) -> dict:
@@ -452,8 +495,6 @@ def test_losses_are_timed_beside_plain_ntxent_which_is_ntxent() -> None:
 
 
 def test_whole_steps_are_timed_with_the_share_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import end_to_end
-
     monkeypatch.setattr(end_to_end, "METHODS", {"simclr": {"method": "simclr"}, "emc2": {"method": "emc2"}})
     monkeypatch.setattr(end_to_end, "TRACED", 1)
     torch.set_num_threads(1)
@@ -463,6 +504,43 @@ def test_whole_steps_are_timed_with_the_share_of_the_loss(tmp_path: Path, monkey
     assert set(rows) == set(end_to_end.METHODS) and rows["simclr"]["ratio_to_simclr"] == 1
     for name, row in rows.items():
         assert 0 < row["loss_share"] < 1 and (row["drawing_share"] > 0) == (name == "emc2")
+
+
+BENCHMARKS = {
+    throughput: ["--device", "cpu"],
+    losses: [],
+    gumbel: [],
+    gcbs: [],
+    end_to_end: ["--device", "cpu", "--threads", str(torch.get_num_threads())],
+}
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda module: module.__name__)
+def test_a_benchmark_begins_with_the_instruction_sets_that_run(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Printed(Exception):
+        """Instead of the first line on the screen: nothing is measured."""
+
+    def stop(text: str, **options: object) -> None:
+        raise Printed(text)
+
+    described = machine.describe(torch.device("cpu"))
+    monkeypatch.setattr(sys, "argv", ["benchmark", *BENCHMARKS[benchmark]])
+    monkeypatch.setattr("builtins.print", stop)
+    sets = f"core {described['core_instruction_set']}, torch {torch.backends.cpu.get_cpu_capability()}"
+    with pytest.raises(Printed, match=f"\ninstruction sets: {sets} "):
+        benchmark.main()
+
+
+def test_a_machine_without_a_core_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def library() -> None:
+        raise Unavailable("no compiler")
+
+    assert machine.core_instruction_set() == build.library().instruction_set
+    monkeypatch.setattr(build, "library", library)
+    described = machine.describe(torch.device("cpu"))
+    assert described["core_instruction_set"] is None
+    assert "instruction sets: core not compiled, torch" in machine.heading(described, "")
+    assert "instruction sets" not in machine.heading(described | {"device_type": "cuda"}, "")
 
 
 def test_draws_are_timed_beside_naive_ones(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
