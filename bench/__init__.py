@@ -2,6 +2,7 @@
 
     throughput      time and memory of one sampling step beside its peers (peers.py)
     compare         what has become slower from one results file of throughput to another
+    side_by_side    results files of throughput as a table in Markdown, a column a file
     losses          every loss, forward and backward, beside plain torch
     gumbel          exact draws from the softmax beside the naive ways
     end_to_end      whole training steps, and what part of them is the loss

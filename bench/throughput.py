@@ -4,6 +4,7 @@
     python -m bench.throughput --quick              small sizes and fewer rounds: under 2 minutes
     python -m bench.throughput --save               and JSON, CSV and figures: bench/results/<machine>-throughput.*
     python -m bench.compare old.json new.json       what has become slower
+    python -m bench.side_by_side a.json b.json      as a table in Markdown, a column a file
 
 Sweeps propose a batch's keys to all rows; banks are fixed sets of keys from which a few are drawn uniformly. The peers
 are described in peers.py, the method in harness/timing.py. Every ratio is the median over rounds of the ratio within a

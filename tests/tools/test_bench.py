@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, end_to_end, gcbs, gumbel, losses, peers, throughput
+from bench import compare, end_to_end, gcbs, gumbel, losses, peers, side_by_side, throughput
 from bench.harness import CHECKOUT, machine, report, timing
 from emc2_kernels.backends.cpu import build
 from emc2_kernels.backends.extension import Unavailable
@@ -391,6 +391,31 @@ def test_two_files_that_do_not_say_their_instruction_sets_are_not_alike(saved, t
     assert compare.main([str(gpu), str(gpu)]) == 0
     assert compare.main([str(saved), str(saved)]) == 0
     assert "ACROSS" not in capsys.readouterr().out
+
+
+def test_files_stand_side_by_side(saved, tmp_path, capsys) -> None:
+    kept = on_instruction_sets(saved, tmp_path / "first.json", "AVX512", "AVX512")
+    first, second = json.loads(kept.read_text()), json.loads(kept.read_text())
+    second["machine"]["core_instruction_set"] = "AVX2"
+    mm, ours = (first["throughput"][0]["peers"][name] for name in ("mm", "mh_step"))
+    mm["time_ms"]["median"], ours["time_ms"]["median"] = 0.01234, 1234.6
+    ours["ratio_to_mm"] = {"median": 1.5, "lower_quartile": 1.25, "upper_quartile": 12.0}
+    del second["throughput"][0]["peers"]["mh_step"], second["throughput"][0]["peers"]["mm"]
+    second["throughput"][0]["left_out"]["mh_step"] = 9.87
+    for name, results in (("first.json", first), ("second.json", second)):
+        (tmp_path / name).write_text(json.dumps(results))
+    files = [str(tmp_path / name) for name in ("first.json", "second.json")]
+    side_by_side.main([*files, "--peers", "mm", "mh_step"])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[:4]] == ["size", "---", "sweep, 8 x 16 x 4, float32", ""]
+    assert [title.split(":")[0] for title in lines[0][2:]] == [
+        f"core {name}, torch AVX512" for name in ("AVX512", "AVX2")
+    ]
+    assert lines[2][1:] == ["mh_step", "1,235 ms, 1.50 x (1.25 to 12.0)", "9,870 ms, one call"]
+    assert lines[3][1:] == ["torch.mm alone", "0.0123 ms", "-"]
+    assert len(lines) == 2 + 2 * len(first["throughput"]) and {len(line) for line in lines} == {4}
+    side_by_side.main(files)
+    assert "gumbel_sample" in capsys.readouterr().out
 
 
 def make_results(median: float, spread: float, megabytes: float) -> dict:
