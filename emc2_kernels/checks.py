@@ -1,8 +1,8 @@
 """Errors that name the argument, what was expected, and what came.
 
-Shapes, dtypes and devices are always checked, and Python numbers. Values in tensors are looked at on the CPU where they
-can be seen, and not while a graph is traced: there the operators look when they run. On a GPU a look would wait for the
-device, so the device looks.
+Shapes, dtypes and devices are always checked, and Python numbers. Values in tensors are looked at on the CPU: at once
+where they can be seen, and else, while a graph is traced or in a subclass, by an operator when it runs. On a GPU a look
+would wait for the device, so the device looks.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .dispatch import operator as torch_operator
 
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CHAIN_ID = 2**40
@@ -158,24 +160,56 @@ def vector(name: str, value: Any, length: int | None, dtype: torch.dtype, device
         raise ValueError(f"{name} must be on {device}, got {describe(value)}")
 
 
-def within(name: str, value: Tensor, lowest: int, end: int, *, on_gpu: bool = False) -> None:
-    """Every element in lowest .. end - 1, where the values can be seen.
+def within(
+    name: str, value: Tensor, lowest: int, end: int, *, on_gpu: bool = False, before: Iterable[Tensor] = ()
+) -> Tensor:
+    """Returns ``value``, int64, every element of which is in lowest .. end - 1. Where it cannot be seen yet, what is
+    returned is a copy that exists once somebody has looked: go on with that one.
 
     Args:
-        on_gpu: where they are a GPU's, let it look: a wrong value is then an error at the next synchronisation. For
-            values that no kernel of ours checks.
+        on_gpu: where the values are a GPU's, let it look: a wrong value is then an error at the next synchronisation.
+            For values that no kernel of ours checks.
+        before: what is written to afterwards whatever ``value`` holds. See ``look_within``.
     """
     if value.numel() == 0:
-        return
-    if not values_visible(value):
-        if on_gpu and value.is_cuda and not torch.compiler.is_compiling():
-            every = ((value >= lowest) & (value < end)).all()
-            torch._assert_async(every, f"{name} must hold values in [{lowest}, {end})")
-        return
+        return value
+    if values_visible(value):
+        _refuse_outside(name, value, lowest, end)
+    elif value.is_cpu:
+        return look_within(value, name, lowest, end, list(before))
+    elif on_gpu and value.is_cuda and not torch.compiler.is_compiling():
+        every = ((value >= lowest) & (value < end)).all()
+        torch._assert_async(every, f"{name} must hold values in [{lowest}, {end})")
+    return value
+
+
+def _refuse_outside(name: str, value: Tensor, lowest: int, end: int) -> None:
     low, high = (int(bound) for bound in torch.aminmax(value))
     if low < lowest or high >= end:
         place = ((value < lowest) | (value >= end)).nonzero()[0].tolist()
         raise ValueError(f"{name} must hold values in [{lowest}, {end}), got {int(value[*place])} at {place}")
+
+
+def _check_look(value: Tensor, name: str, *_: Any) -> None:
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {describe(value)}")
+
+
+@torch_operator("Tensor", check=_check_look, fake=lambda value, *_: torch.empty_like(value))
+def look_within(value: Tensor, name: str, lowest: int, end: int, before: list[Tensor]) -> Tensor:
+    """``within`` at the time when a graph runs. What reads or writes by the copy that is returned comes after the look,
+    and a compiler cannot drop it.
+
+    Args:
+        before: tensors that are not looked at. Being read here, they are written to after the look, too: a compiler may
+            move a write past what it does not depend on.
+
+    Raises:
+        ValueError: as ``within``.
+    """
+    if value.numel() > 0:
+        _refuse_outside(name, value, lowest, end)
+    return value.clone()
 
 
 def finite(name: str, value: Tensor) -> None:

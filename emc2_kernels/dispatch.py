@@ -16,7 +16,7 @@ LIBRARY = torch.library.Library("emc2_kernels", "DEF")
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?", float: "float", bool: "bool",
-    str: "str",
+    str: "str", list[Tensor]: "Tensor[]",
 }  # fmt: skip
 # What is a number or a tensor is two arguments of an operator: where there is a tensor, the number means nothing.
 _NUMBERS = {int | Tensor: ("SymInt", 0), float | Tensor: ("float", 1.0)}

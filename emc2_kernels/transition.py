@@ -89,7 +89,8 @@ def _check_label_at(position: Tensor, key_labels: Tensor) -> None:
 @operator("Tensor", check=_check_label_at, fake=lambda position, _: torch.empty_like(position))
 def label_at(position: Tensor, key_labels: Tensor) -> Tensor:
     """(n,) int64 labels at positions (n,), 0 .. m - 1; where a position is -1 the label means nothing."""
-    checks.within("transition.position, a position in key_labels,", position, -1, key_labels.shape[0], on_gpu=True)
+    named = "transition.position, a position in key_labels,"
+    position = checks.within(named, position, -1, key_labels.shape[0], on_gpu=True)
     return key_labels[position.clamp_min(0)] if key_labels.numel() else position.clone()
 
 

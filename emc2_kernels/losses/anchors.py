@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,11 +65,15 @@ def number_pairs(anchors: Anchors, first: int = 0) -> Anchors:
     return anchors._replace(items=pairs.repeat(2))
 
 
-def check_batch(z0: Any, z1: Any, index: Any, *, dim: int | None, num_items: int | None) -> int | None:
-    """Checks a loss's arguments; returns how many rows have an item that an earlier one has, where values are seen.
+def check_batch(
+    z0: Any, z1: Any, index: Any, *, dim: int | None, num_items: int | None, before: Iterable[Tensor] = ()
+) -> tuple[Tensor | None, int | None]:
+    """Checks a loss's arguments; returns the index to go on with, see ``checks.within``, and how many rows have an item
+    that an earlier one has, where values are seen.
 
     Args:
         dim: of the embeddings; None: any. num_items: ``index`` is below it; None: any chain id.
+        before: what the call writes to whatever the items.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came. Values are looked at on the CPU only.
@@ -79,12 +84,12 @@ def check_batch(z0: Any, z1: Any, index: Any, *, dim: int | None, num_items: int
         raise ValueError(
             f"z1 must have the shape, dtype and device of z0, {checks.describe(z0)}, got {checks.describe(z1)}"
         )
-    return None if index is None else _check_index(index, z0, num_items)
+    return (None, None) if index is None else _check_index(index, z0, num_items, before)
 
 
 def check_call(
     loss: Any, z0: Any, z1: Any, index: Any, return_stats: Any, *, dim: int | None, state: tuple[Tensor, ...]
-) -> int | None:
+) -> tuple[Tensor, int | None]:
     """Checks a call of a loss that keeps ``state`` for each of its items, and lets its watch see the index.
 
     Returns and raises as ``check_batch``; also RuntimeError, see ``refuse_recomputation``.
@@ -93,11 +98,11 @@ def check_call(
     checks.boolean("return_stats", return_stats)
     if index is None:
         raise TypeError("index must be an int64 tensor of the batch's items, got None")
-    repeats = check_batch(z0, z1, index, dim=dim, num_items=loss.num_items)
+    index, repeats = check_batch(z0, z1, index, dim=dim, num_items=loss.num_items, before=loss.buffers())
     check_state_device(z0, "state", *state)
     if loss.training:
         loss._watch.look(index, repeats)
-    return repeats
+    return index, repeats
 
 
 def check_finite(z0: Tensor, z1: Tensor) -> None:
@@ -122,7 +127,7 @@ def _check_embeddings(name: str, z: Any, dim: int | None) -> None:
         raise ValueError(f"{name} must have values, got {checks.describe(z)}")
 
 
-def _check_index(index: Any, z0: Tensor, num_items: int | None) -> int | None:
+def _check_index(index: Any, z0: Tensor, num_items: int | None, before: Iterable[Tensor]) -> tuple[Tensor, int | None]:
     checks.tensor("index", index)
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, got {checks.describe(index)}")
@@ -134,12 +139,11 @@ def _check_index(index: Any, z0: Tensor, num_items: int | None) -> int | None:
         raise ValueError(f"index must be on the CPU or on {z0.device}, got {checks.describe(index)}")
     end = checks.MAX_CHAIN_ID if num_items is None else num_items
     if not checks.values_visible(index):
-        checks.within("index", index, 0, end)
-        return None
+        return checks.within("index", index, 0, end, before=before), None
     items = index.tolist()  # one look, at batch 32 in less time than a reduction takes
     if min(items) < 0 or max(items) >= end:
         checks.within("index", index, 0, end)  # says which, and where it is
-    return len(items) - len(set(items))
+    return index, len(items) - len(set(items))
 
 
 def finite_batch(embeddings: Tensor, temperature: float) -> Tensor | None:

@@ -126,7 +126,7 @@ class CachedSoftmaxLoss(SampledLoss):
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
         with report_errors(self, z0):
-            repeats = check_call(
+            index, repeats = check_call(
                 self, z0, z1, index, return_stats, dim=self.dim, state=(self.step, self.bank.embeddings)
             )
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)

@@ -88,7 +88,7 @@ class NTXentLoss(TemperedLoss):
         """
         with report_errors(self, z0):
             checks.boolean("return_stats", return_stats)
-            check_batch(z0, z1, index, dim=None, num_items=None)
+            index, _ = check_batch(z0, z1, index, dim=None, num_items=None)
             anchors = Anchors.of(z0, z1, index, self.normalize)
             temperature = self.temperature
             if isinstance(temperature, Tensor):

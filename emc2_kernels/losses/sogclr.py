@@ -143,7 +143,7 @@ class SogCLRLoss(SlotTable):
             RuntimeError: training mode inside torch.utils.checkpoint or a backward pass; the same.
         """
         with report_errors(self, z0):
-            repeats = check_call(self, z0, z1, index, return_stats, dim=None, state=(self.log_u,))
+            index, repeats = check_call(self, z0, z1, index, return_stats, dim=None, state=(self.log_u,))
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
         shards = batch_shards(self, z0, index)
         keys = None if shards is None else batch_keys(anchors, shards, self.gather)

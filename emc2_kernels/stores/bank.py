@@ -78,8 +78,7 @@ class EmbeddingBank(SlotTable):
     def _checked(self, labels: Tensor) -> Tensor:
         with self.report_errors():
             checks.vector("labels", labels, None, torch.int64, self.embeddings.device)
-            checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
-        return labels
+            return checks.within("labels", labels, -1, self.num_slots, on_gpu=True)
 
     def _legal(self, labels: Tensor) -> Tensor:
         return labels.clamp_min(0) if self.owners is None else labels

@@ -119,14 +119,13 @@ class SlotTable(StrictState):
     def slots(self, index: Tensor, view: int | Tensor, device: torch.device) -> Tensor:
         """(b,) int64 slots of items ``index`` (b,), on any device, in their view: one number, or (b,) int64."""
         checks.vector("index", index, None, torch.int64, index.device if isinstance(index, Tensor) else device)
-        checks.within("index", index, 0, self.num_items, on_gpu=True)
+        index = checks.within("index", index, 0, self.num_items, on_gpu=True, before=self.buffers())
         if isinstance(view, Tensor):
             checks.vector("view", view, index.shape[0], torch.int64, view.device)
-            checks.within("view", view, 0, self.views, on_gpu=True)
-            view = view.to(device)
+            view = checks.within("view", view, 0, self.views, on_gpu=True, before=self.buffers()).to(device)
         elif not 0 <= checks.integer("view", view) < self.views:
             raise ValueError(f"view must be in [0, {self.views}), got {view}")
-        if not checks.values_visible(index):  # a negative one would be counted from the end: another item's slot
+        if not index.is_cpu:  # a negative one would be counted from the end: another item's slot
             index = torch.where(index < 0, self.num_items, index)
         return index.to(device) * self.views + view
 

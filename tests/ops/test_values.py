@@ -11,7 +11,7 @@ from pathlib import Path
 import fuzz_core
 import pytest
 import torch
-from helpers import COMPILED, RUNNABLE, assert_identical, int64, normal, with_rows
+from helpers import COMPILED, HOW, RUNNABLE, assert_identical, eager, int64, normal, with_rows
 
 from emc2_kernels import (
     MHState,
@@ -28,15 +28,12 @@ from emc2_kernels import (
 from emc2_kernels.backends import kernel_calls
 from emc2_kernels.backends.cpu import build as native
 from emc2_kernels.backends.params import WalkParams
+from emc2_kernels.checks import look_within
 
 N, M, D = 4, 5, 8
 QUERIES, KEYS = normal(0, N, D), normal(1, M, D)
 STATE = MHState(int64(3, -1, 11, 4), torch.tensor([0.5, -torch.inf, 2.0, -1.0]))
 CHAINS = "must hold values in [0, 1099511627776), got"
-
-
-class Plain(torch.Tensor):
-    """A subclass that changes nothing."""
 
 
 def step(**changes):
@@ -105,21 +102,6 @@ WRONG = {
 }
 
 
-def eager(call, tensors):
-    return call(**tensors)
-
-
-def compiled(call, tensors):
-    return torch.compile(lambda given: call(**given), fullgraph=True, backend="aot_eager")(tensors)
-
-
-def subclassed(call, tensors):
-    return call(**{name: value.as_subclass(Plain) for name, value in tensors.items()})
-
-
-HOW = [eager, compiled, subclassed]
-
-
 @pytest.mark.parametrize(
     ("backend", "how"), [(RUNNABLE[0], eager), *((backend, how) for backend in COMPILED for how in HOW)]
 )
@@ -143,6 +125,22 @@ def test_labels_of_positions_that_no_key_has_are_named(position, place, how):
         how(lambda position: apply(walked._replace(position=position), STATE, torch.arange(M)), wrong)
     expected = f"must hold values in [-1, 5), got {position} at [{place}]"
     assert str(caught.value) == f"transition.position, a position in key_labels, {expected}"
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_compiler_writes_nothing_before_the_look(size):
+    """Inductor orders a graph anew where that saves memory: a write goes past a look that it does not depend on."""
+
+    def call(index, kept):
+        found = look_within(index, "index", 0, 3, [kept])
+        kept.add_(1)
+        return found.sum()
+
+    torch.compiler.reset()
+    kept, options = torch.zeros(size), {"fallback_by_default": True, "fx_graph_cache": False}
+    with pytest.raises(ValueError, match=r"^index must hold values in \[0, 3\), got 7 at \[1\]$"):
+        torch.compile(call, fullgraph=True, options=options)(with_rows(torch.zeros(64 * size).long(), 1, 7), kept)
+    assert not kept.any()
 
 
 @pytest.mark.parametrize("backend", RUNNABLE)

@@ -10,7 +10,7 @@ import torch
 from helpers import assert_identical, assert_unchanged, normal, snapshot
 from torch import nn
 
-from emc2_kernels import ChainStore, EmbeddingBank, MHState, losses
+from emc2_kernels import ChainStore, EmbeddingBank, losses
 
 ITEMS, DIM, B = 10, 8, 4
 LOSSES = {
@@ -280,17 +280,3 @@ def test_what_a_user_adds_to_a_loss_is_cast_as_asked():
     loss.head = nn.Linear(DIM, DIM)
     loss.half()
     assert loss.head.weight.dtype == torch.float16 and loss.chains.score.dtype == torch.float32
-
-
-@pytest.mark.parametrize("index", [-1, -ITEMS, ITEMS], ids=str)
-@pytest.mark.parametrize("method", ["read", "write"])
-def test_an_item_that_is_not_there_is_no_other_item_where_nobody_looks(method, index):
-    """Negative ones would be counted from the end."""
-    store = ChainStore(ITEMS)
-    store.write(torch.arange(ITEMS), 0, MHState(torch.arange(ITEMS), torch.zeros(ITEMS)))
-    before = snapshot(store)
-    state = (MHState(torch.tensor([5]), torch.ones(1)),) if method == "write" else ()
-    torch.compiler.reset()
-    with pytest.raises(IndexError):
-        torch.compile(getattr(store, method), backend="eager")(torch.tensor([index]), 0, *state)
-    assert_unchanged(store, before)

@@ -10,8 +10,8 @@ import emc2_kernels
 
 PACKAGE = Path(emc2_kernels.__file__).parent
 LAYERS = [  # from the bottom; a package is a layer with all that is in it
-    ("checks", "files", "rng", "autograd"),
-    ("dispatch", "checkpoint"),
+    ("dispatch", "files", "rng", "autograd"),
+    ("checks", "checkpoint"),
     ("transition",),
     ("backends",),
     ("ops",),
