@@ -1,6 +1,7 @@
-"""Random calls of the CPU core, half of them with something wrong in them: what is legal gives a legal result, all else
-an error that says what came. ``python tests/support/fuzz_core.py CALLS [SEED]`` exits with 1 where a call does anything
-else; tests/ops/test_values.py runs it, once under the sanitizers too, where a read of foreign memory ends the process.
+"""Random calls of the operators that read by what they are given, half of them with something wrong in it: what is
+legal gives a legal result, all else an error that says what came. ``python tests/support/fuzz_core.py CALLS [SEED]``
+exits with 1 where a call does anything else; tests/ops/test_values.py runs it, once under the sanitizers too, where a
+read of foreign memory ends the process.
 
 The operators are called by themselves, as a compiled graph calls them: nobody has looked at a value before.
 """
@@ -125,11 +126,24 @@ def arguments_of_coin(source: Source) -> dict:
     return {"items": source.integers(0, 2**40, source.one_of(EDGES)), "seed": 1, "step": 2, "backend": "cpu"}
 
 
+def arguments_of_labels(source: Source) -> dict:
+    n, m = source.one_of(EDGES), source.one_of(EDGES)
+    return {"position": source.integers(-1, m, n), "key_labels": source.integers(-9, 2**62, m)}
+
+
+def arguments_of_look(source: Source) -> dict:
+    lowest, end = source.one_of((-1, 0)), source.one_of((1, 9, 2**40))
+    values = source.integers(lowest, end, source.one_of(EDGES))
+    return {"value": values, "name": "value", "lowest": lowest, "end": end, "before": [torch.zeros(())]}
+
+
 OPERATORS: dict[str, Callable[[Source], dict]] = {
     "mh_step": arguments_of_step,
     "mh_transition": arguments_of_transition,
     "gumbel_sample": arguments_of_draws,
     "view_coin": arguments_of_coin,
+    "label_at": arguments_of_labels,
+    "look_within": arguments_of_look,
 }
 
 
@@ -139,13 +153,17 @@ def faults(source: Source, given: dict) -> list[tuple[str, object]]:
     for name, value in given.items():
         if not isinstance(value, Tensor) or name in ("step_tensor", "queries", "keys"):
             continue
-        if name != "items":  # another number of rows
+        if "queries" in given:  # another number of rows
             found.append((name, value.new_zeros((value.shape[0] + 1, *value.shape[1:]))))
             found += [(name, value[:-1])] * (value.shape[0] > 0)
         found.append((name, value.to(torch.int32 if value.dtype == torch.int64 else torch.float64)))
         wrong: list[float] = []
         if name == "positions":
             wrong = [*WILD, given["keys"].shape[0]]
+        if name == "position":
+            wrong = [value for value in (*WILD, -2, given["key_labels"].shape[0]) if value != -1]
+        if name == "value":
+            wrong = [value for value in WILD if not given["lowest"] <= value < given["end"]]
         if name in ("chain_ids", "items"):
             wrong = [value for value in WILD if not 0 <= value < 2**40]
         if name in ("temperature_tensor", "log_proposal"):
@@ -157,7 +175,8 @@ def faults(source: Source, given: dict) -> list[tuple[str, object]]:
     if "queries" in given:
         keys = given["keys"]
         found += [("keys", keys.new_zeros(keys.shape[0], keys.shape[1] + 1)), ("keys", keys.double())]
-    found.append(("step_tensor", torch.tensor(source.one_of((-1, 2**32, 2**62)))))
+    if "step" in given:
+        found.append(("step_tensor", torch.tensor(source.one_of((-1, 2**32, 2**62)))))
     found += [(name, source.one_of(WILD_COUNTS)) for name in ("num_samples", "first_proposal") if name in given]
     if given.get("total_proposals"):
         found.append(("burn_in", source.one_of(WILD_COUNTS)))
@@ -194,6 +213,12 @@ def illegal(name: str, given: dict, result: object) -> str | None:
     """Why a result cannot be right."""
     if name == "view_coin":
         return None if bool(((result == 0) | (result == 1)).all()) else f"{name}: {result}"
+    if name == "look_within":
+        return None if torch.equal(result, given["value"]) else f"{name}: {result} of {given['value']}"
+    if name == "label_at":
+        asked = given["position"] >= 0  # the label of none means nothing
+        right = torch.equal(result[asked], given["key_labels"][given["position"][asked]])
+        return None if right else f"{name}: {result} at {given['position']}"
     m, first = given["keys"].shape[0], given.get("first_proposal", 0)
     positions = result[0] if name == "mh_step" else result[2] if name == "mh_transition" else result
     offset = first if name == "mh_transition" and "num_draws" not in given and "positions" not in given else 0
