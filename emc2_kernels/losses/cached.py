@@ -140,13 +140,15 @@ class CachedSoftmaxLoss(SampledLoss):
             fresh = self._encode_share(oldest, anchors.embeddings, z0) if self.refresh_count else None
         finite = finite_batch(keys.embeddings, self.temperature)
         written = torch.cat((oldest, keys.labels))
+        known = {} if shards is not None else {"distinct": anchors.distinct, "finite": anchors.finite}
         with self._restored_on_error(written):
             with torch.no_grad():
                 if fresh is not None:
                     self.bank.put_embeddings(oldest, fresh, self.step, only=finite)
-                self.bank.put_embeddings(keys.labels, keys.embeddings, self.step, only=finite)
+                self.bank.put_embeddings(keys.labels, keys.embeddings, self.step, only=finite, **known)
                 if self.carry == "corrected":
-                    self.batch_means.update(written, keys, self.bimodal, self.bank, self.step)
+                    known = known if fresh is None else {}  # of the batch's labels alone
+                    self.batch_means.update(written, keys, self.bimodal, self.bank, self.step, **known)
             with confirm_on_all(self, z0, encodes=self.carry == "recompute"):
                 result = self._draw_and_weigh(anchors, keys, shards, return_stats)
         self.step.add_(1 if finite is None else finite)

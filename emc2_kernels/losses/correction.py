@@ -42,10 +42,14 @@ class BatchMeans(SlotTable):
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
         yield from range_errors(f"{prefix}means", tables["means"], *FINITE)
 
-    def update(self, labels: Tensor, keys: LocalKeys, bimodal: bool, bank: EmbeddingBank, step: Tensor) -> None:
-        """Of those of the labels (k,) whose embeddings the bank has been given at this step."""
-        now = bank.written_at[labels] == step  # not so one that was not finite
-        self.put(labels, only=now, means=batch_means(keys, bimodal)[labels % 2])
+    def update(
+        self, labels: Tensor, keys: LocalKeys, bimodal: bool, bank: EmbeddingBank, step: Tensor, **known: bool
+    ) -> None:
+        """Of those of the labels (k,) whose embeddings the bank has been given at this step. known: see
+        ``SlotTable.put``, of the bank's put of these labels."""
+        # Not so one that was not finite.
+        now = None if known.get("finite") else bank.written_at[labels] == step
+        self.put(labels, only=now, **known, means=batch_means(keys, bimodal)[labels % 2])
 
 
 def batch_means(keys: LocalKeys, bimodal: bool) -> Tensor:

@@ -210,7 +210,7 @@ class EMC2Loss(SampledLoss):
         Args:
             state: (2b,) of this rank's.
         """
-        ring, state = self.gather == "ring", MHState(state.key, state.score.float())
+        ring, state, known = self.gather == "ring", MHState(state.key, state.score.float()), {}
         finite = finite_batch(anchors.embeddings if ring else keys.embeddings, self.temperature)
         if ring and finite is not None:
             finite = all_true(finite, shards)
@@ -226,7 +226,7 @@ class EMC2Loss(SampledLoss):
             known = {"distinct": anchors.distinct, "finite": anchors.finite}
             self._update(anchors.labels, anchors.embeddings, state, only=finite, **known)
         if self.carry == "corrected":
-            self.batch_means.update(keys.labels, keys, self.bimodal, self.bank, self.step)
+            self.batch_means.update(keys.labels, keys, self.bimodal, self.bank, self.step, **known)
         self.step.add_(1 if finite is None else finite)
 
     def _update(self, labels: Tensor, embeddings: Tensor, state: MHState, only: Tensor | None, **known: bool) -> None:

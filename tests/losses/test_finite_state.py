@@ -7,6 +7,7 @@ from helpers import RUNNABLE, assert_identical, assert_unchanged, int64, named_e
 
 from emc2_kernels import ChainStore, EmbeddingBank, MHState
 from emc2_kernels.losses import CachedSoftmaxLoss, EMC2Loss, SogCLRLoss
+from emc2_kernels.stores import table
 
 ITEMS, B, D = 12, 4, 6
 CODE = normal(9, 2 * ITEMS, D)
@@ -216,3 +217,13 @@ def test_a_write_can_be_called_off_on_the_device(only):
     else:
         assert_identical(after[0]["key"], torch.arange(2))
         assert_identical(after[1]["written_at"], int64(3, 3))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name.startswith(("EMC2", "cache")) and "refr" not in name])
+def test_rows_that_were_looked_at_are_kept_without_another_look(name, monkeypatch):
+    loss, looks = LOSSES[name](), []
+    monkeypatch.setattr(table, "_writable_rows", lambda rows: looks.append(rows.shape))
+    loss(*batch(0))
+    assert looks == []
+    loss(*batch(1, Opaque))
+    assert looks
