@@ -220,8 +220,14 @@ def finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {count} values that are infinite or NaN, of {value.numel()}")
 
 
-def temperature(value: Any, rows: int, device: torch.device, least: float = MIN_TEMPERATURE) -> None:
-    """A number, a 0-d tensor or a (rows,) tensor, from ``least`` to MAX_TEMPERATURE."""
+def temperature(
+    value: Any, rows: int, device: torch.device, least: float = MIN_TEMPERATURE, *, operator_looks: bool = False
+) -> None:
+    """A number, a 0-d tensor or a (rows,) tensor, from ``least`` to MAX_TEMPERATURE.
+
+    Args:
+        operator_looks: at rows that come to it as they are, and with this error.
+    """
     if isinstance(value, Tensor):
         tensor("temperature", value)
         if not value.dtype.is_floating_point:
@@ -230,7 +236,8 @@ def temperature(value: Any, rows: int, device: torch.device, least: float = MIN_
             raise ValueError(f"temperature must be a number or have shape () or ({rows},), got {describe(value)}")
         if value.device != device:
             raise ValueError(f"temperature must be on {device}, got {describe(value)}")
-        if value.numel() and values_visible(value):
+        left = operator_looks and value.dim() == 1 and value.dtype == torch.float32
+        if value.numel() and not left and values_visible(value):
             low, high = (float(bound) for bound in torch.aminmax(value.detach()))
             if not least <= low <= high <= MAX_TEMPERATURE:
                 raise ValueError(f"temperature must be {_range(least)}, got values from {low} to {high}")

@@ -143,7 +143,7 @@ def _checked_walk(
     checks.operands(queries, keys)
     checks.one_of("backend", backend, NAMES)
     n, device = queries.shape[0], queries.device
-    checks.temperature(temperature, n, device)
+    checks.temperature(temperature, n, device, operator_looks=True)
     seed, step = checks.counter("seed", seed, 64, device), checks.counter("step", step, 32, device)
     chain_ids = checks.chain_ids(queries, keys, chain_ids, query_ids, key_ids)
     if log_proposal is not None:

@@ -33,6 +33,7 @@ from emc2_kernels.checks import look_within
 N, M, D = 4, 5, 8
 QUERIES, KEYS = normal(0, N, D), normal(1, M, D)
 STATE = MHState(int64(3, -1, 11, 4), torch.tensor([0.5, -torch.inf, 2.0, -1.0]))
+needs_core = pytest.mark.skipif(native.why_unavailable() is not None, reason="there is no core")
 CHAINS = "must hold values in [0, 1099511627776), got"
 
 
@@ -113,6 +114,20 @@ def test_wrong_values_are_named_wherever_they_are_first_seen(call, tensors, mess
         how(lambda **given: call(**given, backend=backend), tensors)
     assert str(caught.value).startswith(message)
     assert_identical(tuple(STATE), before)
+
+
+@needs_core
+def test_rows_of_temperatures_are_looked_at_by_the_core_alone(monkeypatch):
+    """A reduction and two reads of it are some 4 of a call's 30 us."""
+
+    def reduced(*_):
+        raise AssertionError("a second look")
+
+    monkeypatch.setattr(torch, "aminmax", reduced)
+    for call in (step, transition, draw):
+        call(temperature=torch.full((N,), 0.2), backend="cpu")
+    with pytest.raises(AssertionError, match="a second look"):  # which says what is wrong
+        step(temperature=with_rows(torch.ones(N), 2, 0.0), backend="cpu")
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -350,7 +365,7 @@ def random_calls(calls, seed, **environment):
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(native.why_unavailable() is not None, reason="there is no core")
+@needs_core
 def test_random_calls_give_legal_results_or_named_errors():
     done = random_calls(2000, 0)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
