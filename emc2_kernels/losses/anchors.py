@@ -62,7 +62,7 @@ def number_pairs(anchors: Anchors, first: int = 0) -> Anchors:
         return anchors
     b = anchors.embeddings.shape[0] // 2
     pairs = torch.arange(first, first + b, dtype=torch.int64, device=anchors.embeddings.device)
-    return anchors._replace(items=pairs.repeat(2))
+    return anchors._replace(items=torch.cat((pairs, pairs)))
 
 
 def check_batch(
@@ -168,8 +168,9 @@ class _StackUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
         z = torch.cat((wide(z0), wide(z1)))
-        lengths, shrink = _lengths(z, (z0, z1))
-        rows = (z if shrink is None else z * shrink) / lengths.clamp_min(NORM_FLOOR)
+        lengths, divisors, shrink = _lengths(z, (z0, z1))
+        rows = (z if shrink is None else z * shrink) / divisors
+        ctx.all_long = divisors is lengths
         ctx.save_for_backward(rows, lengths, shrink)
         ctx.dtype = z0.dtype
         ctx.set_materialize_grads(False)  # of the lengths: mostly zeros that nobody reads
@@ -178,11 +179,12 @@ class _StackUnit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor | None, d_lengths: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, lengths, shrink = ctx.saved_tensors
-        divisors, d_z = lengths.clamp_min(NORM_FLOOR), None
+        divisors, d_z = lengths if ctx.all_long else lengths.clamp_min(NORM_FLOOR), None
         if grad is not None:
             along = (grad * rows).sum(1, keepdim=True)
-            along = torch.where(lengths >= NORM_FLOOR, along, 0)  # below it nothing is normalised
-            d_z = (grad - along * rows) / divisors
+            if not ctx.all_long:
+                along = torch.where(lengths >= NORM_FLOOR, along, 0)  # below it nothing is normalised
+            d_z = torch.addcmul(grad, along, rows, value=-1) / divisors
         if d_lengths is not None:
             direction = rows * (divisors / torch.where(lengths > 0, lengths, torch.inf))
             d_z = d_lengths * direction if d_z is None else d_z + d_lengths * direction
@@ -191,23 +193,26 @@ class _StackUnit(torch.autograd.Function):
         return (d_z if shrink is None else d_z * shrink).to(ctx.dtype).tensor_split(2)
 
 
-def _lengths(z: Tensor, views: tuple[Tensor, Tensor] = ()) -> tuple[Tensor, Tensor | None]:
-    """Of rows (n, d), (n, 1), after they were multiplied by powers of two (n, 1) where one may be too long to be
-    squared; None: none is.
+def _lengths(z: Tensor, views: tuple[Tensor, Tensor] = ()) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of rows (n, d): their lengths (n, 1), what they are to be divided by, and powers of two (n, 1) by which they were
+    multiplied first, where one may be too long to be squared; None: none is. Where all are seen to be longer than
+    NORM_FLOOR, the first two are one.
 
     Raises:
         ValueError: ``views``, of which the rows are, are not finite, where values are seen.
     """
-    if checks.values_visible(views[0] if views else z):
+    if z.shape[0] and checks.values_visible(views[0] if views else z):
         lengths = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-        if math.isfinite(lengths.detach().sum()):
-            return lengths, None
+        shortest, longest = (float(length) for length in torch.aminmax(lengths.detach()))
+        if math.isfinite(longest):
+            return lengths, lengths if shortest >= NORM_FLOOR else lengths.clamp_min(NORM_FLOOR), None
         if views:
             check_finite(*views)
     large, shrink = SHRINKS[z.dtype]
     largest = torch.linalg.vector_norm(z.detach(), torch.inf, dim=1, keepdim=True)
     factors = torch.ones_like(largest).masked_fill(largest > large, shrink)
-    return torch.linalg.vector_norm(z * factors, dim=1, keepdim=True), factors
+    lengths = torch.linalg.vector_norm(z * factors, dim=1, keepdim=True)
+    return lengths, lengths.clamp_min(NORM_FLOOR), factors
 
 
 def unit(z: Tensor, normalize: bool = True) -> Tensor:
@@ -215,8 +220,8 @@ def unit(z: Tensor, normalize: bool = True) -> Tensor:
     z = wide(z)
     if not normalize:
         return z
-    lengths, shrink = _lengths(z)
-    return (z if shrink is None else z * shrink) / lengths.clamp_min(NORM_FLOOR)
+    _, divisors, shrink = _lengths(z)
+    return (z if shrink is None else z * shrink) / divisors
 
 
 def compute_dtype(z: Tensor) -> torch.dtype:

@@ -197,12 +197,12 @@ class CachedSoftmaxLoss(SampledLoss):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         drawn = self._draw(anchors)
         samples = samples_by_label(drawn, keys)
-        loss, negative_similarity = self._surrogate(anchors, keys, samples, shards)
+        loss, negatives = self._surrogate(anchors, keys, samples, shards)
         if not return_stats:
             return loss
         ages = self.bank.age(drawn.flatten())
         held = ages >= 0
-        return loss, self._stats(anchors, negative_similarity) | {
+        return loss, self._stats(anchors, (anchors.embeddings.detach() * negatives).sum(1)) | {
             "cache_age": torch.where(held, ages, 0).sum().float() / held.sum().clamp_min(1),
             "carry_share": (samples.weights > 0).sum().float() / held.sum().clamp_min(1),
         }

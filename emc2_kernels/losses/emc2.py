@@ -165,10 +165,10 @@ class EMC2Loss(SampledLoss):
         keys = batch_keys(anchors, shards, self.gather)
         walked = self._walk(anchors, keys, options)
         with confirm_on_all(self, z0, encodes=self.carry == "recompute"):
-            loss, negative_similarity = self._surrogate(anchors, keys, walked.samples, shards)
+            loss, negatives = self._surrogate(anchors, keys, walked.samples, shards)
         stats = None
         if return_stats:
-            stats = self._stats(anchors, negative_similarity)
+            stats = self._stats(anchors, (anchors.embeddings.detach() * negatives).sum(1))
             stats |= {"acceptance": walked.acceptance, "carry_share": walked.carry_share}
         if self.training:
             self._update_all(anchors, keys, walked.state, shards)

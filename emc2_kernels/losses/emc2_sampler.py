@@ -105,12 +105,13 @@ def _sweep_side(
     )  # fmt: skip
     positions = result.samples.long()
     in_batch = positions >= 0
-    moved = in_batch.sum(1, keepdim=True)
-    stayed = (num_samples - moved) * (key >= 0)[:, None]  # a chain that has not started has nothing to stay at
-    share = 1 / (moved + stayed).clamp_min(1).to(keys.embeddings.dtype)
+    moved = in_batch.sum(1, keepdim=True, dtype=keys.embeddings.dtype)
+    started = (key >= 0)[:, None]  # else there is nothing to stay at
+    share = torch.where(started, num_samples, moved.clamp_min(1)).reciprocal_()
     inside = keys.bag(positions.clamp_min(0), in_batch * share)  # a bag wants legal indices
+    stayed = torch.where(started, (num_samples - moved) * share, 0)
     proposed = count_proposals(items, keys.items)[None] if options.return_accepts else None
-    return _Swept(inside, stayed * share, *result.state, positions, result.num_accepted, proposed)
+    return _Swept(inside, stayed, *result.state, positions, result.num_accepted, proposed)
 
 
 def _toss_views(keys: Keys, options: WalkOptions) -> Keys:

@@ -80,7 +80,8 @@ def contrast(anchors: Anchors, temperature: float | Tensor, form: Form, keys: Ke
             embeddings = anchors.embeddings.detach()
             scores = form.scores(embeddings, anchors.items, temperature)
             lse = [ops.contrastive_lse(some, form.backend) for some in scores]
-            similarity = (embeddings[:b] * embeddings[b:]).sum(1)
+            view_0, view_1 = embeddings.chunk(2)
+            similarity = (view_0 * view_1).sum(1)
             positive = torch.cat((similarity, similarity)) / temperature
             lse = lse[0] if len(lse) == 1 else torch.cat(lse)
             return Contrast(lse, positive, anchors, temperature, form, None, None)
@@ -120,19 +121,33 @@ class _ByHand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        embeddings, lse, positive, d_lse, d_positive, ids, rows = (
-            x if x is None else x.detach() for x in ctx.saved_tensors
-        )
-        temperature, grad = rows if ctx.number is None else ctx.number, grad.detach()
+        with torch.no_grad():
+            gradients = _ByHand.gradients(ctx, grad, *ctx.saved_tensors)
+        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), *[None] * 7
+
+    @staticmethod
+    def gradients(
+        ctx: FunctionCtx,
+        grad: Tensor,
+        embeddings: Tensor,
+        lse: Tensor,
+        positive: Tensor,
+        d_lse: Tensor,
+        d_positive: Tensor,
+        ids: Tensor,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of the embeddings, and of the temperature where it is learnt."""
+        embeddings, temperature = embeddings.detach(), ctx.number if rows is None else rows.detach()
         d_embeddings, d_temperature = _lse_gradient(d_lse * grad, lse, embeddings, ids, temperature, ctx.form)
-        b, d_similarity = len(lse) // 2, (d_positive * grad).div_(temperature).view(2, -1).sum(0)
-        d_embeddings[:b].addcmul_(embeddings[b:], d_similarity[:, None])
-        d_embeddings[b:].addcmul_(embeddings[:b], d_similarity[:, None])
-        if ctx.needs_input_grad[1]:  # one number for all; the views' positives are the same
-            d_temperature = (d_temperature - (d_similarity * positive[:b]).sum()).to(rows.dtype)
-        else:
-            d_temperature = None
-        return *no_double_backward(NO_SECOND_DERIVATIVE, d_embeddings, d_temperature), *[None] * 7
+        d_similarity = (d_positive * grad).div_(temperature).view(2, -1).sum(0)
+        shape = 2, -1, embeddings.shape[1]
+        d_embeddings.view(shape).addcmul_(embeddings.view(shape).flip(0), d_similarity[:, None])
+        if not ctx.needs_input_grad[1]:
+            return d_embeddings, None
+        # One number for all; the views' positives are the same.
+        d_positives = (d_similarity * positive[: len(d_similarity)]).sum()
+        return d_embeddings, (d_temperature - d_positives).to(rows.dtype)
 
 
 def _lse_gradient(
@@ -140,12 +155,12 @@ def _lse_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Of the embeddings (2b, d) and, where it is a tensor, of the temperature ()."""
     scores = form.scores(embeddings, ids, temperature)
-    parts = zip(scores, d_lse.chunk(len(scores)), lse.chunk(len(scores)), strict=True)
+    parts = zip(scores, d_lse.chunk(2), lse.chunk(2), strict=True) if form.bimodal else [(*scores, d_lse, lse)]
     found = [ops.contrastive_lse_backward(some, *of_side, form.backend) for some, *of_side in parts]
     total = found[0][0]
     if form.bimodal:
         (query_0, key_1, _), (query_1, key_0, _) = found
-        total = torch.cat((query_0 + key_0, query_1 + key_1))
+        total = torch.cat((query_0.add_(key_0), query_1.add_(key_1)))
     d_temperature = sum(rows.sum() for *_, rows in found) if isinstance(temperature, Tensor) else None
     return total.to(embeddings.dtype), d_temperature
 
@@ -153,9 +168,9 @@ def _lse_gradient(
 def ntxent(of: Contrast, factor: float = 1.0) -> Tensor:
     """Mean over the 2b anchors of -s+ + log(exp(s+) + sum of exp(s-)), which is softplus(lse of s- less s+)."""
     excess = of.lse - of.positive
-    value = torch.nn.functional.softplus(excess).mean()
-    value = value if factor == 1 else value * factor
-    share = excess.sigmoid() * (factor / excess.numel())
+    weight = factor / excess.numel()
+    value = torch.nn.functional.softplus(excess).sum() * weight
+    share = excess.sigmoid() * weight
     return of.attach_gradient(value, share, -share)
 
 

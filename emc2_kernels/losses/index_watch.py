@@ -50,7 +50,7 @@ class IndexWatch:
         if self.seen is None:
             with torch.inference_mode(False):  # else no later step could write to it
                 self.seen = torch.zeros(min(self.num_items, BINS), dtype=torch.bool, device="cpu")
-        self.seen[index % BINS] = True
+        self.seen.index_fill_(0, index % BINS, True)
         if self.rows >= min(2 * self.num_items, MOST_ROWS):
             seen, bins = int(self.seen.sum()), min(share, BINS)
             missed = bins - seen

@@ -152,21 +152,24 @@ class SampledLoss(StrictState):
     def _surrogate(
         self, anchors: Anchors, keys: Keys, samples: Samples, shards: Shards | None
     ) -> tuple[Tensor, Tensor]:
-        """The value, and the similarity (2b,) of each anchor and its mean negative."""
+        """The value, and the mean negative (2b, d) of each anchor, detached."""
         again = self.encode if self.carry == "recompute" else None
         negatives = mean_negative(samples, self.bank, again, self.normalize)
-        terms = negative_similarity = (anchors.embeddings * negatives).sum(1)
+        view_0, view_1 = anchors.embeddings.chunk(2)
+        total = torch.sub((anchors.embeddings * negatives).sum(), (view_0 * view_1).sum(), alpha=2)
         if self.carry == "corrected":
             options = self.batch_means, self.temperature, self.bimodal
-            terms = terms + correction(anchors, keys, samples.labels, samples.weights, *options)
-        view_0, view_1 = anchors.embeddings.chunk(2)
-        factor = (1 if shards is None else shards.ddp_factor) / (len(terms) * self.temperature)
-        loss = torch.sub(terms.sum(), (view_0 * view_1).sum(), alpha=2) * factor
+            total = total + correction(anchors, keys, samples.labels, samples.weights, *options).sum()
+        loss = total * ((1 if shards is None else shards.ddp_factor) / (len(negatives) * self.temperature))
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
-        return loss, negative_similarity.detach()
+        return loss, negatives.detach()
 
     def _stats(self, anchors: Anchors, negative_similarity: Tensor) -> dict[str, Tensor]:
-        """Of every loss of this kind."""
+        """Of every loss of this kind.
+
+        Args:
+            negative_similarity: (2b,) of each anchor and its mean negative.
+        """
         stats = batch_stats(anchors, self.temperature, bimodal=self.bimodal)
         return stats | {"negative_similarity": negative_similarity.mean()}

@@ -85,10 +85,9 @@ class ChainStore(SlotTable):
             find: the bank's, or its ``read`` where keys are known to be its labels.
         """
         key, score = self.rows(slots, "key", "score")
-        with torch.autocast(queries.device.type, enabled=False):
-            held, embeddings = find(key)
-            similarity = (queries.float() * embeddings.float()).sum(-1)
-            return MHState(key, torch.where(held, similarity / temperature, score)), embeddings
+        held, embeddings = find(key)
+        similarity = (queries.float() * embeddings.float()).sum(-1)  # no product for autocast to round
+        return MHState(key, torch.where(held, similarity / temperature, score)), embeddings
 
     def _check_rescoring(self, rows: int, queries: Any, bank: Any, temperature: Any) -> bool:
         """Whether it is asked for."""
