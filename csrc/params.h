@@ -32,7 +32,6 @@ auto dispatch_dtype(Dtype dtype, Call call) {
   return call(float{});
 }
 
-// Queries and keys for the kernels that read them themselves; the others are given products.
 struct Operands {
   const void* queries;  // (num_rows, dim)
   const void* keys;     // (num_keys, dim)
@@ -132,8 +131,27 @@ struct Walk : WalkParams {
 
 // Exact draws from the softmax of each row's scores.
 struct GumbelParams : ScoreParams, StreamParams {
+  Operands operands;
   int64_t num_samples;
   int64_t* positions;  // (num_rows, num_samples), contiguous; -1: the row has no key
+  int num_threads;
+};
+
+// Log-sum-exp of each row's scores.
+struct LseParams : ScoreParams {
+  Operands operands;
+  float* lse;  // (num_rows,)
+  int num_threads;
+};
+
+struct LseGradientParams : ScoreParams {
+  Operands operands;
+  const float* grad;      // (num_rows,) of the log-sum-exps
+  const float* lse;       // (num_rows,)
+  bool symmetric;         // queries and keys are one operand, and d_queries has both gradients
+  float* d_queries;       // (num_rows, dim), contiguous, as are the others
+  float* d_keys;          // (num_keys, dim), unless symmetric
+  float* d_temperatures;  // (num_rows,) or null
   int num_threads;
 };
 

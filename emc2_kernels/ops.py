@@ -93,11 +93,13 @@ def _fake_lse_backward(scores: ScoreParams, *_: Tensor | str) -> tuple[Tensor, T
     return queries.new_empty(queries.shape), d_keys, queries.new_empty(rows, dtype=score_dtype(queries))
 
 
-@operator(
-    "(Tensor queries, Tensor keys, Tensor temperatures)",
-    check=lambda scores, *_: scores.check(),
-    fake=_fake_lse_backward,
-)
+def _check_lse_backward(scores: ScoreParams, grad: Tensor, lse: Tensor, _: str) -> None:
+    scores.check()
+    for name, value in (("grad", grad), ("lse", lse)):
+        checks.vector(name, value, scores.queries.shape[0], score_dtype(scores.queries), scores.queries.device)
+
+
+@operator("(Tensor queries, Tensor keys, Tensor temperatures)", check=_check_lse_backward, fake=_fake_lse_backward)
 def contrastive_lse_backward(
     scores: ScoreParams, grad: Tensor, lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@
 
 #include "../csrc/cpu/gathered.h"
 #include "../csrc/cpu/gumbel.h"
+#include "../csrc/cpu/lse.h"
 #include "../csrc/cpu/philox_arrays.h"
 #include "../csrc/cpu/simd.h"
 #include "../csrc/cpu/sweep.h"
@@ -18,19 +19,9 @@ Element* at(uintptr_t address) {
   return reinterpret_cast<Element*>(address);
 }
 
-emc2::Tile tile(uintptr_t dots, int64_t stride, int64_t row_begin, int64_t row_end, int64_t key_begin,
-                int64_t key_end) {
-  return {at<const float>(dots), stride, row_begin, row_end, key_begin, key_end};
-}
-
-emc2::Sweep* make_sweep(const emc2::WalkParams& walk, const emc2::StepInput& input, const emc2::StepOutput& step_output,
-                        const emc2::TransitionOutput& transition_output) {
-  return new emc2::Sweep({walk, {}, input, step_output, transition_output});
-}
-
-void walk_small_sweep(const emc2::WalkParams& walk, const emc2::Operands& operands, const emc2::StepInput& input,
-                      const emc2::StepOutput& step_output, const emc2::TransitionOutput& transition_output) {
-  emc2::Sweep({walk, operands, input, step_output, transition_output}).walk_small();
+void walk_sweep(const emc2::WalkParams& walk, const emc2::Operands& operands, const emc2::StepInput& input,
+                const emc2::StepOutput& step_output, const emc2::TransitionOutput& transition_output) {
+  emc2::walk_sweep({walk, operands, input, step_output, transition_output});
 }
 
 void walk_gathered(const emc2::WalkParams& walk, const emc2::Operands& operands, const emc2::StepInput& input,
@@ -38,14 +29,11 @@ void walk_gathered(const emc2::WalkParams& walk, const emc2::Operands& operands,
   emc2::walk_gathered({walk, operands, input, step_output, transition_output});
 }
 
-void walk_tile(emc2::Sweep& sweep, uintptr_t dots, int64_t stride, int64_t row_begin, int64_t row_end,
-               int64_t key_begin, int64_t key_end) {
-  sweep.walk(tile(dots, stride, row_begin, row_end, key_begin, key_end));
-}
-
-void scan_tile(emc2::GumbelSampler& sampler, uintptr_t dots, int64_t stride, int64_t row_begin, int64_t row_end,
-               int64_t key_begin, int64_t key_end) {
-  sampler.scan(tile(dots, stride, row_begin, row_end, key_begin, key_end));
+template <class Params, auto kRun>
+auto with_operands(const Params& params, const emc2::Operands& operands) {
+  Params whole = params;
+  whole.operands = operands;
+  return kRun(whole);
 }
 
 void view_coins(const emc2::StreamParams& streams, int64_t count, uintptr_t views) {
@@ -66,12 +54,20 @@ PYBIND11_MODULE(emc2_cpu, module) {
       module, "GumbelParams",
       {EMC2_SCORE_FIELDS(GumbelParams), EMC2_STREAM_FIELDS(GumbelParams), EMC2_FIELD(GumbelParams, num_samples),
        EMC2_FIELD(GumbelParams, positions), EMC2_FIELD(GumbelParams, num_threads)});
-  py::class_<emc2::Sweep>(module, "Sweep").def(py::init(&make_sweep)).def("walk", &walk_tile, ReleaseGil());
-  py::class_<emc2::GumbelSampler>(module, "GumbelSampler")
-      .def(py::init<const emc2::GumbelParams&>())
-      .def("scan", &scan_tile, ReleaseGil());
-  module.def("walk_small_sweep", &walk_small_sweep, ReleaseGil());
+  emc2::ParamClass<emc2::LseParams>::add(
+      module, "LseParams",
+      {EMC2_SCORE_FIELDS(LseParams), EMC2_FIELD(LseParams, lse), EMC2_FIELD(LseParams, num_threads)});
+  emc2::ParamClass<emc2::LseGradientParams>::add(
+      module, "LseGradientParams",
+      {EMC2_SCORE_FIELDS(LseGradientParams), EMC2_FIELD(LseGradientParams, grad), EMC2_FIELD(LseGradientParams, lse), EMC2_FIELD(LseGradientParams, symmetric),
+       EMC2_FIELD(LseGradientParams, d_queries), EMC2_FIELD(LseGradientParams, d_keys),
+       EMC2_FIELD(LseGradientParams, d_temperatures), EMC2_FIELD(LseGradientParams, num_threads)});
+  module.def("walk_sweep", &walk_sweep, ReleaseGil());
   module.def("walk_gathered", &walk_gathered, ReleaseGil());
+  module.def("sample_gumbel", &with_operands<emc2::GumbelParams, emc2::sample_gumbel>, ReleaseGil());
+  module.def("contrastive_lse", &with_operands<emc2::LseParams, emc2::contrastive_lse>, ReleaseGil());
+  module.def("contrastive_lse_backward", &with_operands<emc2::LseGradientParams, emc2::contrastive_lse_backward>,
+             ReleaseGil());
   module.def("view_coins", &view_coins, ReleaseGil());
   module.def("philox_words", &philox_words, ReleaseGil());
 }

@@ -151,7 +151,8 @@ template <class Struct>
 constexpr bool is_param_struct =
     std::is_same_v<Struct, StreamParams> || std::is_same_v<Struct, Operands> || std::is_same_v<Struct, WalkParams> ||
     std::is_same_v<Struct, StepInput> || std::is_same_v<Struct, StepOutput> ||
-    std::is_same_v<Struct, TransitionOutput> || std::is_same_v<Struct, GumbelParams>;
+    std::is_same_v<Struct, TransitionOutput> || std::is_same_v<Struct, GumbelParams> ||
+    std::is_same_v<Struct, LseParams> || std::is_same_v<Struct, LseGradientParams>;
 
 }  // namespace emc2
 

@@ -1,14 +1,14 @@
 // One chain in each lane: GCC's vector extensions, lowered to whatever the target has (AVX-512, AVX2, SSE, NEON).
 //
 // Two operations are spelled with intrinsics where the target has the exact instruction and GCC does not find it: the
-// widening multiply that Philox is made of, and "is any lane set". Everything else is portable C++.
+// widening multiply that Philox is made of, and which lanes are set. Everything else is portable C++.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -24,12 +24,13 @@ constexpr const char* kInstructionSet = "AVX512";
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr const char* kInstructionSet = "AVX2";
-#elif defined(__aarch64__)
+#else
 constexpr int kLanes = 4;  // a register: GCC takes comparisons and choices of wider vectors apart, lane by lane
+#if defined(__aarch64__)
 constexpr const char* kInstructionSet = "NEON";
 #else
-constexpr int kLanes = 8;
 constexpr const char* kInstructionSet = "DEFAULT";  // torch's word for it
+#endif
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -53,22 +54,28 @@ EMC2_HD void store(Element* to, Vector lanes) {
   std::memcpy(to, &lanes, sizeof lanes);
 }
 
-EMC2_HD Floats all_floats(float value) { return Floats{} + value; }
+// Less zero, and not zero plus it, which for -0 is an addition.
+EMC2_HD Floats all_floats(float value) { return value - Floats{}; }
 EMC2_HD Ints all_ints(int32_t value) { return Ints{} + value; }
 
-EMC2_HD bool any(Ints mask) {
+// Bit i: whether lane i of a comparison's result is set.
+EMC2_HD uint32_t lane_bits(Ints mask) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)mask) != 0;
+  return _mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask);
 #elif defined(__aarch64__)
-  return vmaxvq_u32((uint32x4_t)mask) != 0;
+  return vaddvq_u32(vandq_u32((uint32x4_t)mask, (uint32x4_t){1, 2, 4, 8}));
 #else
-  int32_t joined = 0;
-  for (int lane = 0; lane < kLanes; ++lane) joined |= mask[lane];
-  return joined != 0;
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= (mask[lane] & 1u) << lane;
+  return bits;
 #endif
 }
+
+EMC2_HD bool any(Ints mask) { return lane_bits(mask) != 0; }
 
 // A vector of 32-bit words kept as its even and its odd lanes, each in the low half of a 64-bit lane. The high halves
 // hold rubbish: the widening multiply ignores them, so Philox needs no shuffle between its rounds.
@@ -92,6 +99,8 @@ EMC2_HD Wides multiply_low_halves(Wides words, uint32_t multiplier) {
   return (Wides)_mm512_maskz_mul_epu32(0xff, (__m512i)words, _mm512_set1_epi64(multiplier));
 #elif defined(__AVX2__)
   return (Wides)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi64x(multiplier));
+#elif defined(__SSE2__)
+  return (Wides)_mm_mul_epu32((__m128i)words, _mm_set1_epi64x(multiplier));
 #elif defined(__aarch64__)
   return (Wides)vmull_n_u32(vmovn_u64((uint64x2_t)words), multiplier);  // no multiply has 64-bit lanes
 #else
@@ -141,7 +150,7 @@ EMC2_HD Floats exp_nonpositive(Floats x) {
   p = p * r + 0.49999991059303284f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const Floats scaled = (Floats)((Ints)p + (((Ints)shifted - (Ints)magic) << 23));
+  const Floats scaled = (Floats)((Words)p + (((Words)shifted - (Words)magic) << 23));
   return underflows ? all_floats(0.0f) : scaled;
 }
 

@@ -9,6 +9,17 @@
 
 namespace emc2 {
 
+// A block's share of the state after two rounds, which all chains of a seed and step have in common.
+struct BlockPhilox {
+  uint32_t c0, c1, c2;
+
+  EMC2_HD BlockPhilox(PhiloxKey key, uint32_t step, uint32_t block) {
+    const auto p0 = multiply_wide(kPhiloxMultiplier0, block);
+    const auto p1 = multiply_wide(kPhiloxMultiplier1, p0.high ^ step ^ key.k1);
+    c0 = p1.high, c1 = p1.low, c2 = p0.low;
+  }
+};
+
 struct VectorPhilox {
   PhiloxKey key;
   uint32_t step;
@@ -28,15 +39,12 @@ struct VectorPhilox {
   }
 
   // The four words of a block: of proposals, or keys, 4 * block .. 4 * block + 3.
-  EMC2_HD PhiloxBlock<Words> words(uint32_t block) const {
-    const auto p0 = multiply_wide(kPhiloxMultiplier0, block);
-    const uint32_t first_c2 = p0.high ^ step ^ key.k1;
-    const uint32_t first_c3 = p0.low;
-    const auto p1 = multiply_wide(kPhiloxMultiplier1, first_c2);
-    const SplitWords second_c1 = SplitWords{} ^ p1.low;
-    const auto state = philox_rounds<SplitWords>({c0 ^ p1.high, second_c1, c2 ^ first_c3, c3}, key, 2);
+  EMC2_HD PhiloxBlock<Words> words(const BlockPhilox& block) const {
+    const auto state = philox_rounds<SplitWords>({c0 ^ block.c0, SplitWords{} ^ block.c1, c2 ^ block.c2, c3}, key, 2);
     return {join(state.c0), join(state.c1), join(state.c2), join(state.c3)};
   }
+
+  EMC2_HD PhiloxBlock<Words> words(uint32_t block) const { return words(BlockPhilox(key, step, block)); }
 };
 
 }  // namespace emc2

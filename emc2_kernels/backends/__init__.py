@@ -30,13 +30,10 @@ class Backend(NamedTuple):
     why_unavailable: Callable[[], str | None]  # on this machine; None: it can run
     prefers: Callable[[WalkParams], bool] = lambda walk: True  # whether "auto" should give it this walk
     also: Callable[[], tuple[str, ...]] = tuple  # devices that it takes when asked for by name
-    uncompiled: tuple[str, ...] = ()  # operations that run even where why_unavailable speaks: they need no compiler
 
-    def why_not(self, op: str | None = None) -> str | None:
-        """Why it cannot do this operation on this machine (None: any), as far as is known without building it. Whatever
-        is wrong with a backend is such a reason, and no error: the others have to work."""
-        if op in self.uncompiled:
-            return None
+    def why_not(self) -> str | None:
+        """Why it cannot run on this machine, as far as is known without building it. Whatever is wrong with a backend
+        is such a reason, and no error: the others have to work."""
         try:
             return self.why_unavailable()
         except Exception as error:
@@ -49,7 +46,7 @@ OPERATIONS = ("mh", "lse", "gumbel")  # mh: step, transition, view_coin
 TABLE = {
     "cuda": Backend(("mh",), ("cuda",), HALF_AND_SINGLE, cuda_build.why_unavailable_here, gpu.prefers_cuda_kernels),
     "triton": Backend(OPERATIONS, ("cuda",), HALF_AND_SINGLE, gpu.why_no_triton, also=gpu.interpreted_devices),
-    "cpu": Backend(OPERATIONS, ("cpu",), HALF_AND_SINGLE, cpu_build.why_unavailable, uncompiled=("lse",)),
+    "cpu": Backend(OPERATIONS, ("cpu",), HALF_AND_SINGLE, cpu_build.why_unavailable),
     "reference": Backend(OPERATIONS, None, None, lambda: None),
 }
 NAMES = ("auto", *TABLE)
@@ -107,7 +104,7 @@ def _named(name: str, device: str, dtype: torch.dtype, op: str) -> ModuleType:
         device_suits = device in backend.devices or device in backend.also()
         came = f"operands of {str(dtype).removeprefix('torch.')}" if device_suits else f"tensors on {device}"
         raise ValueError(f"backend {name!r} takes {takes}, got {came}: use 'reference' or 'auto'")
-    reason = backend.why_not(op) or _failure(name, op)
+    reason = backend.why_not() or _failure(name, op)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     return _module(name, op)
@@ -121,7 +118,7 @@ def _able(device: str, dtype: torch.dtype, op: str) -> tuple[str, ...]:
     not there is no failure where another fast backend does the work.
     """
     suited = [name for name, backend in TABLE.items() if _suits(backend, op, device, dtype)]
-    missing = {name: reason for name in suited if (reason := TABLE[name].why_not(op)) is not None}
+    missing = {name: reason for name in suited if (reason := TABLE[name].why_not()) is not None}
     failed = {name: reason for name in suited if name not in missing and (reason := _failure(name, op)) is not None}
     able = tuple(name for name in suited if name not in missing and name not in failed)
     if able[0] == "reference" and len(suited) > 1:
@@ -143,10 +140,9 @@ def _warn_once(message: str) -> None:
 
 
 def _failure(name: str, op: str) -> str | None:
-    """Why a backend cannot be built or imported, after an attempt; it is built where the operation needs that."""
+    """Why a backend cannot be built or imported, after an attempt."""
     try:
-        if op not in TABLE[name].uncompiled:
-            _BUILDS.get(name, lambda: None)()
+        _BUILDS.get(name, lambda: None)()
         _module(name, op)
     except Exception as error:
         return _told(error)

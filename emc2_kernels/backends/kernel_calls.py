@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .params import WalkParams
+from .params import ScoreParams, WalkParams
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -48,8 +48,21 @@ def temperature_fields(temperature: float | Tensor) -> tuple[float, int, int]:
     return temperature, 0, 0
 
 
-def operands(core: ModuleType, walk: WalkParams) -> Any:
-    queries, keys = walk.queries, walk.keys
+def score_fields(scores: ScoreParams, query_ids: Tensor | None, key_ids: Tensor | None) -> dict[str, Any]:
+    """All of ScoreParams; the ids are contiguous."""
+    temperature, temperatures, temperature_stride = temperature_fields(scores.temperature)
+    return {
+        "num_rows": scores.queries.shape[0],
+        "num_keys": scores.keys.shape[0],
+        "temperature": temperature,
+        "temperatures": temperatures,
+        "temperature_stride": temperature_stride,
+        "query_ids": address(query_ids),
+        "key_ids": address(key_ids),
+    }
+
+
+def operands(core: ModuleType, queries: Tensor, keys: Tensor) -> Any:
     return core.Operands(
         queries=queries.data_ptr(),
         keys=keys.data_ptr(),

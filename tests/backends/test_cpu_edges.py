@@ -1,7 +1,5 @@
 """Where a plausible slip in the CPU core or its Python side would change a result, and random walks rarely come."""
 
-import threading
-
 import pytest
 import torch
 from helpers import COMPILED, assert_identical, int64, normal, with_rows
@@ -9,9 +7,6 @@ from oracle import unit
 
 import emc2_kernels as emc2
 from emc2_kernels import rng
-from emc2_kernels.backends.cpu import gumbel as cpu_gumbel
-from emc2_kernels.backends.cpu import mh as cpu
-from emc2_kernels.backends.cpu import tiles
 
 INF = torch.inf
 
@@ -59,9 +54,7 @@ def apart(values):
     return inside
 
 
-@pytest.mark.parametrize("sweep_multiplies", [1 << 20, -1])
-def test_vectors_and_positions_may_lie_apart(sweep_multiplies, monkeypatch):
-    monkeypatch.setattr(cpu, "SMALL_SWEEP_MULTIPLIES", sweep_multiplies)
+def test_vectors_and_positions_may_lie_apart():
     n, m = 21, 34
     queries, keys = unit(n, 9, seed=1), unit(m, 9, seed=2)
     generator = torch.Generator().manual_seed(0)
@@ -170,80 +163,35 @@ def test_equal_sums_of_score_and_noise_go_to_the_lowest_position(backend):
     assert (draw(backend, scores, 9, num_samples=40) == 3).all()
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 17, 63, 65, 130])
-def test_the_last_group_of_rows_reads_nothing_past_the_tile(rows, monkeypatch):
-    """The core reads whole vectors of rows, sixteen at most, from a multiple of sixteen on."""
-    for most, elements in ((512, 1 << 19), (64, 64 * 10)):
-        monkeypatch.setattr(tiles, "TILE_ELEMENTS", elements)
-        seen = []
-
-        def buffer(size, seen=seen):
-            seen.append(torch.empty(size))
-            return seen[-1]
-
-        monkeypatch.setattr(tiles, "tile_buffer", buffer)
-        for tile in tiles.score_tiles(normal(1, rows, 3), normal(2, 25, 3), most):
-            width = -(-(tile.end_row - tile.first_row) // 16) * 16
-            last = (tile.end_key - tile.first_key - 1) * tile.stride + width
-            assert tile.first_row % 16 == 0 and width <= tile.stride
-            assert tile.address + 4 * last <= seen[0].data_ptr() + 4 * seen[0].numel()
-
-
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("n", [5, 37])
-def test_ids_differ_in_every_bit(backend, n, monkeypatch):
+def test_ids_differ_in_every_bit(backend, n):
     """Two ids that agree in 32 bits, the low or the high ones, are two; so are two chains."""
     bits = [0, 1, 31, 32, 33, 39, 62]
     keys = unit(len(bits), 6, seed=2)
     queries = unit(n, 6, seed=1)
-    for sweep_multiplies in (1 << 20, -1):
-        monkeypatch.setattr(cpu, "SMALL_SWEEP_MULTIPLIES", sweep_multiplies)
-        for base in (0, (1 << 34) + 5, -1):
-            ids = {"query_ids": torch.full((n,), base), "key_ids": torch.tensor([base ^ (1 << bit) for bit in bits])}
-            common = ids | {"chain_ids": torch.arange(n), "temperature": 1.0, "seed": 1, "step": 2, "backend": backend}
-            for key in range(len(bits)):  # alone, it is moved to: no chain has started
-                alone = common | {"key_ids": ids["key_ids"][key : key + 1]}
-                for proposal in ({}, {"proposal": "uniform", "num_proposals": 1}):
-                    walk = emc2.mh_step(queries, keys[key : key + 1], emc2.init_state(n), **alone, **proposal)
-                    assert (walk.samples == 0).all()
-            drawn = emc2.gumbel_sample(queries * 0, keys, num_samples=200, **common)
-            assert (drawn.flatten().bincount(minlength=len(bits)) > 0).all()
-            excluded = common | {"key_ids": torch.full((len(bits),), base)}
-            assert (emc2.mh_step(queries, keys, emc2.init_state(n), **excluded).samples == -1).all()
-            assert (emc2.gumbel_sample(queries, keys, **excluded) == -1).all()
+    for base in (0, (1 << 34) + 5, -1):
+        ids = {"query_ids": torch.full((n,), base), "key_ids": torch.tensor([base ^ (1 << bit) for bit in bits])}
+        common = ids | {"chain_ids": torch.arange(n), "temperature": 1.0, "seed": 1, "step": 2, "backend": backend}
+        for key in range(len(bits)):  # alone, it is moved to: no chain has started
+            alone = common | {"key_ids": ids["key_ids"][key : key + 1]}
+            for proposal in ({}, {"proposal": "uniform", "num_proposals": 1}):
+                walk = emc2.mh_step(queries, keys[key : key + 1], emc2.init_state(n), **alone, **proposal)
+                assert (walk.samples == 0).all()
+        drawn = emc2.gumbel_sample(queries * 0, keys, num_samples=200, **common)
+        assert (drawn.flatten().bincount(minlength=len(bits)) > 0).all()
+        excluded = common | {"key_ids": torch.full((len(bits),), base)}
+        assert (emc2.mh_step(queries, keys, emc2.init_state(n), **excluded).samples == -1).all()
+        assert (emc2.gumbel_sample(queries, keys, **excluded) == -1).all()
 
 
-def test_a_buffer_full_of_better_scores_changes_nothing(monkeypatch):
-    """What an earlier call has left in the scratch buffer, beside the rows and keys of this one."""
-    monkeypatch.setattr(cpu, "SMALL_SWEEP_MULTIPLIES", -1)
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64 * 30)
-    queries, keys = unit(37, 8, seed=1), unit(45, 8, seed=2)
-    options = {"temperature": 0.3, "seed": 1, "step": 2, "num_samples": 5, "backend": "cpu"}
-    walk, drawn = [], []
-    for value in (0.0, 1e30, torch.nan):
-        tiles.tile_buffer(1 << 16).fill_(value)
-        walk.append(tuple(emc2.mh_step(queries, keys, emc2.init_state(37), return_lse=True, **options)))
-        tiles.tile_buffer(1 << 16).fill_(value)
-        drawn.append(emc2.gumbel_sample(queries, keys, **options))
-    for later in (1, 2):
-        assert_identical(walk[later], walk[0])
-        assert_identical(drawn[later], drawn[0])
-
-
-def test_many_samples_in_blocks_of_few_rows(monkeypatch):
-    """Races of one block of rows must not be those of the one before."""
-    monkeypatch.setattr(cpu_gumbel, "RACES", 64 * 40)
-    queries, keys = unit(150, 8, seed=1), unit(33, 8, seed=2)
-    options = {"temperature": 0.3, "seed": 1, "step": 2, "num_samples": 40}
+@pytest.mark.parametrize(("rows", "keys", "samples"), [(150, 33, 40), (40, 33, 600), (3, 2000, 40)])
+def test_many_samples_few_rows_many_keys(rows, keys, samples):
+    """Races of one block of rows must not be those of the one before, and those of ranges of keys are one."""
+    queries, keys = unit(rows, 8, seed=1), unit(keys, 8, seed=2)
+    options = {"temperature": 0.3, "seed": 1, "step": 2, "num_samples": samples}
     found, expected = (emc2.gumbel_sample(queries, keys, backend=b, **options) for b in ("cpu", "reference"))
     assert (found != expected).float().mean() < 1e-3  # ties
-
-
-def test_the_scratch_buffer_has_what_is_asked_for(monkeypatch):
-    """A little less would pass unseen: the last rows of a tile are read in whole vectors."""
-    monkeypatch.setattr(tiles, "_kept", threading.local())
-    sizes = [10, 11, 80, 81, 5, 144, 145]
-    assert [tiles.tile_buffer(size).numel() >= size for size in sizes] == [True] * len(sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -38,7 +38,7 @@ def test_fields_are_given_in_their_order():
     """Which is the fast way; another one is right too."""
     core, names = library(), Names()
     assert kernel_calls.walk_params(names, WALK, (0, 0), (0, 0)) == keywords(core.WalkParams)
-    assert kernel_calls.operands(names, WALK) == keywords(core.Operands)
+    assert kernel_calls.operands(names, WALK.queries, WALK.keys) == keywords(core.Operands)
     assert kernel_calls.stream_params(names, (0, 0), (0, 0), torch.arange(2)) == keywords(core.StreamParams)
     given = []
     kernel_calls.step(names, lambda *call: given.extend(call), WALK, *[torch.ones(2)] * 2, None, True, True)

@@ -6,8 +6,6 @@ from helpers import assert_identical
 from oracle import unit, walk
 
 import emc2_kernels as emc2
-from emc2_kernels.backends.cpu import mh as cpu
-from emc2_kernels.backends.cpu import tiles
 
 SIZES = [(1, 1, 1), (1, 5, 3), (7, 4, 16), (8, 3, 17), (16, 63, 64), (17, 64, 33), (33, 65, 100), (65, 130, 8)]
 
@@ -38,33 +36,16 @@ def assert_same(result, state, queries, keys, min_rows=0.9, **options):
     assert_walks(result, walk(queries, keys, state, **options), lowest, min_rows)
 
 
-def take_way(way, monkeypatch):
-    """The cpu backend's ways through a sweep: products in the core, one tile of torch's, many."""
-    if way != "small":
-        monkeypatch.setattr(cpu, "SMALL_SWEEP_MULTIPLIES", -1)
-    if way == "many tiles":
-        monkeypatch.setattr(tiles, "TILE_ROWS", 64)
-        monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64 * 30)
-
-
-@pytest.fixture(params=["reference", "small", "one tile", "many tiles", "emulated"])
-def backend(request, rubbish_in_outputs, monkeypatch):
-    """The reference, each way of the cpu backend, and the CUDA backend's kernels in an emulator."""
+@pytest.fixture(params=["reference", "cpu", "emulated"])
+def backend(request, rubbish_in_outputs):
+    """The reference, the cpu backend, and the CUDA backend's kernels in an emulator."""
     if request.param == "emulated":
         return request.getfixturevalue("emulated")
-    if request.param == "reference":
-        return request.param
-    take_way(request.param, monkeypatch)
-    return "cpu"
-
-
-@pytest.fixture(params=["small", "one tile", "many tiles"])
-def sweep_path(request, rubbish_in_outputs, monkeypatch):
-    take_way(request.param, monkeypatch)
+    return request.param
 
 
 @pytest.mark.parametrize(("n", "m", "d"), SIZES)
-def test_cpu_sweep(n, m, d, sweep_path):
+def test_cpu_sweep(n, m, d, rubbish_in_outputs):
     queries, keys = unit(n, d, seed=1), unit(m, d, seed=2)
     options = {"burn_in": m // 3, "num_samples": max(1, (m - m // 3) // 2)}
     state = emc2.init_state(n)

@@ -7,14 +7,16 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
 #include "cpu/checks.h"
 #include "cpu/gathered.h"
 #include "cpu/gumbel.h"
+#include "cpu/lse.h"
 #include "cpu/philox_arrays.h"
-#include "cpu/small_matmul.h"
+#include "cpu/score_tiles.h"
 #include "cpu/sweep.h"
 #include "cpu/vector_philox.h"
 #include "problem.h"
@@ -298,28 +300,16 @@ void walk_of_uniform_draws(const Problem& problem, int threads) {
 void sweeps(const Problem& problem, int threads) {
   const auto in_order = [&](int64_t, int64_t p) { return p - problem.schedule.first_proposal; };
   const Results want = walk_by_the_book(problem, in_order, true);
-  Results small(problem);
-  emc2::Sweep with_products(small.walk(problem, threads));
-  with_products.walk_small();
-  check_same(small, want, "a small sweep");
-
-  Results tiled(problem);
-  emc2::Sweep by_tiles(tiled.walk(problem, threads));
-  const int64_t stride = (problem.rows + 63) / 64 * 64;
-  for (int64_t begin = 0, end; begin < problem.keys; begin = end) {
-    end = std::min(begin + 10, problem.keys);  // tiles that do not end with a block of four draws either
-    std::vector<float> dots(stride * (end - begin), std::nanf(""));
-    for (int64_t key = begin; key < end; ++key) {
-      for (int64_t row = 0; row < problem.rows; ++row) dots[(key - begin) * stride + row] = problem.dot(row, key);
-    }
-    by_tiles.walk({dots.data(), stride, 0, problem.rows, begin, end});
-  }
-  check_same(tiled, want, "a sweep by tiles");
+  Results got(problem);
+  emc2::walk_sweep(got.walk(problem, threads));
+  check_same(got, want, "a sweep");
 }
 
 void walks_follow_the_book(int threads) {
-  // Rows, keys and dimensions on both sides of a vector's width; the last problem is large enough for several threads.
-  const int64_t shapes[][3] = {{1, 1, 1}, {7, 9, 3}, {17, 33, 19}, {70, 64, 40}};
+  // Rows, keys and dimensions on both sides of a vector's width; the last problems are large enough for several
+  // threads, and have several tiles of keys, which end inside a block of four draws, and several groups in a block of
+  // rows.
+  const int64_t shapes[][3] = {{1, 1, 1}, {7, 9, 3}, {17, 33, 19}, {70, 301, 40}, {700, 150, 2}};
   for (const auto& [rows, keys, dim] : shapes) {
     const int64_t draws = 2 * keys + 5;
     walk_of_uniform_draws({rows, keys, dim, {draws, 0, draws, draws / 3, 3}, true}, threads);
@@ -343,9 +333,8 @@ std::vector<int64_t> draws_by_the_book(const Problem& problem, int64_t samples) 
       double best = -static_cast<double>(kInfinity);
       int64_t position = -1;
       for (int64_t key = 0; key < problem.keys; ++key) {
-        const auto counter =
-            emc2::philox_counter(problem.chain_ids[row], emc2::kGumbelStream, problem.step,
-                                 static_cast<uint32_t>(key / 4), static_cast<uint32_t>(sample));
+        const auto counter = emc2::philox_counter(problem.chain_ids[row], emc2::kGumbelStream, problem.step,
+                                                  static_cast<uint32_t>(key / 4), static_cast<uint32_t>(sample));
         const auto block = emc2::philox_rounds(counter, emc2::philox_key(problem.seed));
         const uint32_t word[] = {block.c0, block.c1, block.c2, block.c3};
         const double e = -std::log1p(-(word[key % 4] + 0.5) / 4294967296.0);
@@ -367,23 +356,66 @@ void gumbel_draws_follow_the_book(int threads) {
     params.num_rows = rows, params.num_keys = keys, params.temperature = 0.5f, params.num_threads = threads;
     params.query_ids = problem.query_ids.data(), params.key_ids = problem.key_ids.data();
     params.seed = problem.seed, params.step = problem.step, params.chain_ids = problem.chain_ids.data();
-    params.num_samples = samples, params.positions = positions.data();
-    emc2::GumbelSampler sampler(params);
-    for (int64_t row_begin = 0; row_begin < rows; row_begin += 64) {
-      const int64_t row_end = std::min(row_begin + 64, rows);
-      for (int64_t begin = 0, end; begin < keys; begin = end) {
-        end = std::min(begin + 10, keys);  // tiles that do not end with a block of four draws either
-        std::vector<float> dots(64 * (end - begin), 99.0f);  // past the last row: what would win if it were looked at
-        for (int64_t key = begin; key < end; ++key) {
-          for (int64_t row = row_begin; row < row_end; ++row) {
-            dots[(key - begin) * 64 + (row - row_begin)] = problem.dot(row, key);
-          }
-        }
-        sampler.scan({dots.data(), 64, row_begin, row_end, begin, end});
-      }
-    }
+    params.num_samples = samples, params.positions = positions.data(), params.operands = problem.operands();
+    emc2::sample_gumbel(params);
     CHECK(positions == draws_by_the_book(problem, samples), "Gumbel draws of %d rows and %d keys",
           static_cast<int>(rows), static_cast<int>(keys));
+  }
+}
+
+// The gradient of sum over rows of weight * lse, by finite differences of the plain formula in double.
+void gradients_follow_the_book(int threads) {
+  for (const auto& [rows, keys, dim, symmetric] : std::vector<std::tuple<int64_t, int64_t, int64_t, bool>>{
+           {1, 1, 1, false}, {7, 9, 3, false}, {17, 33, 19, false}, {17, 17, 19, true}, {70, 301, 29, false}}) {
+    const Problem problem(rows, keys, dim, {keys, 0, keys, 0, 1}, true);
+    const auto& key_rows = symmetric ? problem.queries : problem.key_rows;
+    const auto& key_ids = symmetric ? problem.query_ids : problem.key_ids;
+    std::vector<float> temperatures(rows), grad(rows), lse(rows);
+    for (float& value : temperatures) value = 2.0f + static_cast<float>(random_below(5));
+    for (float& value : grad) value = static_cast<float>(random_below(7)) - 3.0f;
+    emc2::LseParams params{};
+    params.num_rows = rows, params.num_keys = keys, params.temperatures = temperatures.data();
+    params.temperature_stride = 1, params.num_threads = threads, params.lse = lse.data();
+    params.query_ids = problem.query_ids.data(), params.key_ids = key_ids.data();
+    params.operands = {problem.queries.data(), key_rows.data(), dim, dim, dim, emc2::Dtype::kFloat32};
+    emc2::contrastive_lse(params);
+    std::vector<float> d_queries(rows * dim, 77.0f), d_keys(keys * dim, 77.0f), d_temperatures(rows, 77.0f);
+    emc2::LseGradientParams backward{};
+    static_cast<emc2::ScoreParams&>(backward) = params;
+    backward.operands = params.operands, backward.grad = grad.data(), backward.lse = lse.data();
+    backward.symmetric = symmetric, backward.d_queries = d_queries.data(), backward.d_keys = d_keys.data();
+    backward.d_temperatures = d_temperatures.data(), backward.num_threads = threads;
+    emc2::contrastive_lse_backward(backward);
+
+    std::vector<double> book_queries(rows * dim), book_keys(keys * dim), book_temperatures(rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto score = [&](int64_t key) {
+        if (key_ids[key] == problem.query_ids[row]) return -static_cast<double>(kInfinity);
+        double dot = 0;
+        for (int64_t i = 0; i < dim; ++i) dot += double(problem.queries[row * dim + i]) * key_rows[key * dim + i];
+        return dot / temperatures[row];
+      };
+      double total = 0;
+      for (int64_t key = 0; key < keys; ++key) total += std::exp(score(key));
+      const double exact = std::log(total);
+      CHECK(total == 0 ? lse[row] == -kInfinity : std::fabs(lse[row] - exact) <= 2e-6 * (1 + std::fabs(exact)),
+            "log-sum-exp %g, not %g", lse[row], exact);
+      for (int64_t key = 0; key < keys && total > 0; ++key) {
+        const double share = std::exp(score(key) - exact) * grad[row] / temperatures[row];
+        for (int64_t i = 0; i < dim; ++i) {
+          book_queries[row * dim + i] += share * key_rows[key * dim + i];
+          (symmetric ? book_queries : book_keys)[key * dim + i] += share * problem.queries[row * dim + i];
+        }
+        if (share != 0) book_temperatures[row] -= share * score(key);
+      }
+    }
+    const auto check_close = [](const std::vector<float>& got, const std::vector<double>& want, const char* what) {
+      for (size_t i = 0; i < want.size(); ++i)
+        CHECK(std::fabs(got[i] - want[i]) <= 1e-4, "gradient %d of %s: %g, not %g", int(i), what, got[i], want[i]);
+    };
+    check_close(d_queries, book_queries, "queries");
+    if (!symmetric) check_close(d_keys, book_keys, "keys");
+    check_close(d_temperatures, book_temperatures, "temperatures");
   }
 }
 
@@ -426,10 +458,17 @@ void bad_values_are_refused() {
   }
   const int64_t many = std::numeric_limits<int64_t>::max();
   const emc2::Schedule wrong[] = {
-      {draws, 0, draws, draws, 1},     {draws, 0, draws, -1, 1},        {draws, 0, draws, 0, 0},
-      {draws, 0, draws, 0, draws + 1}, {draws, 1, draws, 0, 1},         {draws, -1, draws, 0, 1},
-      {draws, 0, -1, 0, 1},            {many, many, 1, 0, 1},           {(1ll << 33) + 1, 0, draws, 0, 1},
-      {draws, many, many, 0, 1},       {draws, 0, draws, many, many},
+      {draws, 0, draws, draws, 1},
+      {draws, 0, draws, -1, 1},
+      {draws, 0, draws, 0, 0},
+      {draws, 0, draws, 0, draws + 1},
+      {draws, 1, draws, 0, 1},
+      {draws, -1, draws, 0, 1},
+      {draws, 0, -1, 0, 1},
+      {many, many, 1, 0, 1},
+      {(1ll << 33) + 1, 0, draws, 0, 1},
+      {draws, many, many, 0, 1},
+      {draws, 0, draws, many, many},
   };
   for (const emc2::Schedule& schedule : wrong) {
     CHECK(walk(schedule, 0, 0), "a schedule of %lld proposals is taken",
@@ -443,7 +482,7 @@ void bad_values_are_refused() {
   for (const int64_t samples : {int64_t{0}, int64_t{1} << 16}) {
     emc2::GumbelParams params{};
     params.num_samples = samples;
-    CHECK(refuses([&] { emc2::GumbelSampler sampler(params); }), "%d samples are taken", static_cast<int>(samples));
+    CHECK(refuses([&] { emc2::sample_gumbel(params); }), "%d samples are taken", static_cast<int>(samples));
   }
 }
 
@@ -464,6 +503,7 @@ int main() {
   positions_scale_exactly();
   for (const int threads : {1, 3}) walks_follow_the_book(threads);
   for (const int threads : {1, 3}) gumbel_draws_follow_the_book(threads);
+  for (const int threads : {1, 3}) gradients_follow_the_book(threads);
   bad_values_are_refused();
   if (failures) std::printf("%d checks failed\n", failures);
   return failures ? 1 : 0;

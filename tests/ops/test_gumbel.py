@@ -8,7 +8,6 @@ from oracle import unit
 
 import emc2_kernels as emc2
 from emc2_kernels import rng
-from emc2_kernels.backends.cpu import tiles as tile_sizes
 
 SIZES = [(1, 1, 1), (1, 5, 3), (7, 4, 16), (8, 3, 17), (16, 63, 64), (17, 64, 33), (33, 65, 100), (65, 130, 8)]
 
@@ -69,13 +68,9 @@ def everything(n=37, m=45, num_samples=3):
     return queries, keys, options
 
 
-@pytest.fixture(params=["reference", "one tile", "many tiles"])
-def backend(request, monkeypatch):
-    """The reference, and the cpu backend: with its tiles, and with ones that end inside a block of four draws."""
-    if request.param == "many tiles":
-        monkeypatch.setattr(tile_sizes, "TILE_ROWS", 64)
-        monkeypatch.setattr(tile_sizes, "TILE_ELEMENTS", 64 * 30)
-    return "reference" if request.param == "reference" else "cpu"
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    return request.param
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 17])

@@ -1,16 +1,13 @@
 """contrastive_lse on every backend against plain formulas in float64, and under torch's machinery."""
 
-import sys
+import math
 
 import pytest
 import torch
-from helpers import COMPILED, RUNNABLE, normal, relative_rms, with_rows
+from helpers import COMPILED, RUNNABLE, assert_identical, normal, relative_rms, with_rows
 
 from emc2_kernels import contrastive_lse
-from emc2_kernels.backends import TABLE, gpu, resolve
-from emc2_kernels.backends.cpu import build as native
-from emc2_kernels.backends.cpu import lse as cpu_lse
-from emc2_kernels.backends.cpu import tiles
+from emc2_kernels.backends import gpu
 from emc2_kernels.backends.params import ScoreParams
 from emc2_kernels.lse import mean_similarity
 
@@ -23,7 +20,6 @@ SIZES = [(1, 1, 1), (5, 3, 2), (16, 128, 32), (17, 129, 33), (3, 130, 70)]
 @pytest.fixture(autouse=True)
 def small_poisoned_kernels(monkeypatch):
     """Small blocks, since the interpreter's time goes by them; what kernels must fill comes with rubbish in it."""
-    tiles.tile_buffer(1 << 19).fill_(NAN)
     if not gpu.interpreting():
         return
     from emc2_kernels.backends.triton import tuning
@@ -115,16 +111,83 @@ TILED = {
 @pytest.mark.parametrize("ids", TILED.values(), ids=TILED)
 @pytest.mark.parametrize(("n", "m"), [(300, 700), (1100, 500), (130, 9001)])
 def test_tiles_of_the_cpu(n, m, ids):
-    """Several row blocks, key tiles and a last one that is narrower; exclusions by list and by comparison."""
+    """Several row blocks, key tiles and a last one that is narrower."""
     for keys in (unit(1, m, 9), unit(1, m, 9, torch.bfloat16)):
         assert_equals_formula("cpu", unit(0, n, 9, keys.dtype), keys, 0.07, **ids(n, m))
 
 
-def test_small_and_tiled_cpu_paths_meet(monkeypatch):
-    queries, keys, ids = unit(0, 100, 8), unit(1, 90, 8), {"query_ids": torch.arange(100), "key_ids": torch.arange(90)}
-    for small in (0, 1 << 14):
-        monkeypatch.setattr(cpu_lse, "SMALL", small)
-        assert_equals_formula("cpu", queries, keys, 0.1, **ids)
+@pytest.mark.parametrize("backend", COMPILED)
+def test_operands_without_components(backend):
+    queries, keys = torch.zeros(3, 0, requires_grad=True), torch.zeros(200, 0, requires_grad=True)
+    lse = contrastive_lse(queries, keys, temperature=torch.full((3,), 0.1, requires_grad=True), backend=backend)
+    gradients = torch.autograd.grad(lse.sum(), (queries, keys))
+    assert [gradient.shape for gradient in gradients] == [(3, 0), (200, 0)]
+    torch.testing.assert_close(lse, torch.full((3,), math.log(200)))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_key_that_is_not_finite_is_one_that_is_excluded(bad):
+    """To the last bit, at scores so large that sums in another order would show."""
+    queries, keys = normal(0, 40, 9) * 300, normal(1, 70, 9) * 300
+
+    def made(keys, key_ids):
+        q, k = queries.clone().requires_grad_(), keys.clone().requires_grad_()
+        ids = {"query_ids": torch.full((40,), 999), "key_ids": key_ids}
+        lse = contrastive_lse(q, k, temperature=torch.full((40,), 0.3), backend="cpu", **ids)
+        return lse.detach(), *torch.autograd.grad(lse.sum(), (q, k))
+
+    numbers = torch.arange(70)
+    assert_identical(made(with_rows(keys, 11, bad), numbers), made(keys, with_rows(numbers, 11, 999)))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_row_that_is_not_finite_takes_no_part(bad):
+    """Neither as a query nor as a key, where they are one operand."""
+    rows = unit(0, 40, 9)
+    others = torch.arange(40) != 11
+
+    def made(rows):
+        rows = rows.clone().requires_grad_()
+        lse = contrastive_lse(rows, rows, temperature=0.2, backend="cpu")
+        return lse.detach(), *torch.autograd.grad(lse[lse > -INF].sum(), rows)
+
+    found, expected = made(with_rows(rows, 11, bad)), made(rows[others])
+    assert found[0][11] == -INF and (found[1][11] == 0).all()
+    torch.testing.assert_close([part[others] for part in found], list(expected))
+
+
+def test_the_gradient_of_temperatures_over_many_keys():
+    queries, keys = unit(0, 2, 4), unit(1, 300_000, 4)
+    temperature = torch.full((2,), 0.5, requires_grad=True)
+    lse = contrastive_lse(queries, keys, temperature=temperature, backend="cpu")
+    (found,) = torch.autograd.grad(lse.sum(), temperature)
+    wide = temperature.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(formula(queries.double(), keys.double(), wide).sum(), wide)
+    torch.testing.assert_close(found.double(), exact, rtol=5e-6, atol=0)  # 1e-4 and more by one running sum
+
+
+def test_a_row_of_the_cpu_has_one_result():
+    """Whatever the number of threads, and whatever rows stand beside it."""
+    queries, keys, weights = unit(0, 300, 40), unit(1, 500, 40), normal(2, 300)
+    ids = torch.arange(300) % 50, torch.arange(500) % 60
+
+    def made(rows=slice(None), threads=1):
+        q, k = queries[rows].clone().requires_grad_(), keys.clone().requires_grad_()
+        torch.set_num_threads(threads)
+        lse = contrastive_lse(q, k, temperature=0.1, query_ids=ids[0][rows], key_ids=ids[1], backend="cpu")
+        (lse * weights[rows]).sum().backward()
+        return lse.detach(), q.grad, k.grad
+
+    before = torch.get_num_threads()
+    try:
+        expected = made()
+        for threads in (2, 3, 7):
+            assert_identical(made(threads=threads), expected)
+        for rows in (slice(3, 4), slice(250, None), torch.randperm(300, generator=torch.Generator().manual_seed(0))):
+            lse, d_queries, _ = made(rows)
+            assert_identical((lse, d_queries), (expected[0][rows], expected[1][rows]))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["", "ids"])
@@ -273,20 +336,3 @@ def test_inputs_are_left_alone(backend):
     leaf = queries.requires_grad_()
     contrastive_lse(leaf, keys, temperature=0.1, backend=backend).backward(grad)
     assert torch.equal(queries, before[0]) and torch.equal(keys, before[1]) and (grad == 1).all()
-
-
-def test_the_cpu_needs_no_compiler(monkeypatch):
-    package = sys.modules["emc2_kernels.backends"]
-    no_compiler = TABLE["cpu"]._replace(why_unavailable=lambda: "no C++ compiler")
-    monkeypatch.setitem(TABLE, "cpu", no_compiler)
-    monkeypatch.setattr(native, "library", lambda: pytest.fail("was asked for the compiled core"))
-    for cached in (package._able, package._named):
-        cached.cache_clear()
-    try:
-        for name in ("auto", "cpu"):
-            assert resolve(name, torch.ones(1), op="lse") is cpu_lse
-        with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
-            resolve("cpu", torch.ones(1))
-    finally:
-        for cached in (package._able, package._named):
-            cached.cache_clear()

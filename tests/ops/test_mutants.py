@@ -9,8 +9,6 @@ from oracle import unit, walk
 
 import emc2_kernels as emc2
 from emc2_kernels import rng
-from emc2_kernels.backends.cpu import mh as cpu
-from emc2_kernels.backends.cpu import tiles
 from emc2_kernels.backends.reference import mh as reference
 from emc2_kernels.transition import Transition
 
@@ -93,23 +91,3 @@ def test_mutants_of_the_reference_are_caught(name, monkeypatch):
     monkeypatch.setattr(oracle, "rng", right_draws)  # the oracle keeps its draws where the mutant is in them
     monkeypatch.setattr(*MUTANTS[name])
     assert disagreements("reference") > 3
-
-
-def test_a_forgotten_mask_at_a_tile_edge_is_caught(monkeypatch):
-    """The cpu backend told of one key more than a tile has walks over the rubbish behind it."""
-    monkeypatch.setattr(cpu, "SMALL_SWEEP_MULTIPLIES", -1)
-    monkeypatch.setattr(tiles, "TILE_ROWS", 64)
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64 * 16)
-    real = cpu.library()
-
-    class Sweep:
-        def __init__(self, *arguments):
-            self.sweep = real.Sweep(*arguments)
-
-        def walk(self, dots, stride, row_begin, row_end, key_begin, key_end):
-            self.sweep.walk(dots, stride, row_begin, row_end, key_begin, min(key_end + 1, 50))
-
-    assert disagreements("cpu") == 0
-    tiles.tile_buffer(64 * 32).normal_()  # rubbish that a walk would move to, whatever ran before
-    monkeypatch.setattr(cpu, "library", lambda: SimpleNamespace(**vars(real) | {"Sweep": Sweep}))
-    assert disagreements("cpu") > 3

@@ -212,7 +212,7 @@ def test_the_core_refuses_what_its_python_side_has_not_looked_at():
     )
     params = kernel_calls.walk_params(core, walk, (0, 0), (0, 0), 1)
     with pytest.raises(ValueError, match="do not fit each other"):  # burn-in of the whole walk would divide by zero
-        core.Sweep(params, None, None, None)
+        core.walk_sweep(params, kernel_calls.operands(core, QUERIES, KEYS), None, None, None)
 
 
 # The negative bit: memory holds the values with the other sign.

@@ -9,15 +9,12 @@ The operators are called by themselves, as a compiled graph calls them: nobody h
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import emc2_kernels  # noqa: F401  registers the operators
-from emc2_kernels.backends.cpu import mh as cpu
-from emc2_kernels.backends.cpu import tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EDGES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 70)
@@ -122,6 +119,23 @@ def arguments_of_draws(source: Source) -> dict:
     return arguments_of_scores(source) | {"num_samples": source.one_of((1, 2, 3, 16, 17, 40))}
 
 
+def arguments_of_lse(source: Source) -> dict:
+    given = arguments_of_scores(source)
+    for name in ("chain_ids", "seed", "step", "step_tensor"):
+        given.pop(name, None)
+    given["symmetric"] = source.chance(0.3)
+    if given["symmetric"]:
+        given["keys"] = given["queries"]
+        given |= {"key_ids": given["query_ids"]} if "query_ids" in given else {}
+    return given
+
+
+def arguments_of_lse_backward(source: Source) -> dict:
+    given = arguments_of_lse(source)
+    n = given["queries"].shape[0]
+    return given | {"grad": source.floats(n), "lse": source.floats(n)}
+
+
 def arguments_of_coin(source: Source) -> dict:
     return {"items": source.integers(0, 2**40, source.one_of(EDGES)), "seed": 1, "step": 2, "backend": "cpu"}
 
@@ -141,6 +155,8 @@ OPERATORS: dict[str, Callable[[Source], dict]] = {
     "mh_step": arguments_of_step,
     "mh_transition": arguments_of_transition,
     "gumbel_sample": arguments_of_draws,
+    "contrastive_lse": arguments_of_lse,
+    "contrastive_lse_backward": arguments_of_lse_backward,
     "view_coin": arguments_of_coin,
     "label_at": arguments_of_labels,
     "look_within": arguments_of_look,
@@ -191,11 +207,6 @@ def call(source: Source) -> str | None:
     if source.chance(0.5):
         broken, given_instead = source.one_of(tuple(faults(source, given)))
         given[broken] = given_instead
-    tiles.TILE_ROWS, tiles.TILE_ELEMENTS = source.one_of(((512, 1 << 19), (64, 64 * 16), (64, 64 * 3)))
-    cpu.SMALL_SWEEP_MULTIPLIES = source.one_of((1 << 20, -1 if given.get("queries", torch.ones(1)).numel() else 0))
-    if given.get("keys", torch.ones(1)).numel() == 0:
-        cpu.SMALL_SWEEP_MULTIPLIES = 1 << 20  # score_tiles has none of nothing
-    tiles._kept = threading.local()  # a buffer of an earlier call would hide reads past the end of this one's
     operator = getattr(torch.ops.emc2_kernels, name).default
     positional = [given.get(argument.name) for argument in operator._schema.arguments]
     try:
@@ -219,6 +230,13 @@ def illegal(name: str, given: dict, result: object) -> str | None:
         asked = given["position"] >= 0  # the label of none means nothing
         right = torch.equal(result[asked], given["key_labels"][given["position"][asked]])
         return None if right else f"{name}: {result} at {given['position']}"
+    if name == "contrastive_lse":
+        return None if bool((result < torch.inf).all()) else f"{name}: {result}"
+    if name == "contrastive_lse_backward":
+        keys = (0,) if given["symmetric"] else given["keys"].shape
+        rows = given["queries"].shape[0] if "temperature_tensor" in given else 0
+        right = [given["queries"].shape, torch.Size(keys), torch.Size((rows,))]
+        return None if [gradient.shape for gradient in result] == right else f"{name}: {result}"
     m, first = given["keys"].shape[0], given.get("first_proposal", 0)
     positions = result[0] if name == "mh_step" else result[2] if name == "mh_transition" else result
     offset = first if name == "mh_transition" and "num_draws" not in given and "positions" not in given else 0

@@ -1,1 +1,1 @@
-"""The CPU backend: torch's matrix product by tiles, and the compiled core of csrc/cpu over them."""
+"""The CPU backend: the compiled core of csrc/cpu, given addresses."""

@@ -1,4 +1,4 @@
-"""The CPU backend: torch's matrix product for the scores of a tile, the compiled core for the walk over it."""
+"""The CPU backend: the compiled core, scores included."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from .. import kernel_calls
 from ..kernel_calls import Number
 from ..params import WalkParams, check_items, check_step
 from .build import library
-from .tiles import score_tiles
-
-SMALL_SWEEP_MULTIPLIES = 1 << 20  # n * m * d up to which one native call, products included, beats torch's product
 
 
 def seed_number(seed: int | Tensor) -> Number:
@@ -29,24 +26,12 @@ def step_number(step: int | Tensor) -> Number:
 def _run(core: ModuleType, walk: WalkParams, *input_and_outputs: Any) -> None:
     threads = torch.get_num_threads()
     params = kernel_calls.walk_params(core, walk, seed_number(walk.seed), step_number(walk.step), threads)
+    run = core.walk_sweep if walk.is_sweep else core.walk_gathered
     try:
-        _walk(core, walk, params, input_and_outputs)
+        run(params, kernel_calls.operands(core, walk.queries, walk.keys), *input_and_outputs)
     except ValueError:  # the core has refused a value, before it did anything
         walk.check_values()  # says which, and where it is
         raise
-
-
-def _walk(core: ModuleType, walk: WalkParams, params: Any, input_and_outputs: tuple) -> None:
-    queries, keys = walk.queries, walk.keys
-    n, dim = queries.shape
-    if not walk.is_sweep:
-        core.walk_gathered(params, kernel_calls.operands(core, walk), *input_and_outputs)
-    elif n * keys.shape[0] * dim <= SMALL_SWEEP_MULTIPLIES:
-        core.walk_small_sweep(params, kernel_calls.operands(core, walk), *input_and_outputs)
-    else:
-        sweep = core.Sweep(params, *input_and_outputs)
-        for tile in score_tiles(queries, keys):
-            sweep.walk(*tile)
 
 
 def transition(walk: WalkParams) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,7 +40,9 @@ def _run(core: ModuleType, walk: WalkParams, *input_and_outputs: Any) -> None:
     params = kernel_calls.walk_params(core, walk, _number(walk.seed, 64), _number(walk.step, 32))
     launch = core.walk_sweep if walk.is_sweep else core.walk_gathered
     # Once a launch is on the stream, torch's allocator hands the memory of what it reads to later work only.
-    launch(index, _current_stream(index), params, kernel_calls.operands(core, walk), *input_and_outputs)
+    launch(
+        index, _current_stream(index), params, kernel_calls.operands(core, walk.queries, walk.keys), *input_and_outputs
+    )
 
 
 def transition(walk: WalkParams) -> tuple[Tensor, Tensor, Tensor]:
