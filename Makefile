@@ -6,6 +6,7 @@
 # An environment that has torch already is used as it is; elsewhere .venv is made, with the torch that constraints.txt pins.
 
 PYTHON ?= python3
+EMC2_ARCH ?= -march=native
 
 ifneq ($(shell $(PYTHON) -c "import torch; print(torch.__version__)" 2>/dev/null),)
 RUN := $(PYTHON)
@@ -18,7 +19,7 @@ endif
 # The tests start hundreds of processes: without bytecode each would compile all that it imports, torch among it, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-isa bench gpu-check compiled lint core-test clean install-into-this-environment
+.PHONY: demo test test-slow test-isa bench gpu-check compiled lint core-test core-cycles clean install-into-this-environment
 
 demo: $(INSTALLED)
 	$(RUN) -m examples.demo
@@ -54,6 +55,12 @@ core-test:
 	cmake -S . -B build -DCMAKE_BUILD_TYPE=Release
 	cmake --build build --parallel 2
 	ctest --test-dir build --output-on-failure
+
+# Cycles of its parts; EMC2_ARCH as for cmake.
+core-cycles:
+	cmake -S . -B build -DCMAKE_BUILD_TYPE=Release -DEMC2_ARCH="$(EMC2_ARCH)"
+	cmake --build build --target core_cycles
+	build/core_cycles
 
 clean:
 	rm -rf .venv build
