@@ -49,6 +49,8 @@ EMC2_HD Floats load_floats(const Element* from, int64_t left) {
   return load_floats(padded);
 }
 
+EMC2_HD int64_t padded_to_lanes(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+
 // A row as float32, followed by zeros up to a multiple of the lanes.
 template <class Element>
 EMC2_HD void load_row(const Element* from, int64_t dim, float* to) {

@@ -138,7 +138,7 @@ void walk_row(const Walk& walk, int64_t row, float* query) {
 
 template <class Element>
 void walk_rows(const Walk& walk) {
-  const int64_t dim = walk.operands.dim, padded = (dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t dim = walk.operands.dim, padded = padded_to_lanes(dim);
   const bool parallel = walk.num_rows * walk.num_proposals * dim >= kParallelMultiplies;
 #pragma omp parallel num_threads(walk.num_threads) if (parallel)
   {

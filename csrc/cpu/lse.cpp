@@ -151,11 +151,8 @@ class Gradient {
       if (d_temperatures_) d_temperature -= share > 0.0f || share < 0.0f ? share * score : Floats{};
     }
     if (of_keys_) {
-      const Floats score = dot * of_keys_->inverse_temperature[key];
-      Ints counts = score < kInfinity;
-      if (params_.query_ids) counts &= ~rows.has_id(params_.key_ids[key]);
-      const Floats counted = counts ? score : all_floats(-kInfinity);
-      weight += of_keys_->coefficient[key] * exp_nonpositive(counted - of_keys_->level[key]);
+      const Floats score = rows.counted(params_, dot * of_keys_->inverse_temperature[key], key);
+      weight += of_keys_->coefficient[key] * exp_nonpositive(score - of_keys_->level[key]);
     }
     return weight;
   }
@@ -170,7 +167,7 @@ class Gradient {
 // (count, dim) float32 rows: those that are finite, and zeros in the place of others.
 template <class Element>
 std::vector<float> finite_rows(const Element* rows, int64_t stride, int64_t count, int64_t dim) {
-  const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = padded_to_lanes(dim);
   std::vector<float> copies(count * padded);
   for (int64_t row = 0; row < count; ++row) {
     float* copy = copies.data() + row * padded;

@@ -40,12 +40,15 @@ struct RowVector {
     return same & (id_high == static_cast<uint32_t>(id >> 32));
   }
 
-  // -inf where the key is excluded, or the score is not finite.
-  EMC2_HD Floats score(const ScoreParams& params, Floats dot, int64_t key) const {
-    const Floats score = dot * inverse_temperature;
+  // A score, or -inf where the key is excluded, or the score is not finite.
+  EMC2_HD Floats counted(const ScoreParams& params, Floats score, int64_t key) const {
     Ints counts = score < kInfinity;
     if (params.query_ids) counts &= ~has_id(params.key_ids[key]);
     return counts ? score : all_floats(-kInfinity);
+  }
+
+  EMC2_HD Floats score(const ScoreParams& params, Floats dot, int64_t key) const {
+    return counted(params, dot * inverse_temperature, key);
   }
 };
 

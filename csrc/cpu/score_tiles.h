@@ -122,7 +122,7 @@ class KeyTile {
       whole_ = 0;
     }
     const int64_t rest = begin + whole_;
-    copy_stride_ = (dim + kLanes - 1) / kLanes * kLanes;
+    copy_stride_ = padded_to_lanes(dim);
     copies_.resize((end - rest + kKeyBlock - 1) / kKeyBlock * kKeyBlock * copy_stride_);
     for (int64_t k = 0; k * copy_stride_ < static_cast<int64_t>(copies_.size()); ++k)
       load_row(keys + std::min(rest + k, end - 1) * stride, dim, copies_.data() + k * copy_stride_);
@@ -252,7 +252,7 @@ void walk_score_tiles(const Operands& operands, const Blocking& blocking, Walker
       for (int64_t begin = range_begin, end; begin < range_end; begin = end) {
         end = std::min(begin + blocking.tile_keys, range_end);
         if (other_keys) {
-          tile.load(other_keys, (dim + kLanes - 1) / kLanes * kLanes, begin, end, dim);
+          tile.load(other_keys, padded_to_lanes(dim), begin, end, dim);
         } else {
           tile.load(static_cast<const Element*>(operands.keys), operands.key_stride, begin, end, dim);
         }

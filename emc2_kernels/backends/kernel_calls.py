@@ -41,24 +41,25 @@ def contiguous_walk(walk: WalkParams) -> WalkParams:
     return walk._replace(**copies) if copies else walk
 
 
-def temperature_fields(temperature: float | Tensor) -> tuple[float, int, int]:
-    """``temperature``, ``temperatures`` and ``temperature_stride`` of ScoreParams."""
-    if isinstance(temperature, Tensor):
-        return 0.0, temperature.data_ptr(), temperature.stride(0)
-    return temperature, 0, 0
+def contiguous_ids(scores: ScoreParams) -> ScoreParams:
+    """The scores with their ids contiguous, as the kernels read them."""
+    if all(ids is None or ids.is_contiguous() for ids in (scores.query_ids, scores.key_ids)):
+        return scores
+    return scores._replace(query_ids=contiguous(scores.query_ids), key_ids=contiguous(scores.key_ids))
 
 
-def score_fields(scores: ScoreParams, query_ids: Tensor | None, key_ids: Tensor | None) -> dict[str, Any]:
-    """All of ScoreParams; the ids are contiguous."""
-    temperature, temperatures, temperature_stride = temperature_fields(scores.temperature)
+def score_fields(scores: ScoreParams | WalkParams) -> dict[str, Any]:
+    """All of csrc's ScoreParams; the ids are contiguous."""
+    temperature = scores.temperature
+    per_row = isinstance(temperature, Tensor)
     return {
         "num_rows": scores.queries.shape[0],
         "num_keys": scores.keys.shape[0],
-        "temperature": temperature,
-        "temperatures": temperatures,
-        "temperature_stride": temperature_stride,
-        "query_ids": address(query_ids),
-        "key_ids": address(key_ids),
+        "temperature": 0.0 if per_row else temperature,
+        "temperatures": temperature.data_ptr() if per_row else 0,
+        "temperature_stride": temperature.stride(0) if per_row else 0,
+        "query_ids": address(scores.query_ids),
+        "key_ids": address(scores.key_ids),
     }
 
 
@@ -75,16 +76,9 @@ def operands(core: ModuleType, queries: Tensor, keys: Tensor) -> Any:
 
 def walk_params(core: ModuleType, walk: WalkParams, seed: Number, step: Number, num_threads: int = 0) -> Any:
     """``walk`` is contiguous."""
-    temperature, temperatures, temperature_stride = temperature_fields(walk.temperature)
     positions = walk.positions
     return core.WalkParams(
-        num_rows=walk.queries.shape[0],
-        num_keys=walk.keys.shape[0],
-        temperature=temperature,
-        temperatures=temperatures,
-        temperature_stride=temperature_stride,
-        query_ids=address(walk.query_ids),
-        key_ids=address(walk.key_ids),
+        **score_fields(walk),
         seed=seed[0],
         seed_address=seed[1],
         step=step[0],

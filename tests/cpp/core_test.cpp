@@ -7,7 +7,6 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <tuple>
 #include <vector>
 
 #include "check.h"
@@ -19,6 +18,7 @@
 #include "cpu/score_tiles.h"
 #include "cpu/sweep.h"
 #include "cpu/vector_philox.h"
+#include "lse_book.h"
 #include "problem.h"
 
 namespace {
@@ -363,59 +363,34 @@ void gumbel_draws_follow_the_book(int threads) {
   }
 }
 
-// The gradient of sum over rows of weight * lse, by finite differences of the plain formula in double.
+void check_close(const std::vector<float>& got, const std::vector<double>& want, const char* what) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    const bool same = got[i] == want[i] || std::fabs(got[i] - want[i]) <= 1e-5 * (1 + std::fabs(want[i]));
+    CHECK(same, "%s, number %d: %g, not %g", what, int(i), got[i], want[i]);
+  }
+}
+
 void gradients_follow_the_book(int threads) {
-  for (const auto& [rows, keys, dim, symmetric] : std::vector<std::tuple<int64_t, int64_t, int64_t, bool>>{
-           {1, 1, 1, false}, {7, 9, 3, false}, {17, 33, 19, false}, {17, 17, 19, true}, {70, 301, 29, false}}) {
-    const Problem problem(rows, keys, dim, {keys, 0, keys, 0, 1}, true);
-    const auto& key_rows = symmetric ? problem.queries : problem.key_rows;
-    const auto& key_ids = symmetric ? problem.query_ids : problem.key_ids;
-    std::vector<float> temperatures(rows), grad(rows), lse(rows);
-    for (float& value : temperatures) value = 2.0f + static_cast<float>(random_below(5));
-    for (float& value : grad) value = static_cast<float>(random_below(7)) - 3.0f;
+  const int64_t shapes[][4] = {{1, 1, 1, 0}, {7, 9, 3, 0}, {17, 33, 19, 0}, {17, 17, 19, 1}, {70, 301, 29, 0}};
+  for (const auto& [rows, keys, dim, symmetric] : shapes) {
+    const LseProblem problem(rows, keys, dim, symmetric);
+    const LseBook book(problem);
+    std::vector<float> lse(rows);
     emc2::LseParams params{};
-    params.num_rows = rows, params.num_keys = keys, params.temperatures = temperatures.data();
-    params.temperature_stride = 1, params.num_threads = threads, params.lse = lse.data();
-    params.query_ids = problem.query_ids.data(), params.key_ids = key_ids.data();
-    params.operands = {problem.queries.data(), key_rows.data(), dim, dim, dim, emc2::Dtype::kFloat32};
+    problem.set(params);
+    params.operands = problem.operands(), params.num_threads = threads, params.lse = lse.data();
     emc2::contrastive_lse(params);
+    check_close(lse, book.lse, "log-sum-exps");
     std::vector<float> d_queries(rows * dim, 77.0f), d_keys(keys * dim, 77.0f), d_temperatures(rows, 77.0f);
     emc2::LseGradientParams backward{};
-    static_cast<emc2::ScoreParams&>(backward) = params;
-    backward.operands = params.operands, backward.grad = grad.data(), backward.lse = lse.data();
-    backward.symmetric = symmetric, backward.d_queries = d_queries.data(), backward.d_keys = d_keys.data();
-    backward.d_temperatures = d_temperatures.data(), backward.num_threads = threads;
+    problem.set(backward);
+    backward.operands = params.operands, backward.num_threads = threads, backward.symmetric = symmetric;
+    backward.grad = problem.weights.data(), backward.lse = lse.data(), backward.d_queries = d_queries.data();
+    backward.d_keys = d_keys.data(), backward.d_temperatures = d_temperatures.data();
     emc2::contrastive_lse_backward(backward);
-
-    std::vector<double> book_queries(rows * dim), book_keys(keys * dim), book_temperatures(rows);
-    for (int64_t row = 0; row < rows; ++row) {
-      const auto score = [&](int64_t key) {
-        if (key_ids[key] == problem.query_ids[row]) return -static_cast<double>(kInfinity);
-        double dot = 0;
-        for (int64_t i = 0; i < dim; ++i) dot += double(problem.queries[row * dim + i]) * key_rows[key * dim + i];
-        return dot / temperatures[row];
-      };
-      double total = 0;
-      for (int64_t key = 0; key < keys; ++key) total += std::exp(score(key));
-      const double exact = std::log(total);
-      CHECK(total == 0 ? lse[row] == -kInfinity : std::fabs(lse[row] - exact) <= 2e-6 * (1 + std::fabs(exact)),
-            "log-sum-exp %g, not %g", lse[row], exact);
-      for (int64_t key = 0; key < keys && total > 0; ++key) {
-        const double share = std::exp(score(key) - exact) * grad[row] / temperatures[row];
-        for (int64_t i = 0; i < dim; ++i) {
-          book_queries[row * dim + i] += share * key_rows[key * dim + i];
-          (symmetric ? book_queries : book_keys)[key * dim + i] += share * problem.queries[row * dim + i];
-        }
-        if (share != 0) book_temperatures[row] -= share * score(key);
-      }
-    }
-    const auto check_close = [](const std::vector<float>& got, const std::vector<double>& want, const char* what) {
-      for (size_t i = 0; i < want.size(); ++i)
-        CHECK(std::fabs(got[i] - want[i]) <= 1e-4, "gradient %d of %s: %g, not %g", int(i), what, got[i], want[i]);
-    };
-    check_close(d_queries, book_queries, "queries");
-    if (!symmetric) check_close(d_keys, book_keys, "keys");
-    check_close(d_temperatures, book_temperatures, "temperatures");
+    check_close(d_queries, book.d_queries, "gradient of queries");
+    if (!symmetric) check_close(d_keys, book.d_keys, "gradient of keys");
+    check_close(d_temperatures, book.d_temperatures, "gradient of temperatures");
   }
 }
 

@@ -5,32 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernel_calls import contiguous, operands, score_fields
+from ..kernel_calls import contiguous_ids, operands, score_fields
 from ..params import ScoreParams
 from .build import library
 
 
 def contrastive_lse(scores: ScoreParams) -> Tensor:
     """(n,) float32; see ``reference_lse``."""
-    core, query_ids, key_ids = library(), contiguous(scores.query_ids), contiguous(scores.key_ids)
+    core, scores = library(), contiguous_ids(scores)
     lse = torch.empty(scores.queries.shape[0], dtype=torch.float32, device="cpu")
-    params = core.LseParams(
-        **score_fields(scores, query_ids, key_ids), lse=lse.data_ptr(), num_threads=torch.get_num_threads()
-    )
+    params = core.LseParams(**score_fields(scores), lse=lse.data_ptr(), num_threads=torch.get_num_threads())
     core.contrastive_lse(params, operands(core, scores.queries, scores.keys))
     return lse
 
 
 def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and temperatures; see ``reference_lse``."""
-    core, query_ids, key_ids = library(), contiguous(scores.query_ids), contiguous(scores.key_ids)
+    core, scores = library(), contiguous_ids(scores)
     queries, keys, grad, lse = scores.queries, scores.keys, grad.contiguous(), lse.contiguous()
     d_queries = torch.empty(queries.shape, dtype=torch.float32, device="cpu")
     d_keys = torch.empty((0,) if scores.symmetric else keys.shape, dtype=torch.float32, device="cpu")
     rows = queries.shape[0] if isinstance(scores.temperature, Tensor) else 0
     d_temperature = torch.empty(rows, dtype=torch.float32, device="cpu")
     params = core.LseGradientParams(
-        **score_fields(scores, query_ids, key_ids),
+        **score_fields(scores),
         grad=grad.data_ptr(),
         lse=lse.data_ptr(),
         symmetric=scores.symmetric,
