@@ -63,11 +63,15 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a whole file, as ``replacing`` does; text as UTF-8. What is there and no regular file (a terminal, a pipe)
     is written to."""
     data = content.encode() if isinstance(content, str) else content
-    if Path(path).is_file() or not os.path.lexists(os.path.realpath(path)):
+    try:
+        special = not stat.S_ISREG(os.stat(path).st_mode)  # one look: between two of them another may make the file
+    except FileNotFoundError:
+        special = False
+    if special:
+        Path(path).write_bytes(data)
+    else:
         with replacing(path) as file:
             file.write(data)
-    else:
-        Path(path).write_bytes(data)
 
 
 @contextmanager

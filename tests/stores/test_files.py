@@ -180,14 +180,19 @@ def test_without_locks_files_are_written_and_leftovers_stay(tmp_path, monkeypatc
 
 def test_of_many_that_write_at_once_one_has_the_name(tmp_path):
     contents, errors = {f"{number} " * 50_000 for number in range(8)}, []
+    together = threading.Barrier(8)
 
     def write_often(content):
         try:
-            for _ in range(20):
+            for number in range(20):
+                if number % 2 == 0 and together.wait() == 0:  # from a name that nobody has, too
+                    (tmp_path / "file").unlink(missing_ok=True)
+                together.wait()
                 files.write(tmp_path / "file", content)
                 assert (tmp_path / "file").read_text() in contents
         except BaseException as error:
             errors.append(error)
+            together.abort()
 
     threads = [threading.Thread(target=write_often, args=(content,)) for content in contents]
     for thread in threads:
