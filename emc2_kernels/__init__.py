@@ -7,17 +7,19 @@
 from . import batching, checkpoint, losses
 from .backends import backends
 from .gumbel import gumbel_sample, softmax_sample
+from .isir import isir_step
 from .lse import contrastive_lse
 from .mh import mh_step, mh_transition
 from .stores.bank import EmbeddingBank
 from .stores.chains import ChainStore
-from .transition import MHResult, MHState, Transition, apply, compose, init_state
+from .transition import ISIRResult, MHResult, MHState, Transition, apply, compose, init_state
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ChainStore",
     "EmbeddingBank",
+    "ISIRResult",
     "MHResult",
     "MHState",
     "Transition",
@@ -29,6 +31,7 @@ __all__ = [
     "contrastive_lse",
     "gumbel_sample",
     "init_state",
+    "isir_step",
     "losses",
     "mh_step",
     "mh_transition",

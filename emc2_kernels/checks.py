@@ -266,20 +266,24 @@ def row_temperatures(value: float | Tensor, like: Tensor) -> None:
         temperature(value, like.shape[0], like.device)
 
 
-def ids(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> None:
+def ids(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any, carried_ids: Any = None) -> None:
     """Exclusion ids of rows and keys, int64; those of the keys may come alone."""
-    if query_ids is not None:
+    for name, of_rows in (("query_ids", query_ids), ("carried_ids", carried_ids)):
+        if of_rows is None:
+            continue
         if key_ids is None:
-            raise ValueError("query_ids need key_ids to be compared with, got key_ids=None")
-        vector("query_ids", query_ids, queries.shape[0], torch.int64, queries.device)
+            raise ValueError(f"{name} need key_ids to be compared with, got key_ids=None")
+        vector(name, of_rows, queries.shape[0], torch.int64, queries.device)
     if key_ids is not None:
         vector("key_ids", key_ids, keys.shape[0], torch.int64, queries.device)
 
 
-def chain_ids(queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids: Any) -> Tensor | None:
+def chain_ids(
+    queries: Tensor, keys: Tensor, given: Any, query_ids: Any, key_ids: Any, carried_ids: Any = None
+) -> Tensor | None:
     """Checks exclusion ids too, but no values; returns the chain ids with their default. None stands for the row
     numbers."""
-    ids(queries, keys, query_ids, key_ids)
+    ids(queries, keys, query_ids, key_ids, carried_ids)
     if given is not None:
         vector("chain_ids", given, queries.shape[0], torch.int64, queries.device)
     return query_ids if given is None else given

@@ -77,22 +77,31 @@ def mean_similarity(lse: Tensor, scores: ScoreParams, backend: str) -> Tensor:
     return -rows * (rows * gradients[2])  # the square alone could overflow
 
 
+def keep_scores(ctx: FunctionCtx, scores: ScoreParams, backend: str, lse: Tensor, *others: Tensor) -> None:
+    """For ``score_gradients``, between the two passes of an autograd Function. others: are saved behind."""
+    ctx.numbers, ctx.backend = tuple(None if isinstance(value, Tensor) else value for value in scores), backend
+    ctx.save_for_backward(lse, *(value if isinstance(value, Tensor) else None for value in scores), *others)
+
+
+def score_gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of queries, keys and the rows' temperatures, for grad (n,) of the log-sum-exps that were kept. None: of keys that
+    are the queries, and of a temperature that is a number."""
+    lse, *saved = ctx.saved_tensors
+    saved = saved[: len(ctx.numbers)]
+    fields = (value if tensor is None else tensor.detach() for value, tensor in zip(ctx.numbers, saved, strict=True))
+    scores = ScoreParams(*fields)
+    made = ops.contrastive_lse_backward(scores, grad.detach(), lse.detach(), ctx.backend)
+    d_queries, d_keys, d_rows = no_double_backward(NO_SECOND_DERIVATIVE, *made, of=(grad, *saved[:3]))
+    return d_queries, None if scores.symmetric else d_keys, d_rows if isinstance(scores.temperature, Tensor) else None
+
+
 def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    queries, keys, temperature, query_ids, key_ids, ctx.symmetric, ctx.backend = inputs
-    ctx.number = None if isinstance(temperature, Tensor) else temperature
-    rows = temperature if ctx.number is None else None
-    ctx.save_for_backward(output, queries, keys, rows, query_ids, key_ids)
+    keep_scores(ctx, ScoreParams(*inputs[:-1]), inputs[-1], output)
 
 
 def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Of queries, keys and temperature; then None for each of the other inputs."""
-    lse, *operands = ctx.saved_tensors
-    queries, keys, rows, query_ids, key_ids = (x if x is None else x.detach() for x in operands)
-    temperature = rows if ctx.number is None else ctx.number
-    scores = ScoreParams(queries, keys, temperature, query_ids, key_ids, ctx.symmetric)
-    made = ops.contrastive_lse_backward(scores, grad.detach(), lse.detach(), ctx.backend)
-    d_queries, d_keys, d_rows = no_double_backward(NO_SECOND_DERIVATIVE, *made, of=(grad, *operands[:3]))
-    return d_queries, None if ctx.symmetric else d_keys, None if rows is None else d_rows, None, None, None, None
+    return *score_gradients(ctx, grad), *[None] * (len(ScoreParams._fields) - 2)
 
 
 class _Eager(torch.autograd.Function):
@@ -121,7 +130,7 @@ class _Transformed(torch.autograd.Function):
 
 def _keep_of_operator(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     scores, backend = ops.contrastive_lse.unflatten(inputs)
-    _keep(ctx, (*scores, backend), output)
+    keep_scores(ctx, scores, backend, output)
 
 
 def _gradients_of_operator(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

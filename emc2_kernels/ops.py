@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import resolve
-from .backends.params import DrawParams, ScoreParams, WalkParams, score_dtype
+from .backends.params import CarriedParams, DrawParams, ScoreParams, WalkParams, score_dtype
 from .dispatch import operator
 
 
@@ -121,3 +121,27 @@ def _check_gumbel_sample(scores: ScoreParams, draw: DrawParams, _: str) -> None:
 def gumbel_sample(scores: ScoreParams, draw: DrawParams, backend: str) -> Tensor:
     """(n, R) int64 positions."""
     return resolve(backend, scores.queries, op="gumbel").gumbel_sample(scores, *draw)
+
+
+def _check_isir_step(scores: ScoreParams, carried: CarriedParams, _: str) -> None:
+    scores.check_shapes()
+    carried.check_shapes(scores)
+
+
+def _fake_isir_step(scores: ScoreParams, _: CarriedParams, __: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, new, dtype = scores.queries.shape[0], scores.queries.new_empty, score_dtype(scores.queries)
+    integers, floats = [new(n, dtype=torch.int64) for _ in range(2)], [new(n, dtype=dtype) for _ in range(2)]
+    return *integers, *floats, new(n, dtype=torch.float64)
+
+
+@operator(
+    "(Tensor position, Tensor key, Tensor score, Tensor lse, Tensor value)",
+    check=_check_isir_step,
+    fake=_fake_isir_step,
+    differentiable=True,
+)
+def isir_step(
+    scores: ScoreParams, carried: CarriedParams, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of operands that nothing is differentiated through; isir.py has the gradient of lse."""
+    return resolve(backend, scores.queries, op="isir").isir_step(scores, carried)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ACCEPTANCE, POSITION, GUMBEL, VIEW_COIN = range(4)  # streams
+ACCEPTANCE, POSITION, GUMBEL, VIEW_COIN, CARRIED = range(5)  # streams
 
 NUM_ROUNDS = 7  # the fewest that pass BigCrush
 _MASK = 0xFFFFFFFF
@@ -104,13 +104,23 @@ def proposal_positions(
 
 
 def gumbel(
-    chain_ids: Tensor, columns: range, *, seed: int | Tensor, step: int | Tensor, sample: int, dtype: torch.dtype
+    chain_ids: Tensor,
+    columns: range,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor,
+    dtype: torch.dtype,
+    sample: int = 0,
+    stream: int = GUMBEL,
 ) -> Tensor:
     """Gumbel noise -log E of each chain's columns, (n, M); E = -log1p(-v), v = (word + 0.5) * 2^-32.
 
     The acceptance draws' shift by 9 would truncate it at 16.6, below the maximum of 10^7 keys.
+
+    Args:
+        stream: GUMBEL, of keys; CARRIED, of what a chain brings along.
     """
-    word = _word_of_proposal(chain_ids, columns, stream=GUMBEL, seed=seed, step=step, sample=sample)
+    word = _word_of_proposal(chain_ids, columns, stream=stream, seed=seed, step=step, sample=sample)
     v = (word.to(torch.float64) + 0.5) * 2.0**-32
     return (-(-torch.log1p(-v)).log()).to(dtype)
 

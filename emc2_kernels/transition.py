@@ -24,7 +24,7 @@ class MHState(NamedTuple):
 
 
 class MHResult(NamedTuple):
-    """What a step of n chains returns."""
+    """What a walk of n chains returns."""
 
     samples: Tensor  # (n, num_samples) int32  positions in `keys`; -1: still at the incoming state
     state: MHState  # after the last proposal
@@ -33,6 +33,15 @@ class MHResult(NamedTuple):
     lse: (
         Tensor | None
     )  # (n,) float32  log-sum-exp of similarity / temperature over the non-excluded keys, with return_lse=True
+
+
+class ISIRResult(NamedTuple):
+    """What a step of iterated sampling importance resampling of n chains returns."""
+
+    position: Tensor  # (n,) int64  in `keys`; -1: it stayed, or there was no candidate
+    state: MHState
+    lse: Tensor  # (n,) float32  log-sum-exp over the candidates, differentiable; -inf: there were none
+    carried_weight: Tensor  # (n,) float32  share of the incoming state in its exponential; 0: it had not started
 
 
 class Transition(NamedTuple):

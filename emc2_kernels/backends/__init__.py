@@ -40,7 +40,7 @@ class Backend(NamedTuple):
             return _told(error)
 
 
-OPERATIONS = ("mh", "lse", "gumbel")  # mh: step, transition, view_coin
+OPERATIONS = ("mh", "lse", "gumbel", "isir")  # mh: step, transition, view_coin
 
 # Fastest first: "auto" takes the first that can run the operands.
 TABLE = {

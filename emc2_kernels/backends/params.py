@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import checks
 
 MAX_PROPOSALS = 1 << 33  # of a walk: the draws' blocks have 32 bits, two positions each
+MAX_CARRIED = 4  # candidates that a chain brings along: the words of one block of draws
 MAX_SAMPLES = 1 << 16  # of gumbel_sample: a sample's number has 16 bits of the random counter
 
 
@@ -136,8 +137,8 @@ def sample_points(total: int, burn_in: int, num_samples: int) -> list[int]:
 
 
 class ScoreParams(NamedTuple):
-    """The scores s_ij = <q_i, k_j> / temperature_i of n rows and m keys, for the primitives that look at every key. A
-    key with the row's id, or whose score is not finite, is left out."""
+    """The scores s_ij = <q_i, k_j> / temperature_i - log g_j of n rows and m keys, for the primitives that look at
+    every key. A key with one of the row's ids, or whose score is not finite, is left out."""
 
     queries: Tensor  # (n, d)
     keys: Tensor  # (m, d)
@@ -147,6 +148,8 @@ class ScoreParams(NamedTuple):
     # Queries and keys are one operand with one set of ids, and have one gradient. It is said, not seen: Inductor gives
     # an operator one tensor for two arguments where it finds that they hold the same, and wants a gradient of each.
     symmetric: bool = False
+    carried_ids: Tensor | None = None  # (n,) int64, a second id of the row; None: it has none
+    log_proposal: Tensor | None = None  # (m,) float32 log g; None: zeros
 
     @classmethod
     def among(cls, queries: Tensor, temperature: float | Tensor, ids: Tensor | None) -> ScoreParams:
@@ -155,7 +158,7 @@ class ScoreParams(NamedTuple):
 
     def slice_rows(self, rows: slice) -> ScoreParams:
         """Some rows against all keys."""
-        per_row = ("queries", "temperature", "query_ids")
+        per_row = ("queries", "temperature", "query_ids", "carried_ids")
         some = {name: value[rows] for name in per_row if isinstance(value := getattr(self, name), Tensor)}
         return self._replace(symmetric=False, **some)
 
@@ -167,12 +170,19 @@ class ScoreParams(NamedTuple):
         """
         checks.operands(self.queries, self.keys)
         checks.row_temperatures(self.temperature, self.queries)
-        checks.ids(self.queries, self.keys, self.query_ids, self.key_ids)
+        checks.ids(self.queries, self.keys, self.query_ids, self.key_ids, self.carried_ids)
+        if self.log_proposal is not None:
+            checks.vector("log_proposal", self.log_proposal, self.keys.shape[0], torch.float32, self.queries.device)
 
     def check(self) -> None:
         """Temperatures too, which a graph that was traced could not see."""
         self.check_shapes()
+        self.check_values()
+
+    def check_values(self) -> None:
         checks.temperature(self.temperature, self.queries.shape[0], self.queries.device)
+        if self.log_proposal is not None:
+            checks.finite("log_proposal", self.log_proposal)
 
 
 class DrawParams(NamedTuple):
@@ -186,6 +196,52 @@ class DrawParams(NamedTuple):
     def check_num_samples(self) -> None:
         if checks.at_least("num_samples", self.num_samples, 1) >= MAX_SAMPLES:
             raise ValueError(f"num_samples must be below 2^16, got {self.num_samples}")
+
+
+class CarriedParams(NamedTuple):
+    """What n chains bring along to a step over all keys (i-SIR), C candidates each, and which draws are theirs."""
+
+    key: Tensor  # (n, C) int64 labels
+    score: Tensor  # (n, C) float32, float64 where the queries are; one that is not finite is no candidate
+    key_labels: Tensor | None  # (m,) int64, what the next state's key holds; None: the key's number
+    chain_ids: Tensor | None  # (n,) int64; None: the row number
+    seed: int | Tensor  # or 0-d int64, the bits of an unsigned number
+    step: int | Tensor  # or 0-d int64
+    first_key: int  # number of these keys' first one among all: the noise, and positions, go by it
+
+    def check_shapes(self, scores: ScoreParams) -> None:
+        """Of what comes to the operator by itself.
+
+        Raises:
+            ValueError, TypeError: as ``isir_step``.
+        """
+        queries, keys = scores.queries, scores.keys
+        checks.chain_ids(queries, keys, self.chain_ids, scores.query_ids, scores.key_ids)
+        checks.tensor("state.key", self.key)
+        shape = (queries.shape[0], self.key.shape[-1] if self.key.dim() else 0)
+        for name, value, dtype in (
+            ("state.key", self.key, torch.int64), ("state.score", self.score, score_dtype(queries)),
+        ):  # fmt: skip
+            if value.shape != shape or value.dtype != dtype or value.device != queries.device:
+                expected = f"{str(dtype).removeprefix('torch.')} of shape ({queries.shape[0]}, C) on {queries.device}"
+                raise ValueError(f"{name} must be {expected}, got {checks.describe(value)}")
+        if shape[1] > MAX_CARRIED:
+            raise ValueError(f"state.key must have at most {MAX_CARRIED} candidates a row, got {shape[1]}")
+        if self.key_labels is not None:
+            checks.vector("key_labels", self.key_labels, keys.shape[0], torch.int64, queries.device)
+        first = checks.at_least("first_key", self.first_key, 0)
+        if first + keys.shape[0] > MAX_PROPOSALS:
+            raise ValueError(f"first_key must be at most 2^33 - {keys.shape[0]} keys, got {first}")
+
+    def check_values(self, scores: ScoreParams) -> None:
+        """Names what is out of range, and where it is; on a GPU the device looks.
+
+        Raises:
+            ValueError: as ``isir_step``.
+        """
+        check_chains(self.chain_ids, scores.query_ids)
+        check_step(self.step)
+        scores.check_values()
 
 
 def score_dtype(queries: Tensor) -> torch.dtype:

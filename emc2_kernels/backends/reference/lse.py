@@ -29,13 +29,17 @@ def row_blocks(scores: ScoreParams) -> Iterator[tuple[slice, ScoreParams]]:
 
 
 def masked_scores(scores: ScoreParams) -> Tensor:
-    """(rows, m): s_ij = <q_i, k_j> / temperature_i; -inf where key j is excluded for row i or the score not finite."""
+    """(rows, m): s_ij = <q_i, k_j> / temperature_i - log g_j; -inf where key j is excluded for row i or the score not
+    finite."""
     temperature = scores.temperature
     dots = _wide(scores.queries) @ _wide(scores.keys).T
     values = dots / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    if scores.log_proposal is not None:
+        values = values - scores.log_proposal
     counted = values.isfinite()
-    if scores.query_ids is not None:
-        counted &= scores.query_ids[:, None] != scores.key_ids
+    for ids in (scores.query_ids, scores.carried_ids):
+        if ids is not None:
+            counted &= ids[:, None] != scores.key_ids
     return torch.where(counted, values, -torch.inf)
 
 
