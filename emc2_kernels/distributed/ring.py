@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ from torch.autograd.function import FunctionCtx
 
 from .. import checks, ops
 from ..autograd import no_double_backward
-from ..backends.params import ScoreParams, WalkParams
+from ..backends.params import CarriedParams, ScoreParams, WalkParams
+from ..isir import carried_weights
 from ..lse import mean_similarity
 from ..transition import Transition, compose
 from .shards import Shards
@@ -83,6 +85,25 @@ def rotate_and_sum(
     return sums if under_way is None else under_way.wait()
 
 
+# Of the queries and of this rank's keys; of the queries again, or None. See ``ScoreParams``.
+Ids = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _keep_lse(
+    ctx: FunctionCtx,
+    lse: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    ids: Ids,
+    shards: Shards,
+    backend: str,
+) -> None:
+    ctx.shards, ctx.backend = shards, backend
+    ctx.number = None if isinstance(temperature, Tensor) else temperature
+    ctx.save_for_backward(queries, keys, *ids, lse, temperature if ctx.number is None else None)
+
+
 class _RingLse(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,29 +111,30 @@ class _RingLse(torch.autograd.Function):
         queries: Tensor,
         keys: Tensor,
         temperature: float | Tensor,
-        ids: tuple[Tensor, Tensor],
+        ids: Ids,
         shards: Shards,
         backend: str,
     ) -> Tensor:
         rows, lse = checks.one_or_rows(temperature, queries), None
         for _, (some, some_ids) in rotate_shards([keys, ids[1]], shards):
-            part = ops.contrastive_lse(ScoreParams(queries, some, rows, ids[0], some_ids), backend)
+            scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
+            part = ops.contrastive_lse(scores, backend)
             lse = part if lse is None else torch.logaddexp(lse, part)
-        ctx.shards, ctx.backend = shards, backend
-        ctx.number = None if isinstance(temperature, Tensor) else temperature
-        ctx.save_for_backward(queries, keys, *ids, lse, temperature if ctx.number is None else None)
+        _keep_lse(ctx, lse, queries, keys, temperature, ids, shards, backend)
         return lse
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, query_ids, key_ids, lse, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        queries, keys, query_ids, key_ids, carried_ids, lse, learnt = (
+            x if x is None else x.detach() for x in ctx.saved_tensors
+        )
         rows = checks.one_or_rows(learnt if ctx.number is None else ctx.number, queries)
         # In float32 at least: sums of half precision, rounded at every hop, are 1% wrong after 64 of them.
         d_queries = torch.zeros_like(queries, dtype=lse.dtype)
         d_temperature = None if learnt is None else torch.zeros_like(learnt)
 
         def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
-            scores = ScoreParams(queries, shard[0], rows, query_ids, shard[1])
+            scores = ScoreParams(queries, shard[0], rows, query_ids, shard[1], carried_ids=carried_ids)
             of_shard = ops.contrastive_lse_backward(scores, grad.detach(), lse, ctx.backend)
             for_queries, for_keys, for_rows = of_shard
             d_queries.add_(for_queries)
@@ -129,7 +151,7 @@ def ring_lse(
     queries: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
-    ids: tuple[Tensor, Tensor],
+    ids: Ids,
     shards: Shards,
     backend: str,
 ) -> Tensor:
@@ -138,10 +160,84 @@ def ring_lse(
 
     Args:
         queries: (n, d). keys: (m, d) of this rank, where m is a whole multiple of its shard's rows.
-        ids: (n,) of the queries, (m,) int64 of this rank's keys. A key with the row's id is left out, on whichever rank
-            it is.
+        ids: (n,) of the queries, (m,) int64 of this rank's keys. A key with one of the row's ids is left out, on
+            whichever rank it is.
     """
     return _RingLse.apply(queries, keys, temperature, ids, shards, backend)
+
+
+class _RingResample(torch.autograd.Function):
+    """``_RingLse`` that draws from the keys on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        queries: Tensor,
+        keys: Tensor,
+        temperature: float | Tensor,
+        carried_score: Tensor,
+        carried: CarriedParams,
+        ids: Ids,
+        shards: Shards,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        rows, views = checks.one_or_rows(temperature, queries), keys.shape[0] // shards.sizes[shards.rank]
+        # What the chains bring along are the candidates of a step without keys.
+        own = carried._replace(score=carried_score, key_labels=None)
+        found = _Drawn(*ops.isir_step(ScoreParams(queries, keys[:0], rows, None, None), own, backend))
+        nothing = own._replace(key=own.key[:, :0], score=own.score[:, :0])
+        for source, shard in rotate_shards([keys, ids[1]], shards):
+            for view, (some, some_ids) in enumerate(zip(*(x.unflatten(0, (views, -1)) for x in shard), strict=True)):
+                first = view * shards.total + sum(shards.sizes[:source])
+                labels = carried.key_labels[first : first + len(some)]
+                scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
+                part = _Drawn(*ops.isir_step(scores, nothing._replace(key_labels=labels, first_key=first), backend))
+                found = found.or_better(part)
+        _keep_lse(ctx, found.lse, queries, keys, temperature, ids, shards, backend)
+        ctx.carried_score = carried_score.detach()
+        ctx.mark_non_differentiable(found.position, found.key, found.score, found.value)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_queries, d_keys, d_temperature, *_ = _RingLse.backward(ctx, grads[3])
+        weights = carried_weights(ctx.carried_score, ctx.saved_tensors[5].detach())
+        return d_queries, d_keys, d_temperature, grads[3][:, None] * weights, *[None] * 4
+
+
+class _Drawn(NamedTuple):
+    """What ``ops.isir_step`` returns, of some of the candidates."""
+
+    position: Tensor
+    key: Tensor
+    score: Tensor
+    lse: Tensor
+    value: Tensor
+
+    def or_better(self, other: _Drawn) -> _Drawn:
+        """Of these candidates and others; of equal values the lowest position's, as in one pass over all."""
+        wins = (other.value > self.value) | ((other.value == self.value) & (other.position < self.position))
+        drawn = (torch.where(wins, theirs, ours) for ours, theirs in zip(self[:3], other[:3], strict=True))
+        lse, value = torch.logaddexp(self.lse, other.lse), torch.maximum(self.value, other.value)
+        return _Drawn(*drawn, lse, value)
+
+
+def ring_resample(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    ids: Ids,
+    carried: CarriedParams,
+    shards: Shards,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """``differentiable_step`` of this rank's chains over the keys of all ranks, view by view and rank by rank.
+
+    Args:
+        queries, keys, temperature, ids: as for ``ring_lse``. carried: its labels are all ranks' keys'.
+    """
+    score, others = carried.score, carried._replace(score=None)
+    return _RingResample.apply(queries, keys, temperature, score, others, ids, shards, backend)
 
 
 def ring_similarity(
@@ -149,14 +245,15 @@ def ring_similarity(
     queries: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
-    ids: tuple[Tensor, Tensor],
+    ids: Ids,
     shards: Shards,
     backend: str,
 ) -> Tensor:
     """``mean_similarity`` over the keys of all ranks: (n,), detached."""
     total, rows = torch.zeros_like(lse), checks.one_or_rows(temperature, queries)
     for _, (some, some_ids) in rotate_shards([keys.detach(), ids[1]], shards):
-        total += mean_similarity(lse, ScoreParams(queries, some, rows, ids[0], some_ids), backend)
+        scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
+        total += mean_similarity(lse, scores, backend)
     return total
 
 
