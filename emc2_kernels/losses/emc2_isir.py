@@ -52,7 +52,7 @@ class Resampled(NamedTuple):
     lse: Tensor  # (2b,) over an anchor's candidates, differentiable; -inf: it has none
     state: MHState  # (2b,) the chains afterwards
     weights: Tensor  # (2b, C) shares of what they brought along in the softmax
-    moved: Tensor  # (2b,) bool
+    moved: Tensor  # (2b,) bool: to another key, of the batch or of what it brought along
     sides: list[tuple[Tensor, Tensor, Tensor, Keys]]  # queries, items, carried items and their keys; two of modalities
 
 
@@ -116,7 +116,7 @@ def resample(anchors: Anchors, carried: Carried, keys: Keys, options: WalkOption
     position, key, score, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*drawn, strict=True))
     weights = carried_weights(carried.scores.detach(), lse.detach())
     of_sides = [(some_queries, items, own, keys) for some_queries, items, _, _, own, _, _, keys in sides]
-    return Resampled(lse, MHState(key, score), weights, position >= 0, of_sides)
+    return Resampled(lse, MHState(key, score), weights, position != -1, of_sides)
 
 
 def mean_loss(resampled: Resampled, anchors: Anchors, temperature: float) -> Tensor:
