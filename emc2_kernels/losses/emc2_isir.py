@@ -87,8 +87,10 @@ def bring_along(
     elif means is not None:
         kept = kept + means.now[flat % 2] - means.then.means[flat.clamp_min(0)].to(kept.dtype)
     similarity = (queries[:, None] * kept.view(*labels.shape, -1)).sum(-1)  # no product for autocast to round
-    scores = torch.where(held.view(labels.shape), similarity / options.temperature, -torch.inf)
-    return Carried(labels, torch.where(key >= 0, key // 2, -1), similarity, scores)
+    held = held.view(labels.shape)
+    started = held[:, 0]  # a key that the bank does not hold stands for none of the batch's
+    scores = torch.where(held & started[:, None], similarity / options.temperature, -torch.inf)
+    return Carried(labels, torch.where(started, key // 2, -1), similarity, scores)
 
 
 def resample(anchors: Anchors, carried: Carried, keys: Keys, options: WalkOptions) -> Resampled:
