@@ -210,6 +210,7 @@ class EMC2Loss(SampledLoss):
             means = MeansThenAndNow(self.batch_means, batch_means(keys, self.bimodal))
         with confirm_on_all(self, anchors.embeddings, encodes=encode is not None):
             carried = bring_along(anchors, key, self.bank, options, encode, self.normalize, means)
+            self._checked(carried.similarity)
         resampled = resample(anchors, carried, keys, options)
         with confirm_on_all(self, anchors.embeddings):
             loss = mean_loss(resampled, anchors, self.temperature)

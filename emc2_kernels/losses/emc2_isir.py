@@ -125,8 +125,9 @@ def mean_loss(resampled: Resampled, anchors: Anchors, temperature: float) -> Ten
     """Mean over the anchors of log-sum-exp - s+; an anchor without candidates has none."""
     view_0, view_1 = anchors.embeddings.chunk(2)
     positive = (view_0 * view_1).sum(1) / temperature
-    lse = resampled.lse
-    return torch.where(lse > -torch.inf, lse - positive.repeat(2), 0).mean()
+    lse, positive = resampled.lse, positive.repeat(2)
+    # Not 0: where nothing is finite, no score is a candidate's either, and the value must say so.
+    return torch.where(lse > -torch.inf, lse - positive, 0 * positive).mean()
 
 
 def lost_side(resampled: Resampled, options: WalkOptions) -> Tensor:
