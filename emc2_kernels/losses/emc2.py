@@ -179,7 +179,9 @@ class EMC2Loss(SampledLoss):
                 check_finite(z0, z1)
                 return self._fused(z0, z1, index, options)
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
-        shards = batch_shards(self, z0, index)
+        statistics_go_round = self.sampler == "isir" and self.gather == "ring"
+        form = {"return_stats": return_stats} if statistics_go_round else {}
+        shards = batch_shards(self, z0, index, **form)
         keys = batch_keys(anchors, shards, self.gather)
         step = self._resample if self.sampler == "isir" else self._walk_and_average
         loss, state, stats = step(anchors, keys, shards, options)
