@@ -80,7 +80,7 @@ class EMC2Loss(SampledLoss):
             differentiable all-gather. Each process walks the chains of its own rows and applies the updates of all, so
             that chains are the same everywhere; with contiguous parts of a batch, in rank order, they are those of one
             process with the whole batch. See ``NTXentLoss`` for what this does to the value. "ring": the same with one
-            process's keys at a time, for proposals="batch"; the statistic acceptance is then NaN.
+            process's keys at a time, for proposals="batch"; with sampler="mh" the statistic acceptance is then NaN.
         process_group: that gather means; None: the default group.
         sharded: each process keeps chains and bank of a block of items only, and asks the others for the rest. For
             proposals="batch", and gather="all" or "ring".
@@ -310,9 +310,8 @@ class EMC2Loss(SampledLoss):
 
     def extra_repr(self) -> str:
         samples = "min(16, M - P)" if self.num_samples is None else self.num_samples
+        schedule = f"burn_in={self.burn_in}, num_samples={samples}, " if self.sampler == "mh" else ""
         return (
             f"temperature={self.temperature}, sampler={self.sampler!r}, proposals={self.proposals!r}, "
-            f"views={self.views!r}, "
-            f"burn_in={self.burn_in}, num_samples={samples}, carry={self.carry!r}, bimodal={self.bimodal}, "
-            f"seed={self.seed}"
+            f"views={self.views!r}, {schedule}carry={self.carry!r}, bimodal={self.bimodal}, seed={self.seed}"
         )
