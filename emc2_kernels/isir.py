@@ -129,9 +129,10 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _gradients(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Of queries, keys, temperature, and the scores carried; None for each of the other inputs."""
-    grad, (lse, *_, score) = grads[3], ctx.saved_tensors
+    grad, saved = grads[3], ctx.saved_tensors
+    lse, *_, score = saved
     weights = carried_weights(score.detach(), lse.detach())
-    of_scores = score_gradients(ctx, grad)
+    of_scores = score_gradients(ctx, saved, grad)
     d_carried = grad[:, None] * weights
     return *of_scores, *[None] * (_FIELDS - 3), None, d_carried, *[None] * 6
 

@@ -83,11 +83,16 @@ def keep_scores(ctx: FunctionCtx, scores: ScoreParams, backend: str, lse: Tensor
     ctx.save_for_backward(lse, *(value if isinstance(value, Tensor) else None for value in scores), *others)
 
 
-def score_gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def score_gradients(
+    ctx: FunctionCtx, saved: tuple[Tensor | None, ...], grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of queries, keys and the rows' temperatures, for grad (n,) of the log-sum-exps that were kept. None: of keys that
-    are the queries, and of a temperature that is a number."""
-    lse, *saved = ctx.saved_tensors
-    saved = saved[: len(ctx.numbers)]
+    are the queries, and of a temperature that is a number.
+
+    Args:
+        saved: ``ctx.saved_tensors``, which torch.utils.checkpoint lets a backward pass ask for once.
+    """
+    lse, *saved = saved[: 1 + len(ctx.numbers)]
     fields = (value if tensor is None else tensor.detach() for value, tensor in zip(ctx.numbers, saved, strict=True))
     scores = ScoreParams(*fields)
     made = ops.contrastive_lse_backward(scores, grad.detach(), lse.detach(), ctx.backend)
@@ -101,7 +106,7 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Of queries, keys and temperature; then None for each of the other inputs."""
-    return *score_gradients(ctx, grad), *[None] * (len(ScoreParams._fields) - 2)
+    return *score_gradients(ctx, ctx.saved_tensors, grad), *[None] * (len(ScoreParams._fields) - 2)
 
 
 class _Eager(torch.autograd.Function):

@@ -125,9 +125,14 @@ class _RingLse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, query_ids, key_ids, carried_ids, lse, learnt = (
-            x if x is None else x.detach() for x in ctx.saved_tensors
-        )
+        return *_RingLse.gradients(ctx, ctx.saved_tensors, grad), None, None, None
+
+    @staticmethod
+    def gradients(
+        ctx: FunctionCtx, saved: tuple[Tensor | None, ...], grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of queries, keys and temperature. saved: what ``_keep_lse`` has, which a backward pass may ask for once."""
+        queries, keys, query_ids, key_ids, carried_ids, lse, learnt = (x if x is None else x.detach() for x in saved)
         rows = checks.one_or_rows(learnt if ctx.number is None else ctx.number, queries)
         # In float32 at least: sums of half precision, rounded at every hop, are 1% wrong after 64 of them.
         d_queries = torch.zeros_like(queries, dtype=lse.dtype)
@@ -144,7 +149,7 @@ class _RingLse(torch.autograd.Function):
 
         (d_keys,) = rotate_and_sum([keys, key_ids], ctx.shards, contribution)
         gradients = d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature
-        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), None, None, None
+        return no_double_backward(NO_SECOND_DERIVATIVE, *gradients)
 
 
 def ring_lse(
@@ -200,9 +205,10 @@ class _RingResample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_queries, d_keys, d_temperature, *_ = _RingLse.backward(ctx, grads[3])
-        weights = carried_weights(ctx.carried_score, ctx.saved_tensors[5].detach())
-        return d_queries, d_keys, d_temperature, grads[3][:, None] * weights, *[None] * 4
+        saved, grad = ctx.saved_tensors, grads[3]
+        lse = saved[5]
+        weights = carried_weights(ctx.carried_score, lse.detach())
+        return *_RingLse.gradients(ctx, saved, grad), grad[:, None] * weights, *[None] * 4
 
 
 class _Drawn(NamedTuple):
