@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import checks, ops
-from .autograd import functorch_active
+from .autograd import functorch_active, no_double_backward
 from .backends import NAMES
 from .backends.params import CarriedParams, ScoreParams
 from .dispatch import LIBRARY, nothing_to_dispatch
-from .lse import keep_scores, score_gradients
+from .lse import NO_SECOND_DERIVATIVE, keep_scores, score_gradients
 from .transition import ISIRResult, MHState
 
 
@@ -131,9 +131,9 @@ def _gradients(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Of queries, keys, temperature, and the scores carried; None for each of the other inputs."""
     grad, saved = grads[3], ctx.saved_tensors
     lse, *_, score = saved
-    weights = carried_weights(score.detach(), lse.detach())
+    d_carried = grad.detach()[:, None] * carried_weights(score.detach(), lse.detach())
+    (d_carried,) = no_double_backward(NO_SECOND_DERIVATIVE, d_carried, of=(grad, score))
     of_scores = score_gradients(ctx, saved, grad)
-    d_carried = grad[:, None] * weights
     return *of_scores, *[None] * (_FIELDS - 3), None, d_carried, *[None] * 6
 
 

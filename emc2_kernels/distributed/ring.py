@@ -207,8 +207,9 @@ class _RingResample(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, grad = ctx.saved_tensors, grads[3]
         lse = saved[5]
-        weights = carried_weights(ctx.carried_score, lse.detach())
-        return *_RingLse.gradients(ctx, saved, grad), grad[:, None] * weights, *[None] * 4
+        d_carried = grad.detach()[:, None] * carried_weights(ctx.carried_score, lse.detach())
+        gradients = no_double_backward(NO_SECOND_DERIVATIVE, d_carried)
+        return *_RingLse.gradients(ctx, saved, grad), *gradients, *[None] * 4
 
 
 class _Drawn(NamedTuple):
