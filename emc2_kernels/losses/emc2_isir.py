@@ -85,7 +85,8 @@ def bring_along(
             again = encoded(encode, distinct, queries, normalize)
             kept = torch.zeros_like(kept).index_copy(0, places, again[inverse])
     elif means is not None:
-        kept = kept + means.now[flat % 2] - means.then.means[flat.clamp_min(0)].to(kept.dtype)
+        (then,) = means.then.rows(flat.clamp_min(0), "means")
+        kept = kept + means.now[flat % 2] - then.to(kept.dtype)
     similarity = (queries[:, None] * kept.view(*labels.shape, -1)).sum(-1)  # no product for autocast to round
     held = held.view(labels.shape)
     started = held[:, 0]  # a key that the bank does not hold stands for none of the batch's
