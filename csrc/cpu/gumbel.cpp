@@ -1,13 +1,12 @@
 #include "gumbel.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "checks.h"
+#include "race.h"
 #include "row_vector.h"
 #include "score_tiles.h"
-#include "vector_philox.h"
 
 namespace emc2 {
 namespace {
@@ -15,47 +14,6 @@ namespace {
 constexpr int64_t kDraw = 16;              // operations of a (key, sample)
 constexpr int64_t kSamplesAtOnce = 16;     // whose generators, 6 KB with AVX-512, stay in the first-level cache
 constexpr int64_t kCachedRaces = 1 << 14;  // (row, sample) of a block of rows, 16 bytes each
-
-constexpr double kLog2 = 0.69314718055994530942;
-
-// The noise of the contract: v = (word + 0.5) * 2^-32, E = -log1p(-v), noise -log E.
-double gumbel_noise(uint32_t word) { return -std::log(-std::log1p(-(word + 0.5) * 0x1p-32)); }
-
-// log v + 158 log 2 or less, by up to 0.06 (more for words below 2^4): the bits of a float are its logarithm, but for a
-// chord in place of a curve.
-EMC2_HD Floats log_bound(Words word) {
-  const Floats half = __builtin_convertvector((Ints)(word >> 1), Floats);
-  return __builtin_convertvector((Ints)half, Floats) * static_cast<float>(kLog2 * 0x1p-23);
-}
-
-// A key beats `best` iff log E < score - best, and log v <= log E: so it must have log_bound + filter < score. The
-// margin is more than all roundings (log_bound exceeds its bound by 7.2e-6 at most).
-float race_filter(double best) { return static_cast<float>(best - 158 * kLog2 - 2e-4 - std::fabs(best) * 0x1p-20); }
-
-// The best key so far of kLanes neighbouring rows, for one sample.
-struct Race {
-  Floats filter = all_floats(-kInfinity);  // what a score must exceed, beside a bound on its noise, to be looked at
-  double best[kLanes];
-  int32_t position[kLanes];
-
-  Race() {
-    std::fill(best, best + kLanes, -static_cast<double>(kInfinity));
-    std::fill(position, position + kLanes, -1);
-  }
-};
-
-// Some 10 of 1,000 keys come here, so their logarithms are taken one by one, in double.
-void enter(Race& race, Ints candidates, Floats scores, Words words, int64_t key) {
-  for (uint32_t left = lane_bits(candidates); left; left &= left - 1) {
-    const int lane = __builtin_ctz(left);
-    const double value = scores[lane] + gumbel_noise(words[lane]);
-    if (value > race.best[lane]) {
-      race.best[lane] = value;
-      race.position[lane] = static_cast<int32_t>(key);
-      race.filter[lane] = race_filter(value);
-    }
-  }
-}
 
 struct RacingRows : RowVector {
   Words chain_low, chain_high;
@@ -95,8 +53,7 @@ void GumbelSampler::start(Group& group, int64_t number) const {
   }
 }
 
-// All keys of a tile for a few samples. What each (key, sample) needs is a quarter of a call of the generator and a
-// comparison; the logarithms of the noise are taken only of keys that may win by a bound on it.
+// All keys of a tile for a few samples.
 void GumbelSampler::scan_samples(RacingRows& rows, const Floats* dots, const ScoreTile& tile, int64_t first,
                                  int64_t count) const {
   const PhiloxKey key = philox_key(params_.seed_value());
@@ -110,23 +67,10 @@ void GumbelSampler::scan_samples(RacingRows& rows, const Floats* dots, const Sco
     if (key < tile.key_begin || key >= tile.key_end) return all_floats(-kInfinity);
     return rows.score(params_, dots[(key - tile.key_begin) * kGroupVectors], key);
   };
-  for (int64_t block = tile.key_begin / 4; 4 * block < tile.key_end; ++block) {
-    const BlockPhilox share(key, step, static_cast<uint32_t>(block));
-    Floats scores[4];
-    for (int i = 0; i < 4; ++i) scores[i] = score_of(4 * block + i);
-    for (int64_t s = 0; s < count; ++s) {
-      Race& race = rows.races[first + s];
-      const PhiloxBlock<Words> drawn = draws[s].words(share);
-      const Words words[4] = {drawn.c0, drawn.c1, drawn.c2, drawn.c3};
-      Ints candidates[4], some{};
-      for (int i = 0; i < 4; ++i) {
-        candidates[i] = log_bound(words[i]) + race.filter < scores[i];
-        some |= candidates[i];
-      }
-      if (__builtin_expect(!any(some), 1)) continue;
-      for (int i = 0; i < 4; ++i) enter(race, candidates[i], scores[i], words[i], 4 * block + i);
-    }
-  }
+  const auto scores_of = [&](int64_t key, Floats * scores) __attribute__((always_inline)) {
+    for (int i = 0; i < 4; ++i) scores[i] = score_of(key + i);
+  };
+  race_keys(0, tile.key_begin, tile.key_end, draws, rows.races.data() + first, count, scores_of);
 }
 
 void GumbelSampler::walk(Group& group, const ScoreTile& tile) const {
@@ -163,7 +107,7 @@ void GumbelSampler::end(const Group& group) {
 void sample_gumbel(const GumbelParams& params) {
   require(params.num_samples >= 1 && params.num_samples <= kMaxSamples, "num_samples: not in 1 .. 2^16 - 1");
   require_within(params.chain_ids, params.num_rows, kChains, "chain_ids: a value outside [0, 2^40)");
-  require_temperatures(params);
+  require_scores(params);
   Blocking blocking(params.num_rows, params.num_keys, params.operands.dim, kDraw * params.num_samples,
                     params.num_threads, kCachedRaces / params.num_samples);
   blocking.split_keys();

@@ -451,8 +451,8 @@ void bad_values_are_refused() {
   }
   const float temperatures[] = {1.0f, 0x1p-120f, 0x1p100f, 0x1p-121f, 0.0f, std::nanf(""), kInfinity, -1.0f};
   for (int64_t i = 0; i < 8; ++i) {
-    const emc2::ScoreParams scores{2, 1, 1.0f, temperatures + i, 0, nullptr, nullptr};
-    CHECK(refuses([&] { emc2::require_temperatures(scores); }) == (i > 2), "temperature %g", temperatures[i]);
+    const emc2::ScoreParams scores{2, 1, 1.0f, temperatures + i, 0, nullptr, nullptr, nullptr, nullptr};
+    CHECK(refuses([&] { emc2::require_scores(scores); }) == (i > 2), "temperature %g", temperatures[i]);
   }
   for (const int64_t samples : {int64_t{0}, int64_t{1} << 16}) {
     emc2::GumbelParams params{};

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernel_calls import contiguous_ids, operands, score_fields
+from ..kernel_calls import contiguous_scores, operands, score_fields
 from ..params import ScoreParams
 from .build import library
 
 
 def contrastive_lse(scores: ScoreParams) -> Tensor:
     """(n,) float32; see ``reference_lse``."""
-    core, scores = library(), contiguous_ids(scores)
+    core, scores = library(), contiguous_scores(scores)
     lse = torch.empty(scores.queries.shape[0], dtype=torch.float32, device="cpu")
     params = core.LseParams(**score_fields(scores), lse=lse.data_ptr(), num_threads=torch.get_num_threads())
     core.contrastive_lse(params, operands(core, scores.queries, scores.keys))
@@ -21,7 +21,7 @@ def contrastive_lse(scores: ScoreParams) -> Tensor:
 
 def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and temperatures; see ``reference_lse``."""
-    core, scores = library(), contiguous_ids(scores)
+    core, scores = library(), contiguous_scores(scores)
     queries, keys, grad, lse = scores.queries, scores.keys, grad.contiguous(), lse.contiguous()
     d_queries = torch.empty(queries.shape, dtype=torch.float32, device="cpu")
     d_keys = torch.empty((0,) if scores.symmetric else keys.shape, dtype=torch.float32, device="cpu")

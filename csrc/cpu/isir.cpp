@@ -1,0 +1,139 @@
+#include "isir.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "checks.h"
+#include "race.h"
+#include "row_vector.h"
+#include "running_lse.h"
+#include "score_tiles.h"
+
+namespace emc2 {
+namespace {
+
+constexpr int64_t kWalked = 32;  // operations of a score beside its product
+
+// A race that keeps the score of who leads, which its value has only up to rounding.
+struct ScoredRace : Race {
+  float score[kLanes];
+
+  ScoredRace() { std::fill(score, score + kLanes, -kInfinity); }
+
+  void lead(int lane, double value, float score_of_key, int32_t key) {
+    Race::lead(lane, value, score_of_key, key);
+    score[lane] = score_of_key;
+  }
+};
+
+struct SteppingRows : RowVector {
+  VectorPhilox draws;
+  RunningLse lse;
+  ScoredRace race;
+};
+
+class IsirStep {
+ public:
+  struct Group {
+    SteppingRows vectors[kGroupVectors];
+  };
+
+  explicit IsirStep(const IsirParams& params) : params_(params) {}
+
+  void start(Group& group, int64_t number) const;
+  void walk(Group& group, const ScoreTile& tile) const;
+  void end(const Group& group) const;
+
+ private:
+  VectorPhilox draws(int64_t row_begin, Stream stream) const;
+  void enter_own(SteppingRows& rows) const;
+
+  const IsirParams& params_;
+};
+
+VectorPhilox IsirStep::draws(int64_t row_begin, Stream stream) const {
+  const IdVector chains(params_.chain_ids, row_begin, params_.num_rows);
+  const Words tag = chains.high << 8 | counter_tag(0, stream);
+  return VectorPhilox(philox_key(params_.seed_value()), params_.step_value(), chains.low, tag);
+}
+
+void IsirStep::start(Group& group, int64_t number) const {
+  for (int v = 0; v < kGroupVectors; ++v) {
+    SteppingRows& rows = group.vectors[v];
+    static_cast<RowVector&>(rows) = RowVector(params_, number * kGroupRows + v * kLanes);
+    rows.draws = draws(rows.begin, kGumbelStream);
+    rows.lse = RunningLse();
+    rows.race = ScoredRace();
+    enter_own(rows);
+  }
+}
+
+// What the chains bring along comes first: of equal values it wins.
+void IsirStep::enter_own(SteppingRows& rows) const {
+  const PhiloxBlock<Words> drawn = draws(rows.begin, kCarriedStream).words(0);
+  const Words words[kMaxCarried] = {drawn.c0, drawn.c1, drawn.c2, drawn.c3};
+  Floats scores[kMaxCarried];
+  for (int64_t c = 0; c < params_.num_carried; ++c) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t row = std::min(rows.begin + lane, params_.num_rows - 1);
+      const float score = params_.carried_score[row * params_.num_carried + c];
+      scores[c][lane] = std::isfinite(score) ? score : -kInfinity;
+    }
+    enter(rows.race, scores[c] > -kInfinity, scores[c], words[c], -1 - c);
+  }
+  rows.lse.add(scores, params_.num_carried, 1);
+}
+
+void IsirStep::walk(Group& group, const ScoreTile& tile) const {
+  // Whole blocks of four draws, which the tile's keys may begin and end inside of.
+  const int64_t before = (params_.first_key + tile.key_begin) % 4;
+  Floats blocks[3 + kTileVectors / kGroupVectors + 3];
+  Floats* scores = blocks + before;
+  std::fill(blocks, scores, all_floats(-kInfinity));
+  std::fill(scores + tile.count(), scores + tile.count() + 3, all_floats(-kInfinity));
+  for (int v = 0; v < tile.vectors; ++v) {
+    SteppingRows& rows = group.vectors[v];
+    for (int64_t i = 0; i < tile.count(); ++i)
+      scores[i] = rows.score(params_, tile.dots[i * kGroupVectors + v], tile.key_begin + i);
+    rows.lse.add(scores, tile.count(), 1);
+    const auto scores_of = [&](int64_t key, Floats * four) __attribute__((always_inline)) {
+      for (int i = 0; i < 4; ++i) four[i] = scores[key - tile.key_begin + i];
+    };
+    race_keys(params_.first_key, tile.key_begin, tile.key_end, &rows.draws, &rows.race, 1, scores_of);
+  }
+}
+
+void IsirStep::end(const Group& group) const {
+  for (const SteppingRows& rows : group.vectors) {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int lane = static_cast<int>(row - rows.begin);
+      const int64_t position = rows.race.position[lane], number = params_.first_key + position;
+      params_.position[row] = position < 0 ? position : number;
+      if (position >= 0) {
+        params_.key[row] = params_.key_labels ? params_.key_labels[position] : number;
+      } else {
+        const bool own = rows.race.score[lane] > -kInfinity;
+        params_.key[row] = own ? params_.carried_key[row * params_.num_carried - 1 - position] : -1;
+      }
+      params_.score[row] = rows.race.score[lane];
+      params_.lse[row] = rows.lse.value(lane);
+      params_.value[row] = rows.race.best[lane];
+    }
+  }
+}
+
+}  // namespace
+
+void isir_step(const IsirParams& params) {
+  require(params.num_carried >= 0 && params.num_carried <= kMaxCarried, "state.key: not 0 .. 4 candidates a row");
+  require(params.first_key >= 0 && params.first_key <= kMaxProposals - params.num_keys,
+          "first_key: keys' numbers past 2^33");
+  require_within(params.chain_ids, params.num_rows, kChains, "chain_ids: a value outside [0, 2^40)");
+  require_scores(params);
+  const Blocking blocking(params.num_rows, params.num_keys, params.operands.dim, kWalked, params.num_threads);
+  const IsirStep step(params);
+  dispatch_dtype(params.operands.dtype,
+                 [&](auto element) { walk_score_tiles<decltype(element)>(params.operands, blocking, step); });
+}
+
+}  // namespace emc2
