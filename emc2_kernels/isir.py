@@ -94,7 +94,8 @@ def isir_step(
 
 def carried_weights(score: Tensor, lse: Tensor) -> Tensor:
     """(n, C) shares of a chain's own candidates, of scores (n, C), in the exponential of lse (n,)."""
-    return torch.where(score.isfinite(), (score - lse[:, None]).exp(), 0)
+    # NaN where neither is there, or the score is NaN; infinite where the score is, which is no candidate either.
+    return (score - lse[:, None]).exp().nan_to_num_(0.0, 0.0, 0.0)
 
 
 def differentiable_step(

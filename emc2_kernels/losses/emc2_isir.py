@@ -62,7 +62,7 @@ class Resampled(NamedTuple):
 
     lse: Tensor  # (2b,) over an anchor's candidates, detached; -inf: it has none
     state: MHState  # (2b,) the chains afterwards
-    moved: Tensor  # (2b,) bool
+    position: Tensor  # (2b,) int64 of the next key in the side's, negative where the chain stays
     sides: list[Side]
 
 
@@ -137,7 +137,7 @@ def resample(anchors: Anchors, carried: Carried, keys: Keys, options: WalkOption
         drawn.append(found[:4])
         sides.append(side)
     position, key, score, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*drawn, strict=True))
-    return Resampled(lse, MHState(key, score), position >= 0, sides)
+    return Resampled(lse, MHState(key, score), position, sides)
 
 
 def mean_loss(anchors: Anchors, carried: Carried, resampled: Resampled, options: WalkOptions, factor: float) -> Tensor:
@@ -145,9 +145,10 @@ def mean_loss(anchors: Anchors, carried: Carried, resampled: Resampled, options:
     with torch.no_grad():
         view_0, view_1 = anchors.embeddings.chunk(2)
         positive = (view_0 * view_1).sum(1) / options.temperature
-        counted = resampled.lse > -torch.inf
-        excess = torch.where(counted, resampled.lse - positive.repeat(2), 0)
-        weight = factor / excess.shape[0]
+        lse = resampled.lse.view(2, -1)
+        counted = lse > -torch.inf
+        excess = torch.where(counted, lse, positive) - positive  # NaN where that is
+        weight = factor / excess.numel()
         value = excess.sum() * weight
     # Queries that are the keys have one gradient, which is the anchors'.
     keys = [None if side.keys.embeddings is side.queries else side.keys.embeddings for side in resampled.sides]
@@ -157,7 +158,7 @@ def mean_loss(anchors: Anchors, carried: Carried, resampled: Resampled, options:
     )
     form = Form(options.temperature, options.backend, list(without))
     hang = _Transformed if functorch_active() else _ByHand
-    found = value, resampled.lse, carried.scores, counted * weight
+    found = value, resampled.lse, carried.scores, counted.flatten() * weight
     return hang.apply(form, *found, anchors.embeddings, carried.embeddings, *keys)
 
 
@@ -261,7 +262,7 @@ def resampled_stats(
     each = lse - candidates.clamp_min(1).to(lse.dtype).log() + math.log(negatives)
     weights = carried_weights(carried.scores, lse)
     stats = {
-        "acceptance": resampled.moved.to(lse.dtype).mean(),
+        "acceptance": (resampled.position >= 0).to(lse.dtype).mean(),
         "carried_weight": weights.sum(1).mean(),
         "log_partition": torch.where(known, each, 0).sum() / known.sum().clamp_min(1),
     }
