@@ -80,7 +80,7 @@ class EMC2Loss(SampledLoss):
             differentiable all-gather. Each process walks the chains of its own rows and applies the updates of all, so
             that chains are the same everywhere; with contiguous parts of a batch, in rank order, they are those of one
             process with the whole batch. See ``NTXentLoss`` for what this does to the value. "ring": the same with one
-            process's keys at a time, for proposals="batch"; the statistic acceptance is then NaN.
+            process's keys at a time, for proposals="batch"; with sampler="mh" the statistic acceptance is then NaN.
         process_group: that gather means; None: the default group.
         sharded: each process keeps chains and bank of a block of items only, and asks the others for the rest. For
             proposals="batch", and gather="all" or "ring".
@@ -179,7 +179,9 @@ class EMC2Loss(SampledLoss):
                 check_finite(z0, z1)
                 return self._fused(z0, z1, index, options)
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
-        shards = batch_shards(self, z0, index)
+        statistics_go_round = self.sampler == "isir" and self.gather == "ring"
+        form = {"return_stats": return_stats} if statistics_go_round else {}
+        shards = batch_shards(self, z0, index, **form)
         keys = batch_keys(anchors, shards, self.gather)
         step = self._resample if self.sampler == "isir" else self._walk_and_average
         loss, state, stats = step(anchors, keys, shards, options)
@@ -210,6 +212,7 @@ class EMC2Loss(SampledLoss):
             means = MeansThenAndNow(self.batch_means, batch_means(keys, self.bimodal))
         with confirm_on_all(self, anchors.embeddings, encodes=encode is not None):
             carried = bring_along(anchors, key, self.bank, options, encode, self.normalize, means)
+            self._checked(carried.similarity)
         resampled = resample(anchors, carried, keys, options)
         with confirm_on_all(self, anchors.embeddings):
             factor = 1.0 if shards is None else shards.ddp_factor
@@ -308,9 +311,8 @@ class EMC2Loss(SampledLoss):
 
     def extra_repr(self) -> str:
         samples = "min(16, M - P)" if self.num_samples is None else self.num_samples
+        schedule = f"burn_in={self.burn_in}, num_samples={samples}, " if self.sampler == "mh" else ""
         return (
             f"temperature={self.temperature}, sampler={self.sampler!r}, proposals={self.proposals!r}, "
-            f"views={self.views!r}, "
-            f"burn_in={self.burn_in}, num_samples={samples}, carry={self.carry!r}, bimodal={self.bimodal}, "
-            f"seed={self.seed}"
+            f"views={self.views!r}, {schedule}carry={self.carry!r}, bimodal={self.bimodal}, seed={self.seed}"
         )

@@ -38,6 +38,7 @@ class Carried(NamedTuple):
     labels: Tensor  # (2b, C) int64; -1: none
     items: Tensor  # (2b,) int64, one for all candidates of a chain; -1
     embeddings: Tensor  # (2b, C, d), differentiable where they are encoded again; zeros where there is none
+    similarity: Tensor  # (2b, C) with the anchor, detached; 0 where there is none
     scores: Tensor  # (2b, C) detached; -inf: none
 
 
@@ -62,7 +63,7 @@ class Resampled(NamedTuple):
 
     lse: Tensor  # (2b,) over an anchor's candidates, detached; -inf: it has none
     state: MHState  # (2b,) the chains afterwards
-    position: Tensor  # (2b,) int64 of the next key in the side's, negative where the chain stays
+    position: Tensor  # (2b,) int64 of the next key in the side's; -1: the chain stays; -2: at its key's other view
     sides: list[Side]
 
 
@@ -81,7 +82,7 @@ def bring_along(
         encode: makes them, each distinct one once, with gradient. None: the bank gives them, without.
         means: by which the bank's are moved on, see losses/correction.py.
     """
-    labels, items = key[:, None], key >> 1  # -1 stays
+    labels = key[:, None]
     if options.views == "both":
         other = torch.where(labels >= 0, labels ^ 1, -1)
         labels = torch.cat((labels, other), 1)
@@ -95,8 +96,12 @@ def bring_along(
     kept = kept.view(*labels.shape, -1)
     with torch.no_grad():
         similarity = (queries[:, None] * kept).sum(-1)  # no product for autocast to round
-        scores = torch.where(held.view(labels.shape), similarity / options.temperature, -torch.inf)
-    return Carried(labels, items, kept, scores)
+        held = held.view(labels.shape)
+        if options.views == "both":  # a key that the bank does not hold stands for none of the batch's
+            held = held & held[:, :1]
+        scores = torch.where(held, similarity / options.temperature, -torch.inf)
+        items = torch.where(held[:, 0], key >> 1, -1)
+    return Carried(labels, items, kept, similarity, scores)
 
 
 def _encode_again(kept: Tensor, labels: Tensor, held: Tensor, encode: Encode, like: Tensor, normalize: bool) -> Tensor:
@@ -262,12 +267,11 @@ def resampled_stats(
     each = lse - candidates.clamp_min(1).to(lse.dtype).log() + math.log(negatives)
     weights = carried_weights(carried.scores, lse)
     stats = {
-        "acceptance": (resampled.position >= 0).to(lse.dtype).mean(),
+        "acceptance": (resampled.position != -1).to(lse.dtype).mean(),
         "carried_weight": weights.sum(1).mean(),
         "log_partition": torch.where(known, each, 0).sum() / known.sum().clamp_min(1),
     }
-    similarity = torch.where(weights > 0, carried.scores * temperature, 0)
-    return stats, torch.cat(of_keys) + (weights * similarity).sum(1)
+    return stats, torch.cat(of_keys) + (weights * carried.similarity).sum(1)
 
 
 def _count_keys(side: Side) -> Tensor:
