@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,12 +13,20 @@ from ..params import ScoreParams
 from .build import library
 
 
+def _run(call: Callable[[Any, Any], None], params: Any, scores: ScoreParams) -> None:
+    try:
+        call(params, operands(library(), scores.queries, scores.keys))
+    except ValueError:  # the core has refused a value
+        scores.check_values()  # says which, and where it is
+        raise
+
+
 def contrastive_lse(scores: ScoreParams) -> Tensor:
     """(n,) float32; see ``reference_lse``."""
     core, scores = library(), contiguous_scores(scores)
     lse = torch.empty(scores.queries.shape[0], dtype=torch.float32, device="cpu")
     params = core.LseParams(**score_fields(scores), lse=lse.data_ptr(), num_threads=torch.get_num_threads())
-    core.contrastive_lse(params, operands(core, scores.queries, scores.keys))
+    _run(core.contrastive_lse, params, scores)
     return lse
 
 
@@ -37,5 +48,5 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
         d_temperatures=d_temperature.data_ptr(),
         num_threads=torch.get_num_threads(),
     )
-    core.contrastive_lse_backward(params, operands(core, queries, keys))
+    _run(core.contrastive_lse_backward, params, scores)
     return d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature
