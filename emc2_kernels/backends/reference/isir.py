@@ -26,7 +26,7 @@ def isir_step(scores: ScoreParams, carried: CarriedParams) -> tuple[Tensor, Tens
     chains = torch.arange(n, dtype=torch.int64, device=device) if carried.chain_ids is None else carried.chain_ids
     numbers = torch.arange(scores.keys.shape[0], dtype=torch.int64, device=device) + carried.first_key
     labels = numbers if carried.key_labels is None else carried.key_labels
-    places = torch.cat((-1 - torch.arange(own, device=device), numbers, numbers.new_full((1,), -1)))
+    places = torch.cat((-1 - torch.arange(own, dtype=torch.int64, device=device), numbers, numbers.new_full((1,), -1)))
     draw = {"seed": carried.seed, "step": carried.step, "dtype": torch.float64}
     found: list[tuple[Tensor, ...]] = []
     with torch.autocast(device.type, enabled=False):
