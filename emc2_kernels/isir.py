@@ -15,6 +15,8 @@ from .dispatch import LIBRARY, nothing_to_dispatch
 from .lse import keep_scores, score_gradients
 from .transition import ISIRResult, MHState
 
+NO_SECOND_DERIVATIVE = "isir_step has no second derivative"
+
 
 def isir_step(
     queries: Tensor,
@@ -131,9 +133,8 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _gradients(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Of queries, keys, temperature, and the scores carried; None for each of the other inputs."""
     grad, (lse, *_, score) = grads[3], ctx.saved_tensors
-    weights = carried_weights(score.detach(), lse.detach())
-    of_scores = score_gradients(ctx, grad)
-    d_carried = grad[:, None] * weights
+    d_carried = grad.detach()[:, None] * carried_weights(score.detach(), lse.detach())
+    *of_scores, d_carried = score_gradients(ctx, grad, d_carried, no_second_derivative=NO_SECOND_DERIVATIVE)
     return *of_scores, *[None] * (_FIELDS - 3), None, d_carried, *[None] * 6
 
 
