@@ -56,6 +56,11 @@ class Side(NamedTuple):
     items: Tensor  # (n,)
     carried_items: Tensor  # (n,)
     keys: Keys  # differentiable
+    among: bool  # whether the queries are the keys, which have one gradient then
+
+    def own_keys(self, embeddings: Tensor | None) -> Keys:
+        """With the embeddings given, None: the queries."""
+        return self.keys._replace(embeddings=self.queries if self.among else embeddings)
 
 
 class Resampled(NamedTuple):
@@ -128,17 +133,16 @@ def resample(anchors: Anchors, carried: Carried, keys: Keys, options: WalkOption
         parts = [(*half, keys.select_view(view)) for half, view in zip(halves, (1, 0), strict=True)]
     elif options.views == "one":
         parts = [(*rows, toss_views(keys, options))]
-    elif keys.embeddings is anchors.embeddings:
-        parts = [(*rows, keys._replace(embeddings=queries))]
     else:
         parts = [(*rows, keys)]
     drawn, sides = [], []
     for some, items, chains, labels, carried_items, scores, own_keys in parts:
-        own_keys = own_keys.cast(queries.dtype)
-        side = Side(some, items, carried_items, own_keys)
+        among = own_keys.embeddings is anchors.embeddings
+        side = Side(some, items, carried_items, own_keys.cast(queries.dtype), among)
         brought = CarriedParams(labels, scores, own_keys.labels, chains, options.seed, options.step, 0)
         with torch.no_grad():
-            found = own_keys.resample(*side[:3], options.temperature, brought, options.backend)
+            walked = side.own_keys(side.keys.embeddings)
+            found = walked.resample(*side[:3], options.temperature, brought, options.backend)
         drawn.append(found[:4])
         sides.append(side)
     position, key, score, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*drawn, strict=True))
@@ -155,13 +159,9 @@ def mean_loss(anchors: Anchors, carried: Carried, resampled: Resampled, options:
         excess = torch.where(counted, lse, positive) - positive  # NaN where that is
         weight = factor / excess.numel()
         value = excess.sum() * weight
-    # Queries that are the keys have one gradient, which is the anchors'.
-    keys = [None if side.keys.embeddings is side.queries else side.keys.embeddings for side in resampled.sides]
-    without = (
-        side if own is None else side._replace(keys=side.keys._replace(embeddings=None))
-        for side, own in zip(resampled.sides, keys, strict=True)
-    )
-    form = Form(options.temperature, options.backend, list(without))
+    keys = [None if side.among else side.keys.embeddings for side in resampled.sides]
+    without = [side._replace(keys=side.keys._replace(embeddings=None)) for side in resampled.sides]
+    form = Form(options.temperature, options.backend, without)
     hang = _Transformed if functorch_active() else _ByHand
     found = value, resampled.lse, carried.scores, counted.flatten() * weight
     return hang.apply(form, *found, anchors.embeddings, carried.embeddings, *keys)
@@ -172,7 +172,7 @@ class Form(NamedTuple):
 
     temperature: float
     backend: str
-    sides: list[Side]  # keys without embeddings, but where the queries are the keys
+    sides: list[Side]  # their keys without embeddings
 
 
 class _ByHand(torch.autograd.Function):
@@ -223,8 +223,7 @@ def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts = zip(d_lse.chunk(len(sides)), lse.chunk(len(sides)), sides, keys, strict=True)
         of_sides = []
         for d_some, some, side, given in parts:
-            own = side.keys if given is None else side.keys._replace(embeddings=given)
-            of_sides.append(own.lse_gradient(d_some, some, *side[:3], temperature, backend))
+            of_sides.append(side.own_keys(given).lse_gradient(d_some, some, *side[:3], temperature, backend))
         d_queries, d_keys = zip(*of_sides, strict=True)
         total = (d_queries[0] if len(sides) == 1 else torch.cat(d_queries)).to(embeddings.dtype)
         d_similarity = (carried_weights(scores, lse) * (d_lse / temperature)[:, None])[..., None]
@@ -257,7 +256,9 @@ def resampled_stats(
     lse, sides = resampled.lse, resampled.sides
     temperature, backend = options.temperature, options.backend
     of_keys = [
-        side.keys.mean_similarity(some, side.queries, side.items, temperature, backend, side.carried_items)
+        side.own_keys(side.keys.embeddings).mean_similarity(
+            some, side.queries, side.items, temperature, backend, side.carried_items
+        )
         for some, side in zip(lse.chunk(len(sides)), sides, strict=True)
     ]
     candidates = torch.cat([_count_keys(side) for side in sides]) + carried.scores.isfinite().sum(1)
