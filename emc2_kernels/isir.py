@@ -132,9 +132,10 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _gradients(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Of queries, keys, temperature, and the scores carried; None for each of the other inputs."""
-    grad, (lse, *_, score) = grads[3], ctx.saved_tensors
+    grad, saved = grads[3], ctx.saved_tensors
+    lse, *_, score = saved
     d_carried = grad.detach()[:, None] * carried_weights(score.detach(), lse.detach())
-    *of_scores, d_carried = score_gradients(ctx, grad, d_carried, no_second_derivative=NO_SECOND_DERIVATIVE)
+    *of_scores, d_carried = score_gradients(ctx, saved, grad, d_carried, no_second_derivative=NO_SECOND_DERIVATIVE)
     return *of_scores, *[None] * (_FIELDS - 3), None, d_carried, *[None] * 6
 
 

@@ -23,13 +23,15 @@ from ..autograd import functorch_active, no_double_backward
 from ..backends.params import CarriedParams
 from ..distributed.keys import Keys
 from ..isir import carried_weights
-from ..lse import NO_SECOND_DERIVATIVE
 from ..stores.bank import EmbeddingBank
 from ..transition import MHState
 from .anchors import Anchors
 from .correction import BatchMeans
 from .emc2_sampler import WalkOptions, toss_views
 from .sampled import Encode, encoded
+
+
+NO_SECOND_DERIVATIVE = 'EMC2Loss has no second derivative with sampler="isir"'
 
 
 class Carried(NamedTuple):
@@ -216,9 +218,9 @@ def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     With p_ij = exp(s_ij - lse_i): those of a log-sum-exp, of keys and of carried ones alike, less that of s+.
     """
     saved = ctx.saved_tensors
-    lse, scores, share, embeddings, kept, *keys = (x if x is None else x.detach() for x in saved)
     temperature, backend, sides = ctx.form
     with torch.no_grad():
+        lse, scores, share, embeddings, kept, *keys = saved
         d_lse = share * grad
         parts = zip(d_lse.chunk(len(sides)), lse.chunk(len(sides)), sides, keys, strict=True)
         of_sides = []

@@ -7,7 +7,7 @@ from slow_isir import SlowISIR
 from slow_losses import DIM, DTYPES, ITEMS, B, assert_statistics, value_and_gradients
 from test_losses import Table, shuffled_batches
 
-from emc2_kernels import rng
+from emc2_kernels import MHState, isir_step, rng
 from emc2_kernels.losses import EMC2Loss
 
 
@@ -263,3 +263,24 @@ def test_it_shows_what_it_has():
     shown = repr(make(views="both", carry="corrected"))
     assert "sampler='isir'" in shown and "carry='corrected'" in shown
     assert "burn_in" not in shown and "num_samples" not in shown
+
+
+def penalty_on_a_gradient(score, transform):
+    queries, keys = normal(0, 3, DIM), normal(1, 5, DIM)
+
+    def total(score):
+        state = MHState(torch.arange(3), score)
+        return isir_step(queries, keys, state, temperature=0.5, seed=0, step=0).lse.sum()
+
+    if transform:
+        return torch.func.grad(lambda score: torch.func.grad(total)(score).square().sum())(score)
+    (gradient,) = torch.autograd.grad(total(score), score, create_graph=True)
+    return (score.sum() + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("transform", [False, True], ids=["autograd", "torch.func"])
+def test_there_is_no_second_derivative_by_what_is_carried(transform):
+    """An error, and not one that is 0."""
+    score = normal(2, 3).requires_grad_(not transform)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        penalty_on_a_gradient(score, transform)
