@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kDraw = 16;              // operations of a (key, sample)
 constexpr int64_t kSamplesAtOnce = 16;     // whose generators, 6 KB with AVX-512, stay in the first-level cache
-constexpr int64_t kCachedRaces = 1 << 14;  // (row, sample) of a block of rows, 16 bytes each
+constexpr int64_t kCachedRaces = 1 << 14;  // (row, sample) of a block of rows, 20 bytes each
 
 struct RacingRows : RowVector {
   Words chain_low, chain_high;
@@ -84,8 +84,10 @@ void GumbelSampler::walk(Group& group, const ScoreTile& tile) const {
 
 // Of equal values the lowest position wins, whichever group ends first.
 void GumbelSampler::end(const Group& group) {
-  const auto write = [this](int64_t at, double value, int64_t position) {
+  const auto write = [this](int64_t at, const Race& race, int lane) {
+    const int64_t position = race.position[lane];
     if (!best_.empty()) {
+      const double value = race.exact_value(lane);
       const bool wins = value > best_[at] || (value == best_[at] && position < params_.positions[at]);
       if (position < 0 || !wins) return;
       best_[at] = value;
@@ -96,8 +98,7 @@ void GumbelSampler::end(const Group& group) {
   for (const RacingRows& rows : group.vectors) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int lane = row - rows.begin;
-      for (int64_t s = 0; s < params_.num_samples; ++s)
-        write(row * params_.num_samples + s, rows.races[s].best[lane], rows.races[s].position[lane]);
+      for (int64_t s = 0; s < params_.num_samples; ++s) write(row * params_.num_samples + s, rows.races[s], lane);
     }
   }
 }

@@ -14,22 +14,10 @@ namespace {
 
 constexpr int64_t kWalked = 32;  // operations of a score beside its product
 
-// A race that keeps the score of who leads, which its value has only up to rounding.
-struct ScoredRace : Race {
-  float score[kLanes];
-
-  ScoredRace() { std::fill(score, score + kLanes, -kInfinity); }
-
-  void lead(int lane, double value, float score_of_key, int32_t key) {
-    Race::lead(lane, value, score_of_key, key);
-    score[lane] = score_of_key;
-  }
-};
-
 struct SteppingRows : RowVector {
   VectorPhilox draws;
   RunningLse lse;
-  ScoredRace race;
+  Race race;
 };
 
 class IsirStep {
@@ -63,7 +51,7 @@ void IsirStep::start(Group& group, int64_t number) const {
     static_cast<RowVector&>(rows) = RowVector(params_, number * kGroupRows + v * kLanes);
     rows.draws = draws(rows.begin, kGumbelStream);
     rows.lse = RunningLse();
-    rows.race = ScoredRace();
+    rows.race = Race();
     enter_own(rows);
   }
 }
@@ -71,16 +59,18 @@ void IsirStep::start(Group& group, int64_t number) const {
 // What the chains bring along comes first: of equal values it wins.
 void IsirStep::enter_own(SteppingRows& rows) const {
   const PhiloxBlock<Words> drawn = draws(rows.begin, kCarriedStream).words(0);
-  const Words words[kMaxCarried] = {drawn.c0, drawn.c1, drawn.c2, drawn.c3};
-  Floats scores[kMaxCarried];
-  for (int64_t c = 0; c < params_.num_carried; ++c) {
-    for (int lane = 0; lane < kLanes; ++lane) {
+  const Words words[] = {drawn.c0, drawn.c1, drawn.c2, drawn.c3};
+  Floats scores[kMaxCarried], bounds[kMaxCarried];
+  for (int64_t c = 0; c < kMaxCarried; ++c) {
+    scores[c] = all_floats(-kInfinity);
+    for (int lane = 0; lane < kLanes && c < params_.num_carried; ++lane) {
       const int64_t row = std::min(rows.begin + lane, params_.num_rows - 1);
       const float score = params_.carried_score[row * params_.num_carried + c];
-      scores[c][lane] = std::isfinite(score) ? score : -kInfinity;
+      if (std::isfinite(score)) scores[c][lane] = score;
     }
-    enter(rows.race, scores[c] > -kInfinity, scores[c], words[c], -1 - c);
+    bounds[c] = scores[c] - log_bound(words[c]);
   }
+  rows.race.enter(bounds, scores, words, -kMaxCarried);
   rows.lse.add(scores, params_.num_carried, 1);
 }
 
@@ -107,17 +97,18 @@ void IsirStep::end(const Group& group) const {
   for (const SteppingRows& rows : group.vectors) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int lane = static_cast<int>(row - rows.begin);
-      const int64_t position = rows.race.position[lane], number = params_.first_key + position;
-      params_.position[row] = position < 0 ? position : number;
-      if (position >= 0) {
-        params_.key[row] = params_.key_labels ? params_.key_labels[position] : number;
+      const int64_t key = rows.race.position[lane], number = params_.first_key + key, own = key + kMaxCarried;
+      if (key >= 0) {
+        params_.position[row] = number;
+        params_.key[row] = params_.key_labels ? params_.key_labels[key] : number;
       } else {
-        const bool own = rows.race.score[lane] > -kInfinity;
-        params_.key[row] = own ? params_.carried_key[row * params_.num_carried - 1 - position] : -1;
+        const bool any = rows.race.score[lane] > -kInfinity;
+        params_.position[row] = any ? -1 - own : -1;
+        params_.key[row] = any ? params_.carried_key[row * params_.num_carried + own] : -1;
       }
       params_.score[row] = rows.race.score[lane];
       params_.lse[row] = rows.lse.value(lane);
-      params_.value[row] = rows.race.best[lane];
+      params_.value[row] = rows.race.exact_value(lane);
     }
   }
 }

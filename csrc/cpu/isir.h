@@ -6,7 +6,7 @@
 
 namespace emc2 {
 
-constexpr int64_t kMaxCarried = 4;  // candidates of a chain's own: the words of one block of draws
+constexpr int kMaxCarried = 4;  // candidates of a chain's own: the words of one block of draws
 
 // There may be no rows, or no keys. Throws std::invalid_argument for values that are not legal, before anything is
 // written.

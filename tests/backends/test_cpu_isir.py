@@ -203,17 +203,22 @@ def test_equal_values_go_to_the_chains_own_and_then_to_the_lowest_position(threa
     assert (score == torch.tensor(1e30)).all() and (value == score.double()).all()
 
 
-def test_the_score_is_that_of_the_candidate_to_the_last_bit():
-    """Components are small integers, so that similarities are exact; a value less its noise would not be."""
+def test_large_scores_are_exact():
+    """Components are small integers, so that similarities are exact, and many are equal. Which of two sums with noise is
+    larger, float32 with its steps of 0.25 there cannot say."""
     generator = torch.Generator().manual_seed(0)
-    queries, keys = (torch.randint(-3, 4, (rows, 9), generator=generator).float() for rows in (200, 150))
-    scores = ScoreParams(queries, keys, 2.0**-20, None, None)
-    own = torch.randn(200, 4, generator=generator) * 2**26
+    queries, keys = (torch.randint(-1, 2, (rows, 3), generator=generator).float() for rows in (200, 150))
+    own = torch.randint(0, 4, (200, 4), generator=generator).float() * 2**20
     carried = CarriedParams(torch.zeros(200, 4).long(), own, None, None, 1, 2, 0)
-    position, _, score, _, _ = step("cpu", scores, carried)
-    candidates = torch.cat((own.flip(1), queries @ keys.T * 2**20), 1)
-    assert torch.equal(score, candidates.gather(1, position[:, None] + 4)[:, 0])
-    assert 20 < (position < 0).sum() < 180
+    position, _, score, _, value = step("cpu", ScoreParams(queries, keys, 2.0**-20, None, None), carried)
+    candidates = torch.cat((own, queries @ keys.T * 2**20), 1)
+    draw = {"seed": 1, "step": 2, "dtype": torch.float64}
+    noise = rng.gumbel(torch.arange(200), range(4), stream=4, **draw), rng.gumbel(torch.arange(200), range(150), **draw)
+    best = (candidates + torch.cat(noise, 1)).max(1)
+    assert torch.equal(position, torch.cat((-1 - torch.arange(4), torch.arange(150)))[best.indices])
+    assert torch.equal(score, candidates.gather(1, best.indices[:, None])[:, 0])
+    torch.testing.assert_close(value, best.values, rtol=0, atol=1e-8)
+    assert 20 < (position < 0).sum() < 180 and (candidates == score[:, None]).sum() > 600
 
 
 @pytest.mark.parametrize("own", [0, 1, 4])

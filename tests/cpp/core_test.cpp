@@ -480,6 +480,7 @@ int main() {
   exp_nonpositive_is_the_exponential();
   every_half_is_widened_right<emc2::Bfloat16>("bfloat16");
   every_half_is_widened_right<emc2::Float16>("float16");
+  rough_noise_is_near_the_noise_and_the_bound_above_it();
   short_loads_end_in_zeros();
   transpose_swaps_rows_and_columns();
   transitions_compose();

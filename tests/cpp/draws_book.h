@@ -5,7 +5,38 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/race.h"
 #include "problem.h"
+
+// Words of all magnitudes from either end, and some of all that lie between.
+template <class Check>
+void for_some_words(Check check) {
+  const auto both_ends = [&](uint32_t first) {
+    Words words{};
+    for (int i = 0; i < emc2::kLanes; ++i) words[i] = first + 37 * i;
+    check(words), check(~words);
+  };
+  for (uint32_t first = 0; first < 1u << 16; ++first) both_ends(first);
+  for (int bit = 16; bit < 32; ++bit) {
+    for (uint32_t i = 0; i < 1u << 14; ++i) both_ends((1u << bit) + i * (1u << (bit - 14)));
+  }
+}
+
+inline void rough_noise_is_near_the_noise_and_the_bound_above_it() {
+  double worst = 0, over = 0, under = 0;
+  for_some_words([&](const Words& words) {
+    const emc2::Floats rough = emc2::rough_gumbel_noise(words), bound = emc2::log_bound(words);
+    for (int i = 0; i < emc2::kLanes; ++i) {
+      worst = std::max(worst, std::fabs(rough[i] - emc2::gumbel_noise(words[i])));
+      const double slack = std::log((words[i] + 0.5) / 4294967296.0) + 158 * std::log(2.0) - bound[i];
+      over = std::max(over, -slack), under = std::max(under, words[i] >= 1 << 10 ? slack : 0);
+    }
+  });
+  std::printf("rough noise: off by at most %.3g; bound on the logarithm: above by %.3g, below by %.3g\n", worst, over,
+              under);
+  CHECK(worst <= emc2::kNoiseError, "%.3g", worst);
+  CHECK(over <= 7.2e-6 && under <= 0.061, "%.3g above, %.3g below", over, under);
+}
 
 // argmax of score + noise by the formula, all keys of all samples.
 inline std::vector<int64_t> draws_by_the_book(const Problem& problem, int64_t samples) {
@@ -40,7 +71,7 @@ struct IsirStates {
         lse(rows, -77.0f),
         value(rows, -77.0) {
     for (int64_t& label : own_key) label = random_below(1000) << 32;
-    for (float& value : own_score) value = random_below(4) ? static_cast<float>(random_below(9)) : kInfinity;
+    for (float& own : own_score) own = random_below(4) ? static_cast<float>(random_below(9)) : kInfinity;
   }
 };
 

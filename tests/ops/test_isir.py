@@ -190,6 +190,13 @@ def test_scores_far_apart(backend):
     assert (result.position == -1).all() and (result.carried_weight == 1).all()
 
 
+def test_many_keys_and_chains_on_all_cores(backend):
+    """Large enough that threads share the work."""
+    for n, m in ((3, 1500), (100, 400)):
+        options = {"log_proposal": normal(9, m), "query_ids": torch.arange(n), "key_ids": torch.arange(m) // 3}
+        assert_steps(backend, unit(n, 8, seed=1), unit(m, 8, seed=2), chains_at(n), **options)
+
+
 def test_log_proposal_is_taken_off_before_a_score_is_looked_at(backend):
     """A score that is not finite only then is no candidate, either."""
     queries, keys = torch.full((2, 1), 3e38), torch.tensor([[1.0], [0.5], [0.0]])

@@ -126,6 +126,16 @@ def test_queries_that_are_the_keys(backend, dtype, per_row):
         assert_equals_formula(lse_of_scores(backend), given | names | options)
 
 
+@pytest.mark.parametrize(("n", "m"), [(300, 700), (130, 3001)])
+@pytest.mark.parametrize("backend", ISIR_COMPILED)
+def test_many_keys_and_rows(backend, n, m):
+    """Several blocks of rows and of keys, and some that are narrower; excluded keys are everywhere, or at one end."""
+    given = {"queries": unit(n, 9, seed=1), "keys": unit(m, 9, seed=2), "temperature": 0.07, "score": scores_of(n)}
+    assert_equals_formula(lse_of_step(backend), given | options_of(n, m))
+    few = {"query_ids": torch.arange(n), "carried_ids": torch.arange(n) + 1, "key_ids": (m - 1 - torch.arange(m)) // 3}
+    assert_equals_formula(lse_of_step(backend), given | few)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("backend", ISIR)
 def test_log_sum_exp_of_scores_with_all_their_options(backend, dtype):
