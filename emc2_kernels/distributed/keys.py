@@ -89,12 +89,12 @@ class LocalKeys(NamedTuple):
 
     def lse_gradient(
         self,
-        grad: Tensor,
-        lse: Tensor,
         queries: Tensor,
         items: Tensor,
         carried_items: Tensor,
         temperature: float,
+        grad: Tensor,
+        lse: Tensor,
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
         """Of queries and keys, for grad (n,) of ``resample``'s log-sum-exps; None: queries are the keys, and the first
@@ -183,12 +183,12 @@ class RingKeys(NamedTuple):
 
     def lse_gradient(
         self,
-        grad: Tensor,
-        lse: Tensor,
         queries: Tensor,
         items: Tensor,
         carried_items: Tensor,
         temperature: float,
+        grad: Tensor,
+        lse: Tensor,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         ids = items, self.own_items, carried_items

@@ -164,7 +164,7 @@ def mean_loss(anchors: Anchors, carried: Carried, resampled: Resampled, options:
     without = [side._replace(keys=side.keys._replace(embeddings=None)) for side in resampled.sides]
     form = Form(options.temperature, options.backend, without)
     hang = _Transformed if functorch_active() else _ByHand
-    found = value, resampled.lse, carried.scores, counted.flatten() * weight
+    found = value, resampled.lse, carried.scores, counted.flatten().to(lse.dtype) * weight
     return hang.apply(form, *found, anchors.embeddings, carried.embeddings, *keys)
 
 
@@ -224,7 +224,7 @@ def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts = zip(d_lse.chunk(len(sides)), lse.chunk(len(sides)), sides, keys, strict=True)
         of_sides = []
         for d_some, some, side, given in parts:
-            of_sides.append(side.own_keys(given).lse_gradient(d_some, some, *side[:3], temperature, backend))
+            of_sides.append(side.own_keys(given).lse_gradient(*side[:3], temperature, d_some, some, backend))
         d_queries, d_keys = zip(*of_sides, strict=True)
         total = (d_queries[0] if len(sides) == 1 else torch.cat(d_queries)).to(embeddings.dtype)
         d_similarity = (carried_weights(scores, lse) * (d_lse / temperature)[:, None])[..., None]

@@ -1,14 +1,17 @@
 """i-SIR's law, by enumeration: transition matrices over all batches and coins, in float64, whose candidates and weights
 are the library's own; what follows from their detailed balance; and the bugs that would break it.
 
-A candidate's share of the softmax, with which it is drawn, is read off the gradient of the library's log-sum-exp: <q, d
-lse / d k_j> * temperature for a key of a unit query, d lse / d score for what a chain brings along.
+Candidates and their scores are those that the library gives to its operator, whose draws have tests of
+their own (tests/ops/test_isir_exact.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import combinations, count, product
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from emc2_kernels import MHState, ops
+from emc2_kernels.backends.params import CarriedParams, ScoreParams
+from emc2_kernels.backends.reference.lse import masked_scores
 from emc2_kernels.distributed.keys import LocalKeys
 from emc2_kernels.losses import EMC2Loss, emc2, emc2_isir
 from emc2_kernels.losses.anchors import Anchors
@@ -27,6 +32,7 @@ ITEMS, BATCH, DIM, TEMPERATURE = 5, 3, 6, 0.5
 LABELS = torch.arange(2 * ITEMS)
 SETTINGS = {"one": {"views": "one"}, "both": {"views": "both"}, "bimodal": {"bimodal": True}}
 CHAINS, VISITS = 100_000, 16
+ISIR_STEP = ops.isir_step
 
 
 def unit_table() -> Tensor:
@@ -75,19 +81,23 @@ def possible_visits(loss: EMC2Loss, item: int | None = None) -> list[Visit]:
     return visits
 
 
-def step_chains(loss: EMC2Loss, visit: Visit, start: Tensor, ids: Tensor) -> tuple[Carried, Resampled, LocalKeys]:
-    """A visit of chains at labels (2, n) of item 0's two views; row by row, those of view 0 first.
-
-    The scores brought along and the keys are leaves, so that derivatives in them can be asked for.
-    """
+def step_chains(loss: EMC2Loss, visit: Visit, start: Tensor, ids: Tensor) -> tuple[Carried, Resampled]:
+    """A visit of chains at labels (2, n) of item 0's two views; row by row, those of view 0 first."""
     table = loss.bank.embeddings
     anchors = Anchors(table[:2].repeat_interleave(start.shape[1], 0), torch.zeros_like(ids), ids)
     labels = torch.cat((visit.items * 2, visit.items * 2 + 1))
-    keys = LocalKeys(table[labels].requires_grad_(), visit.items.repeat(2), labels)
+    keys = LocalKeys(table[labels], visit.items.repeat(2), labels)
     options = loss._walk_options(table, True)._replace(step=torch.tensor(visit.step))
     carried = emc2_isir.bring_along(anchors, start.flatten(), loss.bank, options, None, True, None)
-    carried = carried._replace(scores=carried.scores.detach().requires_grad_())
-    return carried, emc2_isir.resample(anchors, carried, keys, options), keys
+    return carried, emc2_isir.resample(anchors, carried, keys, options)
+
+
+@contextmanager
+def recorded_steps() -> Iterator[list[tuple[ScoreParams, CarriedParams]]]:
+    """What the library draws from: the candidates that it gives to the operator."""
+    steps = []
+    with patch.object(ops, "isir_step", lambda *given: steps.append(given[:2]) or ISIR_STEP(*given)):
+        yield steps
 
 
 class Law(NamedTuple):
@@ -118,12 +128,13 @@ def enumerated(loss: EMC2Loss) -> list[Law]:
     n, visits = states.shape[1], possible_visits(loss, item=0)
     shares, inverse = torch.zeros(2 * n, 2 * ITEMS, dtype=torch.float64), torch.zeros(2 * n, dtype=torch.float64)
     for visit in visits:
-        carried, resampled, keys = step_chains(loss, visit, states, torch.arange(2 * n))
+        with recorded_steps() as steps:
+            carried, resampled = step_chains(loss, visit, states, torch.arange(2 * n))
+        for own, (scores, brought) in zip(shares.chunk(len(steps)), steps, strict=True):
+            labels = torch.cat((brought.key, brought.key_labels.expand(len(own), -1)), 1)
+            probabilities = torch.cat((brought.score, masked_scores(scores)), 1).softmax(1)
+            own.scatter_add_(1, labels.clamp_min(0), probabilities)  # of label -1 it is 0
         for row in range(2 * n):
-            leaves = keys.embeddings, carried.scores
-            of_keys, brought = torch.autograd.grad(resampled.lse[row], leaves, retain_graph=True)
-            shares[row].index_add_(0, keys.labels, of_keys @ loss.bank.embeddings[row // n] * TEMPERATURE)
-            shares[row].index_add_(0, carried.labels[row].clamp_min(0), brought[row])  # of label -1 it is 0
             inverse[row] += (-log_partition(loss, carried, resampled, row)).exp()
     shares, inverse = shares / len(visits), inverse / len(visits)
     scores = [negative_scores(loss, anchor, unit_table()) for anchor in (0, 1)]
@@ -135,12 +146,11 @@ def log_partition(loss: EMC2Loss, carried: Carried, resampled: Resampled, row: i
     """() the statistic of that name, of one row."""
     per_side = len(resampled.lse) // len(resampled.sides)
     own, one = slice(row, row + 1), slice(row % per_side, row % per_side + 1)
-    queries, items, carried_items, keys = resampled.sides[row // per_side]
-    alone = Resampled(
-        resampled.lse[own], MHState(*(field[own] for field in resampled.state)), resampled.weights[own],
-        resampled.moved[own], [(queries[one], items[one], carried_items[one], keys)],
-    )  # fmt: skip
-    options = loss._walk_options(queries, True)
+    side = resampled.sides[row // per_side]
+    of_row = {name: getattr(side, name)[one] for name in ("queries", "items", "carried_items")}
+    state = MHState(*(field[own] for field in resampled.state))
+    alone = Resampled(resampled.lse[own], state, resampled.position[own], [side._replace(**of_row)])
+    options = loss._walk_options(side.queries, True)
     stats, _ = emc2_isir.resampled_stats(alone, Carried(*(field[own] for field in carried)), ITEMS, options)
     return stats["log_partition"]
 
@@ -232,19 +242,20 @@ def nothing_brought_along(original, anchors, key, *rest):
     return original(anchors, torch.full_like(key, -1), *rest)
 
 
-def replaced_keys_counted(original, items, carried_items, key_items):
-    return original(items, items, key_items)
+def replaced_keys_counted(original, side):
+    return original(side._replace(carried_items=side.items))
 
 
 def plant(monkeypatch, *bugs):
     for name, bug in bugs:
-        owners = [LocalKeys] if name == "resample" else [emc2_isir, emc2] if name == "bring_along" else [emc2_isir]
+        owners = [emc2_isir, emc2] if name == "bring_along" else [emc2_isir]
+        owners = [LocalKeys] if name in ("resample", "lse_gradient") else owners
         for owner in owners:
             original = getattr(owner, name)
             monkeypatch.setattr(owner, name, lambda *args, original=original, bug=bug: bug(original, *args))
 
 
-LEFT_IN = (("resample", batch_keys_left_in),)
+LEFT_IN = (("resample", batch_keys_left_in), ("lse_gradient", batch_keys_left_in))
 ONLY_SAME = (("resample", same_key_left_out),)
 FORGOTTEN = (("bring_along", other_view_forgotten),)
 NOTHING = (("bring_along", nothing_brought_along),)
@@ -303,7 +314,7 @@ def simulated(setting: str, chains: int = CHAINS, visits: int = VISITS) -> tuple
         for number, visit in enumerate(possible):
             who = drawn == number
             present, start, some_ids = (chosen(field, who) for field in (who, key, ids))
-            carried, resampled, _ = step_chains(loss, visit, torch.where(present, start, -1), some_ids.flatten())
+            carried, resampled = step_chains(loss, visit, torch.where(present, start, -1), some_ids.flatten())
             key[who] = resampled.state.key.view(2, -1)[present]
             estimates = (candidates(carried, resampled).log() - resampled.lse).exp()
             inverse[who] = estimates.view(2, -1)[present]
@@ -319,7 +330,7 @@ def candidates(carried: Carried, resampled: Resampled) -> Tensor:
     """(rows,) how many there are."""
     keys = [
         ((keys.items != items[:, None]) & (keys.items != own[:, None])).sum(1)
-        for _, items, own, keys in resampled.sides
+        for _, items, own, keys, _ in resampled.sides
     ]
     return carried.scores.isfinite().sum(1) + torch.cat(keys)
 
