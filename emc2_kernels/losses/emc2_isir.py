@@ -98,7 +98,8 @@ def bring_along(
     if encode is not None:
         kept = _encode_again(kept, flat, held, encode, anchors.embeddings, normalize)
     elif means is not None:
-        kept = kept + means.now[flat % 2] - means.then.means[flat.clamp_min(0)].to(kept.dtype)
+        (then,) = means.then.rows(flat.clamp_min(0), "means")
+        kept = kept + means.now[flat % 2] - then.to(kept.dtype)
     kept = kept.view(*labels.shape, -1)
     with torch.no_grad():
         similarity = (queries[:, None] * kept).sum(-1)  # no product for autocast to round
