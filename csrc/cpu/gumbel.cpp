@@ -12,7 +12,6 @@ namespace emc2 {
 namespace {
 
 constexpr int64_t kDraw = 16;              // operations of a (key, sample)
-constexpr int64_t kSamplesAtOnce = 16;     // whose generators, 6 KB with AVX-512, stay in the first-level cache
 constexpr int64_t kCachedRaces = 1 << 14;  // (row, sample) of a block of rows, 20 bytes each
 
 struct RacingRows : RowVector {
@@ -37,8 +36,6 @@ class GumbelSampler {
   void end(const Group& group);
 
  private:
-  void scan_samples(RacingRows& rows, const Floats* dots, const ScoreTile& tile, int64_t first, int64_t count) const;
-
   const GumbelParams& params_;
   std::vector<double> best_;  // (rows, samples) values at the positions so far
 };
@@ -53,31 +50,16 @@ void GumbelSampler::start(Group& group, int64_t number) const {
   }
 }
 
-// All keys of a tile for a few samples.
-void GumbelSampler::scan_samples(RacingRows& rows, const Floats* dots, const ScoreTile& tile, int64_t first,
-                                 int64_t count) const {
-  const PhiloxKey key = philox_key(params_.seed_value());
-  const uint32_t step = params_.step_value();
-  VectorPhilox draws[kSamplesAtOnce];
-  for (int64_t i = 0; i < count; ++i) {
-    const Words tag = rows.chain_high << 8 | counter_tag(0, kGumbelStream, static_cast<uint32_t>(first + i));
-    draws[i] = VectorPhilox(key, step, rows.chain_low, tag);
-  }
-  const auto score_of = [&](int64_t key) __attribute__((always_inline)) {
-    if (key < tile.key_begin || key >= tile.key_end) return all_floats(-kInfinity);
-    return rows.score(params_, dots[(key - tile.key_begin) * kGroupVectors], key);
-  };
-  const auto scores_of = [&](int64_t key, Floats * scores) __attribute__((always_inline)) {
-    for (int i = 0; i < 4; ++i) scores[i] = score_of(key + i);
-  };
-  race_keys(0, tile.key_begin, tile.key_end, draws, rows.races.data() + first, count, scores_of);
-}
-
 void GumbelSampler::walk(Group& group, const ScoreTile& tile) const {
+  const PhiloxKey key = philox_key(params_.seed_value());
+  RaceScores scores(tile.key_begin, tile.key_begin, tile.count());
   for (int v = 0; v < tile.vectors; ++v) {
-    for (int64_t first = 0; first < params_.num_samples; first += kSamplesAtOnce) {
-      const int64_t count = std::min(kSamplesAtOnce, params_.num_samples - first);
-      scan_samples(group.vectors[v], tile.dots + v, tile, first, count);
+    RacingRows& rows = group.vectors[v];
+    for (int64_t i = 0; i < tile.count(); ++i)
+      scores.keys()[i] = rows.score(params_, tile.dots[i * kGroupVectors + v], tile.key_begin + i);
+    for (int64_t s = 0; s < params_.num_samples; ++s) {
+      const Words tag = rows.chain_high << 8 | counter_tag(0, kGumbelStream, static_cast<uint32_t>(s));
+      rows.races[s].run(VectorPhilox(key, params_.step_value(), rows.chain_low, tag), scores);
     }
   }
 }

@@ -56,40 +56,28 @@ void IsirStep::start(Group& group, int64_t number) const {
   }
 }
 
-// What the chains bring along comes first: of equal values it wins.
+// What the chains bring along has the lowest positions: of equal values it wins.
 void IsirStep::enter_own(SteppingRows& rows) const {
-  const PhiloxBlock<Words> drawn = draws(rows.begin, kCarriedStream).words(0);
-  const Words words[] = {drawn.c0, drawn.c1, drawn.c2, drawn.c3};
-  Floats scores[kMaxCarried], bounds[kMaxCarried];
-  for (int64_t c = 0; c < kMaxCarried; ++c) {
-    scores[c] = all_floats(-kInfinity);
-    for (int lane = 0; lane < kLanes && c < params_.num_carried; ++lane) {
+  RaceScores own(0, -kMaxCarried, params_.num_carried);
+  for (int64_t c = 0; c < params_.num_carried; ++c) {
+    for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t row = std::min(rows.begin + lane, params_.num_rows - 1);
       const float score = params_.carried_score[row * params_.num_carried + c];
-      if (std::isfinite(score)) scores[c][lane] = score;
+      own.keys()[c][lane] = std::isfinite(score) ? score : -kInfinity;
     }
-    bounds[c] = scores[c] - log_bound(words[c]);
   }
-  rows.race.enter(bounds, scores, words, -kMaxCarried);
-  rows.lse.add(scores, params_.num_carried, 1);
+  rows.lse.add(own.keys(), params_.num_carried, 1);
+  rows.race.run(draws(rows.begin, kCarriedStream), own);
 }
 
 void IsirStep::walk(Group& group, const ScoreTile& tile) const {
-  // Whole blocks of four draws, which the tile's keys may begin and end inside of.
-  const int64_t before = (params_.first_key + tile.key_begin) % 4;
-  Floats blocks[3 + kTileVectors / kGroupVectors + 3];
-  Floats* scores = blocks + before;
-  std::fill(blocks, scores, all_floats(-kInfinity));
-  std::fill(scores + tile.count(), scores + tile.count() + 3, all_floats(-kInfinity));
+  RaceScores scores(params_.first_key + tile.key_begin, tile.key_begin, tile.count());
   for (int v = 0; v < tile.vectors; ++v) {
     SteppingRows& rows = group.vectors[v];
     for (int64_t i = 0; i < tile.count(); ++i)
-      scores[i] = rows.score(params_, tile.dots[i * kGroupVectors + v], tile.key_begin + i);
-    rows.lse.add(scores, tile.count(), 1);
-    const auto scores_of = [&](int64_t key, Floats * four) __attribute__((always_inline)) {
-      for (int i = 0; i < 4; ++i) four[i] = scores[key - tile.key_begin + i];
-    };
-    race_keys(params_.first_key, tile.key_begin, tile.key_end, &rows.draws, &rows.race, 1, scores_of);
+      scores.keys()[i] = rows.score(params_, tile.dots[i * kGroupVectors + v], tile.key_begin + i);
+    rows.lse.add(scores.keys(), tile.count(), 1);
+    rows.race.run(rows.draws, scores);
   }
 }
 
@@ -121,6 +109,10 @@ void isir_step(const IsirParams& params) {
           "first_key: keys' numbers past 2^33");
   require_within(params.chain_ids, params.num_rows, kChains, "chain_ids: a value outside [0, 2^40)");
   require_scores(params);
+  // Roofline: memory and products as in score_tiles.h. With AVX-512 a vector of scores takes d / 2 cycles for its
+  // products and, among 512 keys, 19 for ids and log-sum-exp and 21 for the race, 7 of them the generator's (`make
+  // core-cycles`): arithmetic binds, and from 80 components on most of it is the products'. The race costs more among
+  // fewer keys: in a row's first tiles somebody new leads in nearly each.
   const Blocking blocking(params.num_rows, params.num_keys, params.operands.dim, kWalked, params.num_threads);
   const IsirStep step(params);
   dispatch_dtype(params.operands.dtype,

@@ -1,10 +1,13 @@
-// argmax of score + Gumbel noise over keys that come tile by tile, one row a lane. What each (key, sample) needs is a
-// quarter of a call of the generator and a comparison; noise is made only for keys that may win by a bound on it, and
-// in float32 where that can tell which of two values is larger.
+// argmax of score + Gumbel noise over keys that come tile by tile, one row a lane.
+//
+// Of each (key, sample) a quarter of a call of the generator and a bound on its value are made: noise only of the keys
+// that may win by their bound, and in double only where float32 cannot tell which of two values is larger.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
+#include "score_tiles.h"
 #include "vector_philox.h"
 
 namespace emc2 {
@@ -55,6 +58,26 @@ inline double gumbel_noise(uint32_t word) { return -std::log(-std::log1p(-(word 
 
 EMC2_HD Floats magnitude(Floats value) { return (Floats)((Ints)value & 0x7fffffff); }
 
+// Scores of kLanes neighbouring rows with keys of a tile, in whole blocks of four draws; -inf where a block has other
+// keys.
+struct RaceScores {
+  int64_t first_block, blocks, before;
+  int32_t first_position;  // of the first block's first key
+  Floats slots[kTileVectors / kGroupVectors + 6];
+
+  // `number`: of the first of `count` keys among all draws. `position`: what the race calls it.
+  RaceScores(int64_t number, int64_t position, int64_t count)
+      : first_block(number / 4),
+        blocks((number + count + 3) / 4 - number / 4),
+        before(number % 4),
+        first_position(static_cast<int32_t>(position - before)) {
+    std::fill(slots, slots + before, all_floats(-kInfinity));
+    std::fill(slots + before + count, slots + 4 * blocks, all_floats(-kInfinity));
+  }
+
+  Floats* keys() { return slots + before; }  // to be filled in
+};
+
 // The best key so far of kLanes neighbouring rows, for one sample. Of equal values the lowest position's is the best.
 struct Race {
   Floats filter = all_floats(-kInfinity);  // what a score must exceed, beside a bound on its noise, to be looked at
@@ -65,31 +88,55 @@ struct Race {
 
   double exact_value(int lane) const { return score[lane] + gumbel_noise(word[lane]); }
 
-  // Keys `position` .. + 3, one after another, the most promising first: after it, the others hardly ever can win.
-  // `bounds` are above their values, by the filter's measure.
-  void enter(Floats (&bounds)[4], const Floats (&scores)[4], const Words (&words)[4], int32_t first) {
-    Ints left;
-    do {
-      Floats bound = bounds[0], its_score = scores[0];
-      Words its_word = words[0];
-      Ints key = all_ints(0);
-      for (int i = 1; i < 4; ++i) {
-        const Ints more = bounds[i] > bound;
-        bound = more ? bounds[i] : bound;
-        its_score = more ? scores[i] : its_score;
-        its_word = more ? words[i] : its_word;
-        key = more ? all_ints(i) : key;
-      }
-      try_to_lead(bound > filter, its_score, its_word, key + first);
-      left = all_ints(0);
+  EMC2_HD void run(const VectorPhilox& draws, const RaceScores& scores) {
+    Bounded keys;
+    Floats highest[4];
+    Ints at_highest[4];
+    for (int i = 0; i < 4; ++i) highest[i] = all_floats(-kInfinity), at_highest[i] = all_ints(0);
+    for (int64_t block = 0; block < scores.blocks; ++block) {
+      const PhiloxBlock<Words> drawn = draws.words(static_cast<uint32_t>(scores.first_block + block));
+      const Words words[4] = {drawn.c0, drawn.c1, drawn.c2, drawn.c3};
+      EMC2_UNROLL
       for (int i = 0; i < 4; ++i) {
-        bounds[i] = key == i ? all_floats(-kInfinity) : bounds[i];
-        left |= bounds[i] > filter;
+        const int64_t at = 4 * block + i;
+        keys.words[at] = words[i];
+        keys.bounds[at] = scores.slots[at] - log_bound(words[i]);
+        const Ints higher = keys.bounds[at] > highest[i];
+        highest[i] = higher ? keys.bounds[at] : highest[i];
+        at_highest[i] = higher ? all_ints(static_cast<int32_t>(at)) : at_highest[i];
       }
-    } while (any(left));
+    }
+    for (int i = 1; i < 4; ++i) {
+      const Ints higher = highest[i] > highest[0];
+      highest[0] = higher ? highest[i] : highest[0];
+      at_highest[0] = higher ? at_highest[i] : at_highest[0];
+    }
+    const Ints promising = highest[0] > filter;
+    if (any(promising)) enter(promising, at_highest[0], keys, scores);
   }
 
  private:
+  struct Bounded {
+    Words words[sizeof(RaceScores::slots) / sizeof(Floats)];
+    Floats bounds[sizeof(RaceScores::slots) / sizeof(Floats)];  // of score + noise - 158 log 2, from above
+  };
+
+  // Each row's most promising key first: after it, hardly any other can win.
+  __attribute__((noinline)) void enter(Ints promising, Ints most, const Bounded& keys, const RaceScores& scores) {
+    Floats of_most{};
+    Words word_of_most{};
+    for (uint32_t left = lane_bits(promising); left; left &= left - 1) {
+      const int lane = __builtin_ctz(left);
+      of_most[lane] = scores.slots[most[lane]][lane];
+      word_of_most[lane] = keys.words[most[lane]][lane];
+    }
+    try_to_lead(promising, of_most, word_of_most, most + scores.first_position);
+    for (int32_t at = 0; at < 4 * scores.blocks; ++at) {
+      const Ints others = (keys.bounds[at] > filter) & (most != at);
+      if (any(others)) try_to_lead(others, scores.slots[at], keys.words[at], all_ints(at + scores.first_position));
+    }
+  }
+
   EMC2_HD void try_to_lead(Ints candidates, Floats scores, Words words, Ints positions) {
     const Floats values = scores + rough_gumbel_noise(words);
     const Floats doubt = magnitude(values) * 0x1p-22f + 4 * kNoiseError;  // more than both values' errors
@@ -115,31 +162,5 @@ struct Race {
     return close;
   }
 };
-
-// Keys begin .. end - 1, whose draws are numbered from first_key on, enter the races of `count` samples, by the blocks
-// of four draws. `scores_of(key, scores)` gives the scores of four keys from `key` on; -inf where one is not of these
-// keys.
-template <class ScoresOf>
-EMC2_HD void race_keys(int64_t first_key, int64_t begin, int64_t end, const VectorPhilox* draws, Race* races,
-                       int64_t count, ScoresOf scores_of) {
-  for (int64_t block = (first_key + begin) / 4; 4 * block < first_key + end; ++block) {
-    const int64_t key = 4 * block - first_key;
-    const BlockPhilox share(draws->key, draws->step, static_cast<uint32_t>(block));
-    Floats scores[4];
-    scores_of(key, scores);
-    for (int64_t s = 0; s < count; ++s) {
-      Race& race = races[s];
-      const PhiloxBlock<Words> drawn = draws[s].words(share);
-      const Words words[4] = {drawn.c0, drawn.c1, drawn.c2, drawn.c3};
-      Floats bounds[4];
-      Ints some{};
-      for (int i = 0; i < 4; ++i) {
-        bounds[i] = scores[i] - log_bound(words[i]);
-        some |= bounds[i] > race.filter;
-      }
-      if (__builtin_expect(any(some), 0)) race.enter(bounds, scores, words, static_cast<int32_t>(key));
-    }
-  }
-}
 
 }  // namespace emc2

@@ -204,8 +204,8 @@ def test_equal_values_go_to_the_chains_own_and_then_to_the_lowest_position(threa
 
 
 def test_large_scores_are_exact():
-    """Components are small integers, so that similarities are exact, and many are equal. Which sum with noise is
-    larger, float32 with its steps of 0.25 there cannot say."""
+    """Components are small integers, so that similarities are exact, and many are equal. Which of two sums with noise
+    is larger, float32 with its steps of 0.25 there cannot say."""
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randint(-1, 2, (rows, 3), generator=generator).float() for rows in (200, 150))
     own = torch.randint(0, 4, (200, 4), generator=generator).float() * 2**20

@@ -14,8 +14,8 @@ from .mh import seed_number, step_number
 def isir_step(scores: ScoreParams, carried: CarriedParams) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Position, key, score, log-sum-exp and value (n,) of the next states; see ``reference_isir``."""
     n, num_carried = carried.key.shape
-    position, key = (torch.empty(n, dtype=torch.int64, device="cpu") for _ in range(2))
-    score, lse = (torch.empty(n, dtype=torch.float32, device="cpu") for _ in range(2))
+    position, score = (torch.empty(n, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float32))
+    key, lse = torch.empty_like(position), torch.empty_like(score)
     value = torch.empty(n, dtype=torch.float64, device="cpu")
     scores, chain_ids, key_labels = (
         contiguous_scores(scores),
