@@ -3,7 +3,7 @@ float64, and under torch's machinery."""
 
 import pytest
 import torch
-from helpers import ISIR, ISIR_COMPILED, assert_identical, normal, relative_rms, with_rows
+from helpers import ISIR, ISIR_COMPILED, Plain, assert_identical, normal, relative_rms, with_rows
 from oracle import unit
 
 import emc2_kernels as emc2
@@ -346,6 +346,23 @@ def test_compiled_equals_eager(backend):
     for eager, compiled in zip(results[:2], results[2:], strict=True):
         torch.testing.assert_close(compiled, eager)
         assert_identical(compiled[1][:2], eager[1][:2])
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["0-d", "rows"])
+@pytest.mark.parametrize("backend", ISIR_COMPILED)
+def test_what_passes_through_torchs_dispatcher_is_the_same(backend, per_row):
+    """As it does where a mode, a profiler or a subclass is there to see it."""
+    given = tensors_of(12, per_row)
+    for options in ({}, options_of(12, 12), {"keys": None}):
+        expected = value_and_gradients(lse_of_step(backend), given | options, torch.ones(12))
+        with torch.overrides.BaseTorchFunctionMode():
+            assert_identical(value_and_gradients(lse_of_step(backend), given | options, torch.ones(12)), expected)
+    leaves = {name: value.as_subclass(Plain).requires_grad_() for name, value in given.items()}
+    lse = lse_of_step(backend)(**leaves)
+    gradients = torch.autograd.grad(lse.sum(), list(leaves.values()))
+    expected = value_and_gradients(lse_of_step(backend), given, torch.ones(12))
+    assert_identical([each.as_subclass(torch.Tensor) for each in (lse.detach(), *gradients)],
+                     [expected[0], *expected[1].values()])  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [6, 200])
