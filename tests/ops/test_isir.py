@@ -11,7 +11,7 @@ from oracle import unit
 from torch import Tensor
 
 import emc2_kernels as emc2
-from emc2_kernels import MHState, ops, rng
+from emc2_kernels import MHState, checks, ops, rng
 from emc2_kernels.backends.params import CarriedParams, DrawParams, ScoreParams
 from emc2_kernels.backends.reference import lse
 
@@ -305,12 +305,16 @@ class Drawn(NamedTuple):
     value: Tensor
 
 
-def operator_step(backend, queries, keys, own, *, first_key=0, **options):
-    options = USUAL | options
-    scores = {name: options[name] for name in ScoreParams._fields if name in options}
-    carried = {name: options.get(name) for name in ("key_labels", "chain_ids", "seed", "step")}
-    scores = ScoreParams(queries, keys, **{"query_ids": None, "key_ids": None} | scores)
-    return Drawn(*ops.isir_step(scores, CarriedParams(*own, **carried, first_key=first_key), backend))
+def handed_over(seed):
+    """As isir_step does it."""
+    return checks.counter("seed", seed, 64, None)
+
+
+def operator_step(backend, queries, keys, own, *, seed=7, step=3, first_key=0, **options):
+    options = {"temperature": 0.2, "query_ids": None, "key_ids": None} | options
+    scores = ScoreParams(queries, keys, **{name: options[name] for name in ScoreParams._fields if name in options})
+    named = (options.get("key_labels"), options.get("chain_ids"))
+    return Drawn(*ops.isir_step(scores, CarriedParams(*own, *named, handed_over(seed), step, first_key), backend))
 
 
 def own_of(n, count, seed=13):
@@ -388,7 +392,7 @@ def test_a_step_from_nowhere_is_the_draw_of_gumbel_sample(backend):
     queries, keys, _, options = everything()
     drawn = operator_step(backend, queries, keys, own_of(37, 0), **options)
     fields = {name: options[name] for name in ScoreParams._fields if name in options}
-    draw = DrawParams(options["chain_ids"], options["seed"], options["step"], 2)
+    draw = DrawParams(options["chain_ids"], handed_over(options["seed"]), options["step"], 2)
     sampled = ops.gumbel_sample(ScoreParams(queries, keys, **fields), draw, backend)
     assert_identical(sampled[:, 0], drawn.position)
     assert not torch.equal(sampled[:, 1], drawn.position)

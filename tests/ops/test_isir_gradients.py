@@ -3,7 +3,7 @@ float64, and under torch's machinery."""
 
 import pytest
 import torch
-from helpers import ISIR, ISIR_COMPILED, assert_identical, normal, relative_rms, with_rows
+from helpers import ISIR, ISIR_COMPILED, Plain, assert_identical, normal, relative_rms, with_rows
 from oracle import unit
 
 import emc2_kernels as emc2
@@ -25,11 +25,6 @@ def options_of(n, m):
     return ids | {"log_proposal": normal(7, m)}
 
 
-def scores_of(n):
-    """Of chains that have the share of a good key; one has not started."""
-    return normal(5, n) + 4 if n < 3 else with_rows(normal(5, n) + 4, 2, NAN)
-
-
 def temperatures(n, per_row):
     return torch.linspace(0.05, 0.5, n) if per_row else 0.1
 
@@ -47,6 +42,15 @@ def formula(
     if score is not None:
         scores = torch.cat((score.where(score.isfinite(), -INF)[:, None], scores), 1)
     return torch.logsumexp(scores, 1)
+
+
+def started(given):
+    """The same with scores of chains that have the share of about all keys; the third has not started."""
+    queries, keys = given["queries"].double(), given["keys"]
+    keys = queries if keys is None else keys.double()
+    lse = formula(queries, keys, **{name: value for name, value in given.items() if name not in ("queries", "keys")})
+    score = (lse.where(lse.isfinite(), 0) + normal(5, len(queries))).float()
+    return given | {"score": score if len(score) < 3 else with_rows(score, 2, NAN)}
 
 
 def lse_of_step(backend):
@@ -107,8 +111,8 @@ def assert_equals_formula(function, given):
 @pytest.mark.parametrize("backend", ISIR)
 def test_values_and_gradients(backend, n, m, d, dtype):
     given = {"queries": unit(n, d, seed=1, dtype=dtype), "keys": unit(m, d, seed=2, dtype=dtype)}
-    given |= {"score": scores_of(n), "temperature": temperatures(n, per_row=n % 2 == 1)}
-    assert_equals_formula(lse_of_step(backend), given | options_of(n, m))
+    given |= {"temperature": temperatures(n, per_row=n % 2 == 1)} | options_of(n, m)
+    assert_equals_formula(lse_of_step(backend), started(given))
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["", "temperatures"])
@@ -121,7 +125,7 @@ def test_queries_that_are_the_keys(backend, dtype, per_row):
     names = {"query_ids": ids, "key_ids": ids}
     others = {"carried_ids": (ids + 1) % 75}, {"log_proposal": normal(7, n)}, options_of(n, n) | names
     for options in ({}, {"key_ids": ids.flip(0)}, *others):
-        assert_equals_formula(lse_of_step(backend), given | {"score": scores_of(n)} | names | options)
+        assert_equals_formula(lse_of_step(backend), started(given | names | options))
     for options in others:
         assert_equals_formula(lse_of_scores(backend), given | names | options)
 
@@ -130,10 +134,10 @@ def test_queries_that_are_the_keys(backend, dtype, per_row):
 @pytest.mark.parametrize("backend", ISIR_COMPILED)
 def test_many_keys_and_rows(backend, n, m):
     """Several blocks of rows and of keys, and some that are narrower; excluded keys are everywhere, or at one end."""
-    given = {"queries": unit(n, 9, seed=1), "keys": unit(m, 9, seed=2), "temperature": 0.07, "score": scores_of(n)}
-    assert_equals_formula(lse_of_step(backend), given | options_of(n, m))
+    given = {"queries": unit(n, 9, seed=1), "keys": unit(m, 9, seed=2), "temperature": 0.07}
+    assert_equals_formula(lse_of_step(backend), started(given | options_of(n, m)))
     few = {"query_ids": torch.arange(n), "carried_ids": torch.arange(n) + 1, "key_ids": (m - 1 - torch.arange(m)) // 3}
-    assert_equals_formula(lse_of_step(backend), given | few)
+    assert_equals_formula(lse_of_step(backend), started(given | few))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -194,7 +198,8 @@ def test_gradcheck(temperature, options):
 class TestDegenerate:
     def test_rows_apart(self, backend):
         given = {"queries": unit(10, 24, seed=1)[:, 3:11], "keys": unit(40, 8, seed=2)[::3], "temperature": 0.1}
-        given |= {"score": scores_of(30)[::3]} | options_of(10, 14)
+        given = started(given | options_of(10, 14))
+        given["score"] = given["score"].repeat_interleave(3)[::3]
         assert_equals_formula(lse_of_step(backend), given)
         assert_equals_formula(lse_of_step(backend), given | {"queries": unit(1, 8).expand(10, 8)})
 
@@ -256,10 +261,9 @@ class TestDegenerate:
 
 @pytest.mark.parametrize("backend", ISIR)
 def test_the_carried_weight_is_the_gradient_of_the_carried_score(backend):
-    queries, keys, score = unit(20, 6, seed=1), unit(30, 6, seed=2), scores_of(20).requires_grad_()
-    result = emc2.isir_step(
-        queries, keys, MHState(torch.arange(20), score), temperature=0.1, seed=1, step=2, backend=backend
-    )
+    given = started({"queries": unit(20, 6, seed=1), "keys": unit(30, 6, seed=2), "temperature": 0.1})
+    score = given.pop("score").requires_grad_()
+    result = emc2.isir_step(**given, state=MHState(torch.arange(20), score), seed=1, step=2, backend=backend)
     (gradient,) = torch.autograd.grad(result.lse.sum(), score)
     assert_identical(gradient, result.carried_weight)
     assert result.carried_weight.max() > 0.2 and result.carried_weight[2] == 0
@@ -294,7 +298,7 @@ def test_blocks_of_rows_are_the_whole(monkeypatch):
     """Of the reference: each has its rows' own ids and temperatures."""
     given = {"queries": unit(17, 8, seed=1), "keys": unit(9, 8, seed=2), "temperature": temperatures(17, True)}
     monkeypatch.setattr(reference_lse, "BLOCK_ELEMENTS", 4 * 9)
-    assert_equals_formula(lse_of_step("reference"), given | {"score": scores_of(17)} | options_of(17, 9))
+    assert_equals_formula(lse_of_step("reference"), started(given | options_of(17, 9)))
 
 
 @pytest.mark.parametrize("backend", ISIR_COMPILED)
@@ -302,7 +306,7 @@ def test_nothing_else_is_differentiable(backend):
     given = {"queries": unit(6, 3, seed=1), "keys": unit(5, 3, seed=2), "temperature": torch.full((6,), 0.2)}
     given |= {"log_proposal": normal(7, 5)}
     leaves = {name: value.requires_grad_() for name, value in given.items()}
-    state = MHState(torch.arange(6), scores_of(6).requires_grad_())
+    state = MHState(torch.arange(6), normal(5, 6).requires_grad_())
     result = emc2.isir_step(**leaves, state=state, seed=1, step=2, backend=backend)
     assert result.lse.requires_grad
     assert not any(field.requires_grad for field in (result.position, *result.state, result.carried_weight))
@@ -317,10 +321,11 @@ def test_nothing_else_is_differentiable(backend):
 
 
 def tensors_of(size, per_row=True):
-    given = {"queries": unit(size, 4, seed=1), "keys": unit(size, 4, seed=2), "score": scores_of(size)}
-    return given | ({"temperature": torch.full((size,), 0.2)} if per_row else {"temperature": torch.tensor(0.2)})
+    given = {"queries": unit(size, 4, seed=1), "keys": unit(size, 4, seed=2), "temperature": torch.full((size,), 0.2)}
+    return started(given) | ({} if per_row else {"temperature": torch.tensor(0.2)})
 
 
+@pytest.mark.one_seed  # what moves seeds looks at the callers, which Dynamo does not trace
 @pytest.mark.parametrize("backend", ISIR_COMPILED)
 def test_compiled_equals_eager(backend):
     options = options_of(6, 5)
@@ -338,14 +343,31 @@ def test_compiled_equals_eager(backend):
     results = []
     for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
         for counters in ((3, 4), (torch.tensor(-3), torch.tensor(2**32 - 1))):
-            given = {"queries": unit(6, 4, seed=1), "keys": unit(5, 4, seed=2), "score": scores_of(6)}
-            leaves = [leaf.requires_grad_() for leaf in (*given.values(), torch.full((6,), 0.2))]
+            given = tensors_of(6) | {"keys": unit(5, 4, seed=3)}
+            leaves = [given[name].requires_grad_() for name in LEAVES]
             loss, rest = call(*leaves, *counters)
             loss.backward()
             results.append((loss.detach(), rest, [leaf.grad for leaf in leaves]))
     for eager, compiled in zip(results[:2], results[2:], strict=True):
         torch.testing.assert_close(compiled, eager)
         assert_identical(compiled[1][:2], eager[1][:2])
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["0-d", "rows"])
+@pytest.mark.parametrize("backend", ISIR_COMPILED)
+def test_what_passes_through_torchs_dispatcher_is_the_same(backend, per_row):
+    """As it does where a mode, a profiler or a subclass is there to see it."""
+    given = tensors_of(12, per_row)
+    for options in ({}, options_of(12, 12), {"keys": None}):
+        expected = value_and_gradients(lse_of_step(backend), given | options, torch.ones(12))
+        with torch.overrides.BaseTorchFunctionMode():
+            assert_identical(value_and_gradients(lse_of_step(backend), given | options, torch.ones(12)), expected)
+    leaves = {name: value.as_subclass(Plain).requires_grad_() for name, value in given.items()}
+    lse = lse_of_step(backend)(**leaves)
+    gradients = torch.autograd.grad(lse.sum(), list(leaves.values()))
+    expected = value_and_gradients(lse_of_step(backend), given, torch.ones(12))
+    assert_identical([each.as_subclass(torch.Tensor) for each in (lse.detach(), *gradients)],
+                     [expected[0], *expected[1].values()])  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [6, 200])
@@ -370,7 +392,7 @@ def test_torch_func(backend, per_row):
     order = [given[name] for name in LEAVES]
     found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*order)
     _, expected = value_and_gradients(lse_of_step(backend), given | options, weights)
-    torch.testing.assert_close(found, tuple(expected.values()), rtol=0, atol=0)
+    assert_identical(list(found), [expected[name] for name in LEAVES])
     (one,) = torch.func.grad(lambda q, *rest: loss(q, q, *rest), argnums=(0,))(*order[:1], *order[2:])
     _, expected = value_and_gradients(lse_of_step(backend), given | options | {"keys": None}, weights)
     torch.testing.assert_close(one, expected["queries"])
