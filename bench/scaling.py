@@ -42,7 +42,7 @@ class Bytes(NamedTuple):
 
 
 def bytes_sent(loss: str, gather: str, batch: Batch, *, sharded: bool = False, kept: int = 2) -> Bytes:
-    """Args: see ``bytes_exchanged``."""
+    """Args: see ``bytes_exchanged``. loss: "isir" is EMC2 with that sampler."""
     ids = 2 * batch.pairs * ID
     if loss in ("ntxent", "clip"):
         if gather == "all":
@@ -52,19 +52,23 @@ def bytes_sent(loss: str, gather: str, batch: Batch, *, sharded: bool = False, k
         forward = batch.others * (AGREED + batch.embeddings + ids)
         return Bytes(forward, batch.others * (batch.embeddings + ids) + sums)
     states = 2 * batch.pairs * (KEY + SCORE)
-    forward = batch.others * (AGREED + ids // 2 + batch.embeddings)  # a ring: one view's keys, twice
+    keys = batch.embeddings  # a ring: one view's, twice
+    if loss == "isir" and gather == "ring":  # once, with their ids
+        keys = batch.embeddings // 2 + ids // 2
+    forward = batch.others * (AGREED + ids // 2 + keys)
     if sharded:
-        forward += bytes_exchanged(batch, kept)
+        forward += bytes_exchanged(loss, batch, kept)
     elif gather == "all":
         forward += batch.others * states
     else:  # every rank keeps every rank's anchors
         forward += batch.others * (batch.embeddings + ids + states)
     if gather == "all":
         return Bytes(forward, batch.others * batch.embeddings)
-    return Bytes(forward, batch.ranks * batch.embeddings // 2 if batch.others else 0)
+    again = batch.others * keys if loss == "isir" else 0  # EMC2's gradient of what was sampled needs no keys
+    return Bytes(forward, again + batch.ranks * batch.embeddings // 2 if batch.others else 0)
 
 
-def bytes_exchanged(batch: Batch, kept: int) -> float:
+def bytes_exchanged(loss: str, batch: Batch, kept: int) -> float:
     """Bytes to and from owners of items that are uniform draws, in the mean over ranks: 2b anchors' chains and what
     they sit on are read, and chains and embeddings are written.
 
@@ -72,7 +76,7 @@ def bytes_exchanged(batch: Batch, kept: int) -> float:
         kept: bytes of a number in the bank.
     """
     row = kept * batch.dim + WRITTEN_AT
-    read = ID + KEY + SCORE + ID + row
+    read = ID + KEY + (SCORE if loss == "emc2" else 0) + ID + row
     written = ID + KEY + SCORE + ID + row
     counts = 4 * 2 * 8 * batch.others  # with what ranks make sure of
     return 2 * batch.pairs * batch.others / batch.ranks * (read + written) + counts
@@ -102,7 +106,7 @@ class Machine:
     def compute(self, loss: str, batch: Batch) -> float:
         """Seconds of a rank's products: NT-Xent's and CLIP's forward pass has one, and their backward pass three."""
         rows, keys = 2 * batch.pairs, 2 * batch.pairs * batch.ranks
-        products = {"ntxent": 4, "clip": 2, "emc2": 0.5}[loss]  # of all rows with all keys, of two views
+        products = {"ntxent": 4, "clip": 2, "emc2": 0.5, "isir": 2}[loss]  # of all rows with all keys, of two views
         return products * 2 * rows * keys * batch.dim / self.flops
 
     def seconds(self, loss: str, gather: str, batch: Batch, **options: float) -> float:

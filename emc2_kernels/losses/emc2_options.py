@@ -85,8 +85,8 @@ def check_ranks(gather: Any, sharded: Any, proposals: str, carry: str) -> None:
     checks.boolean("sharded", sharded)
     if gather == "ring" and proposals != "batch":
         raise ValueError(f'gather="ring" needs proposals="batch", got {proposals!r}')
-    if carry == "corrected" and (gather == "ring" or sharded):  # whose keys' means no rank has
-        raise ValueError(f'carry must not be "corrected" with gather="ring" or sharded=True, got {carry!r}')
     if sharded and (proposals != "batch" or gather == "none"):
         expected = 'proposals="batch" and gather="all" or "ring"'
         raise ValueError(f"sharded=True needs {expected}, got {proposals!r} and {gather!r}")
+    if carry == "corrected" and (gather == "ring" or sharded):  # whose keys' means no rank has
+        raise ValueError(f'carry must not be "corrected" with gather="ring" or sharded=True, got {carry!r}')

@@ -45,7 +45,7 @@ def test_a_process_outside_of_the_group_is_told_so(over_ranks, size):
 
 
 @pytest.mark.parametrize("size", ranks.SIZES)
-@pytest.mark.parametrize("name", ["ntxent", "emc2", "isogclr", "cached"])
+@pytest.mark.parametrize("name", rank_misuse.SILENT)
 def test_a_local_loss_is_the_loss_alone_and_says_nothing_to_other_ranks(over_ranks, size, name):
     for rank, found in enumerate(over_ranks(size, f"silent: {name}")):
         values, sums = rank_misuse.local(name, rank)
@@ -54,7 +54,7 @@ def test_a_local_loss_is_the_loss_alone_and_says_nothing_to_other_ranks(over_ran
 
 
 @pytest.mark.parametrize("size", ranks.SIZES)
-@pytest.mark.parametrize(("case", "what"), [("ntxent all", "gathering"), ("clip ring", "ring"), ("emc2 ring", "ring")])
+@pytest.mark.parametrize(("case", "what"), rank_misuse.TWICE.items())
 def test_a_second_derivative_is_refused(over_ranks, size, case, what):
     for message in over_ranks(size, f"twice: {case}"):
         assert what in message and message.endswith("has no second derivative")
@@ -77,6 +77,12 @@ def test_losses_without_a_ring_refuse_it_when_they_are_made(name):
 def test_emc2_refuses_a_ring_for_proposals_from_the_bank():
     with named_error(ValueError, 'gather="ring"'):
         make("emc2", {"proposals": "bank"}, gather="ring")
+
+
+@pytest.mark.parametrize("over", [{"gather": "ring"}, {"gather": "all", "sharded": True}], ids=str)
+def test_isir_refuses_what_needs_the_means_of_all_ranks_keys_or_tables(over):
+    with named_error(ValueError, 'carry must not be "corrected" with gather="ring" or sharded=True'):
+        make("isir", {"carry": "corrected"}, **over)
 
 
 @pytest.mark.parametrize("gather", ["ranks", None, True, 1])

@@ -21,14 +21,14 @@ def test_bytes_of_a_step(over_ranks, size, case):
 
 
 @SIZES
-@pytest.mark.parametrize("gather", ["all", "ring"])
-def test_bytes_of_a_step_with_sharded_chains(over_ranks, size, gather):
+@pytest.mark.parametrize("case", rank_traffic.SHARDED)
+def test_bytes_of_a_step_with_sharded_chains(over_ranks, size, case):
     """Items are drawn: how many of them are others' is near its mean only."""
     batch = scaling.Batch(MANY, DIM, size)
-    expected = scaling.bytes_sent("emc2", gather, batch, sharded=True)
-    forward, backward = zip(*over_ranks(size, f"traffic: sharded {gather}"), strict=True)
+    expected = scaling.bytes_sent(*case.split(), batch, sharded=True)
+    forward, backward = zip(*over_ranks(size, f"traffic: sharded {case}"), strict=True)
     assert backward == (expected.backward,) * size
-    exchanged = expected.forward - scaling.bytes_exchanged(batch, kept=2)
+    exchanged = expected.forward - scaling.bytes_exchanged(case.split()[0], batch, kept=2)
     assert fmean(forward) - exchanged == pytest.approx(expected.forward - exchanged, rel=0.03)
 
 

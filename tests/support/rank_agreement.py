@@ -24,6 +24,7 @@ OTHERS = {
     "bank_dtype": (torch.float16, {}),
     "learn_temperature": (True, {}),
     "max_scale": (50.0, {}),
+    "sampler": ("isir", {}),
     "proposals": ("bank", {}),
     "views": ("both", {}),
     "num_proposals": (9, {"proposals": "bank", "num_proposals": 8}),
@@ -51,6 +52,7 @@ OPTIONS = [
 ]
 PAIRS = [("ntxent", "emc2"), ("emc2", "cached"), ("cached", "sogclr"), ("clip", "ntxent"), ("sogclr", "isogclr")]
 GATHERING = ["ntxent all", "clip ring", "emc2 all", "emc2 ring", "emc2 sharded", "isogclr all", "cached all"]
+GATHERING += ["isir all", "isir ring", "isir sharded"]
 
 
 def gathering(name, gather="all", **options):
@@ -118,7 +120,7 @@ def bad_argument(case, what, rank, last):
     return [met(lambda: call(loss, rank, **(BAD[what]() if last else {}))), ready(loss, before, rank)]
 
 
-WATCHING = ["emc2 all", "isogclr all", "cached all"]
+WATCHING = ["emc2 all", "isir all", "isogclr all", "cached all"]
 
 
 def warned(case, rank, last):
@@ -146,10 +148,14 @@ def bad_temperature(rank, last):
 
 # What overflows or encodes after the first exchange.
 OVERFLOWING = ["emc2 all", "emc2 ring", "emc2 sharded", "isogclr all", "cached all"]
+OVERFLOWING += ["isir all", "isir ring", "isir sharded"]
 ENCODING = {
     "emc2 all": {"carry": "recompute"},
     "emc2 ring": {"carry": "recompute", "bimodal": True},
     "emc2 sharded": {"carry": "recompute"},
+    "isir all": {"carry": "recompute", "views": "both"},
+    "isir ring": {"carry": "recompute", "bimodal": True},
+    "isir sharded": {"carry": "recompute"},
     "cached all": {"carry": "recompute", "num_samples": 2, "refresh": 0},
     "cached all refresh": {"refresh": 0.1},
 }

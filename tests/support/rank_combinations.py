@@ -9,9 +9,9 @@ BOOLEANS = (False, True)
 
 
 def _cases():
-    emc2 = product(("all", "ring"), BOOLEANS, ("batch", "bank"), CARRIES, ("one", "both"), BOOLEANS)
-    for gather, sharded, proposals, carry, views, bimodal in emc2:
-        options = {"proposals": proposals, "carry": carry, "views": views, "bimodal": bimodal}
+    emc2 = product(("mh", "isir"), ("all", "ring"), BOOLEANS, ("batch", "bank"), CARRIES, ("one", "both"), BOOLEANS)
+    for sampler, gather, sharded, proposals, carry, views, bimodal in emc2:
+        options = {"proposals": proposals, "carry": carry, "views": views, "bimodal": bimodal, "sampler": sampler}
         yield Case("emc2", options, gather, exact=True, sharded=sharded)
     for carry, refresh, bimodal in product(("corrected", "recompute"), (0, 0.1), BOOLEANS):
         yield Case("cached", {"carry": carry, "refresh": refresh, "bimodal": bimodal}, exact=True)

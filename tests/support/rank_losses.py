@@ -15,7 +15,8 @@ from helpers import snapshot
 from emc2_kernels import losses
 
 ITEMS, INPUTS, DIM = 25, 8, 16
-MEANS = ("positive_similarity", "negative_similarity", "carry_share", "weight_sum", "temperature")  # over rows
+# Over rows.
+MEANS = ("positive_similarity", "negative_similarity", "carry_share", "carried_weight", "weight_sum", "temperature")
 
 FLOORS = (1, 0, 1)  # a value and a temperature's gradient are what is left of parts of this size
 
@@ -76,10 +77,25 @@ def _cases():
         yield Case("emc2", {}, gather, sharded=True)
         for carry, bimodal in product(("cached", "recompute"), (False, True)):
             yield Case("emc2", {"carry": carry, "bimodal": bimodal}, gather, exact=True, sharded=True)
+    yield from _isir_cases()
     for loss, gather, options in IN_HALF_PRECISION:
         yield Case(loss, options, gather, dtype=torch.bfloat16, exact=loss in ("emc2", "cached"))
     for carry, refresh, bimodal in product(("corrected", "recompute"), (0, 0.1), (False, True)):
         yield Case("cached", {"carry": carry, "refresh": refresh, "bimodal": bimodal}, exact=True)
+
+
+def _isir_cases():
+    """EMC2 by i-SIR, in all ways in which keys and chains lie over ranks."""
+    for (gather, sharded), carry in product((("all", False), ("all", True), ("ring", False), ("ring", True)), CARRIES):
+        if carry == "corrected" and (gather, sharded) != ("all", False):
+            continue  # which is refused
+        for form in ({"views": "one"}, {"views": "both"}, {"bimodal": True}):
+            options = {"sampler": "isir", "carry": carry} | form
+            yield Case("emc2", options, gather, exact=True, sharded=sharded)
+        yield Case("emc2", {"sampler": "isir", "carry": carry}, gather, sharded=sharded)  # normalised, in bfloat16
+    for gather in ("all", "ring"):
+        options = {"sampler": "isir", "views": "both", "bank_dtype": torch.float64}
+        yield Case("emc2", options, gather, dtype=torch.float64)
 
 
 CARRIES = ("cached", "corrected", "recompute")
@@ -89,18 +105,25 @@ IN_HALF_PRECISION = [
     ("isogclr", "all", {}),
     ("emc2", "all", {"proposals": "bank"}),
     ("emc2", "ring", {}),
+    ("emc2", "all", {"sampler": "isir", "carry": "corrected"}),
+    ("emc2", "ring", {"sampler": "isir", "views": "both"}),
     ("cached", "all", {}),
 ]
 CASES = {case.name: case for case in _cases()}
 # One of each way in which batches, keys and chains lie over ranks: what four ranks, which take as long as the others
 # together, are asked.
-EACH_WAY = {(case.loss, case.gather, case.sharded, case.dtype): name for name, case in CASES.items()}.values()
+EACH_WAY = {
+    (case.loss, case.options.get("sampler"), case.gather, case.sharded, case.dtype): name
+    for name, case in CASES.items()
+}.values()
 IN_A_SUBGROUP = [
     "ntxent ring no index learn_temperature=True",
     "clip all learn_temperature=True",
     "emc2 all proposals=batch carry=cached bimodal=False",
     "emc2 ring carry=recompute bimodal=True",
     "emc2 all sharded carry=cached bimodal=False",
+    "emc2 all sampler=isir carry=recompute views=both",
+    "emc2 ring sharded sampler=isir carry=cached views=one",
     "cached all carry=corrected refresh=0.1 bimodal=False",
     "isogclr all bimodal=False",
 ]
@@ -217,7 +240,8 @@ def evaluate(case, whole, part, encoder, items, own, group, share):
         z = [encoder.encode(rows, view).to(case.dtype) for view in (0, 1)]
         results.append(loss(*z, rows if case.index else None, return_stats=True))
     (expected, expected_stats), (value, stats) = results
-    names = [name for name in MEANS if name in stats]
+    of_rows = (*MEANS, "acceptance", "log_partition") if case.options.get("sampler") == "isir" else MEANS
+    names = [name for name in of_rows if name in stats]
     # A rank's value is its share of the whole mean already; the others are means over its rows.
     weighted = [stats[name] * share * dist.get_world_size(group) for name in names]
     if case.loss in ("ntxent", "clip"):

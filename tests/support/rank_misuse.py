@@ -15,7 +15,7 @@ COLLECTIVES = re.findall(
     barrier batch_isend_irecv broadcast gather irecv isend recv reduce reduce_scatter reduce_scatter_tensor scatter
     send""",
 )
-GATHERING = ["ntxent all", "clip ring", "emc2 all", "emc2 ring", "isogclr all", "cached all"]
+GATHERING = ["ntxent all", "clip ring", "emc2 all", "emc2 ring", "isir all", "isir ring", "isogclr all", "cached all"]
 
 
 def call(loss, rank, *, dim=DIM, dtype=torch.float32, index=True, scale=1.0, **options):
@@ -85,10 +85,12 @@ DISAGREEMENTS = {
     "dtype": (GATHERING, r"z0\.dtype"),
     "index": (["ntxent all", "clip ring"], "index is None"),
     "training": (GATHERING, "training"),
-    "return_stats": (["ntxent ring"], "return_stats"),
+    "return_stats": (["ntxent ring", "isir ring"], "return_stats"),
     "log_scale": (["ntxent all"], "log_scale"),
-    "step": (["emc2 all", "emc2 ring", "isogclr all", "cached all"], "step"),
+    "step": (["emc2 all", "emc2 ring", "isir all", "isir ring", "isogclr all", "cached all"], "step"),
 }
+SILENT = ["ntxent", "emc2", "isir", "isogclr", "cached"]
+TWICE = {"ntxent all": "gathering", "clip ring": "ring", "emc2 ring": "ring", "isir ring": "ring"}
 DISAGREE = [f"{what}: {case}" for what, (cases, _) in DISAGREEMENTS.items() for case in cases]
 
 
@@ -152,6 +154,6 @@ def checks(rank, size):
         what, loss = case.split(": ")
         found[f"disagree on {case}"] = partial(disagreement, what, loss, rank, rank == size - 1)
     found |= {f"bad everywhere: {case}": partial(bad_everywhere, case, rank) for case in GATHERING}
-    found |= {f"silent: {case}": partial(silent, case, rank) for case in ("ntxent", "emc2", "isogclr", "cached")}
-    found |= {f"twice: {case}": partial(twice, case, rank) for case in ("ntxent all", "clip ring", "emc2 ring")}
+    found |= {f"silent: {case}": partial(silent, case, rank) for case in SILENT}
+    found |= {f"twice: {case}": partial(twice, case, rank) for case in TWICE}
     return found | {"not a member": partial(not_a_member, rank, size)}

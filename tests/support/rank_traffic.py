@@ -17,7 +17,8 @@ from emc2_kernels.distributed.shards import Shards, gather_rows
 from emc2_kernels.losses import EMC2Loss
 
 B, DIM = 6, 16
-CASES = ["ntxent all", "ntxent ring", "clip all", "clip ring", "emc2 all", "emc2 ring"]
+CASES = [f"{loss} {gather}" for loss in ("ntxent", "clip", "emc2", "isir") for gather in ("all", "ring")]
+SHARDED = ["emc2 all", "emc2 ring", "isir all", "isir ring"]
 MANY, OF = 3000, 15000  # rows of a rank and items, of which a rank then asks the others for what can be told beforehand
 
 
@@ -66,11 +67,12 @@ def counted(rank, size):
         yield sent
 
 
-def sharded(gather, rank, size):
+def sharded(loss, gather, rank, size):
     """[forward, backward] bytes with chains and embeddings at their owners. All chains sit on items drawn uniformly,
     and what is outside the batch is left out, so that reads and writes are all that is asked of others."""
     draw = torch.Generator().manual_seed(0)
-    options = {"num_items": OF, "dim": DIM, "num_samples": 1, "burn_in": 0.0}
+    walk = {"num_samples": 1, "burn_in": 0.0} if loss == "emc2" else {"sampler": "isir"}
+    options = {"num_items": OF, "dim": DIM} | walk
     whole, part = EMC2Loss(**options), EMC2Loss(**options, gather=gather, sharded=True)
     whole.chains.key.copy_(torch.randint(2 * OF, (2 * OF,), generator=draw))
     whole.chains.score.zero_()
@@ -142,5 +144,6 @@ def half_precision(rank, size):
 def checks(rank, size):
     found = {f"traffic: {case}": partial(traffic, case, rank, size) for case in CASES}
     found |= {f"largest: {case}": partial(largest, case, rank) for case in CASES}
-    found |= {f"traffic: sharded {gather}": partial(sharded, gather, rank, size) for gather in ("all", "ring")}
+    for case in SHARDED:
+        found[f"traffic: sharded {case}"] = partial(sharded, *case.split(), rank, size)
     return found | {"half precision": partial(half_precision, rank, size)}

@@ -22,6 +22,9 @@ LOSSES = {  # name, options, gather
     "emc2 all": ("emc2", {"bank_dtype": torch.float32}, "all"),
     "emc2 ring": ("emc2", {"bank_dtype": torch.float32}, "ring"),
     "emc2 sharded": ("emc2", {"bank_dtype": torch.float32}, "all"),
+    "isir all": ("isir", {"bank_dtype": torch.float32, "carry": "corrected"}, "all"),
+    "isir ring": ("isir", {"bank_dtype": torch.float32, "views": "both"}, "ring"),
+    "isir sharded": ("isir", {"bank_dtype": torch.float32}, "all"),
     "isogclr all": ("isogclr", {}, "all"),
     "cached all": ("cached", {"bank_dtype": torch.float32}, "all"),
 }
@@ -29,12 +32,15 @@ ALONE = (
     "emc2 all",
     "emc2 ring",
     "emc2 sharded",
+    "isir all",
+    "isir ring",
+    "isir sharded",
     "cached all",
 )  # without parameters of their own, which would not be averaged
 WRAPPED = [f"encoder: {name}" for name in ALONE] + [f"encoder and loss: {name}" for name in LOSSES]
 SHARDED = [f"fully sharded: {name}" for name in ("ntxent all", "clip ring", "emc2 all")]
 KEEPING = [*ALONE, "isogclr all"]
-LOCAL = ["emc2", "isogclr", "cached"]  # those that keep something
+LOCAL = ["emc2", "isir", "isogclr", "cached"]  # those that keep something
 
 
 class Model(nn.Module):
@@ -51,6 +57,9 @@ class Model(nn.Module):
 
 
 def make(name, options, **gather):
+    """A loss by its name; "isir" is EMC2 with that sampler."""
+    if name == "isir":
+        name, options = "emc2", options | {"sampler": "isir"}
     takes = losses.TABLE[name].options()
     sizes = {size: value for size, value in {"num_items": ITEMS, "dim": DIM}.items() if size in takes}
     return losses.get(name, **sizes, temperature=0.25, **options, **gather)
