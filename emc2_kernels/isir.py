@@ -96,7 +96,8 @@ def isir_step(
 
 def carried_weights(score: Tensor, lse: Tensor) -> Tensor:
     """(n, C) shares of a chain's own candidates, of scores (n, C), in the exponential of lse (n,)."""
-    return torch.where(score.isfinite(), (score - lse[:, None]).exp(), 0)
+    # NaN where neither is there, or the score is NaN; infinite where the score is, which is no candidate either.
+    return (score - lse[:, None]).exp().nan_to_num_(0.0, 0.0, 0.0)
 
 
 def differentiable_step(
@@ -131,9 +132,10 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _gradients(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Of queries, keys, temperature, and the scores carried; None for each of the other inputs."""
-    grad, (lse, *_, score) = grads[3], ctx.saved_tensors
+    grad, saved = grads[3], ctx.saved_tensors
+    lse, *_, score = saved
     d_carried = grad.detach()[:, None] * carried_weights(score.detach(), lse.detach())
-    *of_scores, d_carried = score_gradients(ctx, grad, d_carried, no_second_derivative=NO_SECOND_DERIVATIVE)
+    *of_scores, d_carried = score_gradients(ctx, saved, grad, d_carried, no_second_derivative=NO_SECOND_DERIVATIVE)
     return *of_scores, *[None] * (_FIELDS - 3), None, d_carried, *[None] * 6
 
 

@@ -84,16 +84,21 @@ def keep_scores(ctx: FunctionCtx, scores: ScoreParams, backend: str, lse: Tensor
 
 
 def score_gradients(
-    ctx: FunctionCtx, grad: Tensor, *beside: Tensor, no_second_derivative: str = NO_SECOND_DERIVATIVE
+    ctx: FunctionCtx,
+    saved: tuple[Tensor | None, ...],
+    grad: Tensor,
+    *beside: Tensor,
+    no_second_derivative: str = NO_SECOND_DERIVATIVE,
 ) -> tuple[Tensor | None, ...]:
     """Of queries, keys and the rows' temperatures, for grad (n,) of the log-sum-exps that were kept. None: of keys that
     are the queries, and of a temperature that is a number.
 
     Args:
+        saved: ``ctx.saved_tensors``, which torch.utils.checkpoint lets a backward pass ask for once.
         beside: gradients of what was saved behind the scores; they come back behind the scores'.
         no_second_derivative: the error of a derivative of any of them.
     """
-    lse, *saved = ctx.saved_tensors
+    lse, *saved = saved
     saved, others = saved[: len(ctx.numbers)], saved[len(ctx.numbers) :]
     fields = (value if tensor is None else tensor.detach() for value, tensor in zip(ctx.numbers, saved, strict=True))
     scores = ScoreParams(*fields)
@@ -110,7 +115,7 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Of queries, keys and temperature; then None for each of the other inputs."""
-    return *score_gradients(ctx, grad), *[None] * (len(ScoreParams._fields) - 2)
+    return *score_gradients(ctx, ctx.saved_tensors, grad), *[None] * (len(ScoreParams._fields) - 2)
 
 
 class _Eager(torch.autograd.Function):

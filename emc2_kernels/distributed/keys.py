@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.params import ScoreParams, WalkParams
+from ..backends.params import CarriedParams, ScoreParams, WalkParams
 from ..checks import one_or_rows
 from ..lse import differentiable_lse, mean_similarity
 from ..transition import MHResult, MHState, Transition, apply
-from .ring import ring_bag, ring_lse, ring_similarity, ring_transition
+from .ring import ring_bag, ring_lse, ring_lse_gradient, ring_resample, ring_similarity, ring_transition
 from .shards import Shards
 
 SMALL_BAG = 1 << 15  # rows * keys up to which a product with all keys takes less time than a bag, whose backward sorts
@@ -74,20 +74,57 @@ class LocalKeys(NamedTuple):
         )
         return MHResult(samples, MHState(key, score), accepted[0] if accepted else None, threshold, None)
 
-    def _scores(self, queries: Tensor, items: Tensor, temperature: float | Tensor) -> ScoreParams:
+    def resample(
+        self,
+        queries: Tensor,
+        items: Tensor,
+        carried_items: Tensor,
+        temperature: float | Tensor,
+        carried: CarriedParams,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        """A step of n chains among all keys but those of the rows' items and of what they bring along: see
+        ``ops.isir_step``. carried: its labels are these keys'."""
+        return ops.isir_step(self._scores(queries, items, temperature, carried_items), carried, backend)
+
+    def lse_gradient(
+        self,
+        queries: Tensor,
+        items: Tensor,
+        carried_items: Tensor,
+        temperature: float,
+        grad: Tensor,
+        lse: Tensor,
+        backend: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of queries and keys, for grad (n,) of ``resample``'s log-sum-exps; None: queries are the keys, and the first
+        is of both."""
+        scores = self._scores(queries, items, temperature, carried_items)
+        d_queries, d_keys, _ = ops.contrastive_lse_backward(scores, grad, lse, backend)
+        return d_queries, None if scores.symmetric else d_keys
+
+    def _scores(
+        self, queries: Tensor, items: Tensor, temperature: float | Tensor, carried_items: Tensor | None = None
+    ) -> ScoreParams:
         symmetric = queries is self.embeddings and items is self.items
         temperature = one_or_rows(temperature, queries)
-        return ScoreParams(queries, self.embeddings, temperature, items, self.items, symmetric)
+        return ScoreParams(queries, self.embeddings, temperature, items, self.items, symmetric, carried_items)
 
     def lse(self, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str) -> Tensor:
         """(n,) log-sum-exp of the scores of queries (n, d) and the keys of other items; see ``contrastive_lse``."""
         return differentiable_lse(self._scores(queries, items, temperature), backend)
 
     def mean_similarity(
-        self, lse: Tensor, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str
+        self,
+        lse: Tensor,
+        queries: Tensor,
+        items: Tensor,
+        temperature: float | Tensor,
+        backend: str,
+        carried_items: Tensor | None = None,
     ) -> Tensor:
         """(n,) mean similarity of queries and keys under the softmax that ``lse`` has summed, detached."""
-        return mean_similarity(lse, self._scores(queries, items, temperature), backend)
+        return mean_similarity(lse, self._scores(queries, items, temperature, carried_items), backend)
 
     def bag(self, rows: Tensor, weights: Tensor) -> Tensor:
         """(n, d) weighted sums of the keys at rows (n, S), weights (n, S); differentiable in the keys."""
@@ -129,14 +166,46 @@ class RingKeys(NamedTuple):
         )
 
     def lse(self, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str) -> Tensor:
-        return ring_lse(queries, self.embeddings, temperature, (items, self.own_items), self.shards, backend)
+        ids = items, self.own_items, None
+        return ring_lse(queries, self.embeddings, temperature, ids, self.shards, backend)
+
+    def resample(
+        self,
+        queries: Tensor,
+        items: Tensor,
+        carried_items: Tensor,
+        temperature: float | Tensor,
+        carried: CarriedParams,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        ids = items, self.own_items, carried_items
+        return ring_resample(queries, self.embeddings, temperature, ids, carried, self.shards, backend)
+
+    def lse_gradient(
+        self,
+        queries: Tensor,
+        items: Tensor,
+        carried_items: Tensor,
+        temperature: float,
+        grad: Tensor,
+        lse: Tensor,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        ids = items, self.own_items, carried_items
+        gradients = ring_lse_gradient(grad, lse, queries, self.embeddings, temperature, ids, self.shards, backend)
+        return gradients[:2]
 
     def mean_similarity(
-        self, lse: Tensor, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str
+        self,
+        lse: Tensor,
+        queries: Tensor,
+        items: Tensor,
+        temperature: float | Tensor,
+        backend: str,
+        carried_items: Tensor | None = None,
     ) -> Tensor:
-        return ring_similarity(
-            lse, queries, self.embeddings, temperature, (items, self.own_items), self.shards, backend
-        )
+        ids = items, self.own_items, carried_items
+        return ring_similarity(lse, queries, self.embeddings, temperature, ids, self.shards, backend)
 
     def bag(self, rows: Tensor, weights: Tensor) -> Tensor:
         return ring_bag(self.embeddings, rows, weights.to(self.embeddings.dtype), self.shards)

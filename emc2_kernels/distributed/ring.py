@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 from .. import checks, ops
 from ..autograd import no_double_backward
-from ..backends.params import ScoreParams, WalkParams
+from ..backends.params import CarriedParams, ScoreParams, WalkParams
 from ..lse import mean_similarity
 from ..transition import Transition, compose
 from .shards import Shards
@@ -83,6 +84,10 @@ def rotate_and_sum(
     return sums if under_way is None else under_way.wait()
 
 
+# Of the queries and of this rank's keys; of the queries again, or None. See ``ScoreParams``.
+Ids = tuple[Tensor, Tensor, Tensor | None]
+
+
 class _RingLse(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,13 +95,14 @@ class _RingLse(torch.autograd.Function):
         queries: Tensor,
         keys: Tensor,
         temperature: float | Tensor,
-        ids: tuple[Tensor, Tensor],
+        ids: Ids,
         shards: Shards,
         backend: str,
     ) -> Tensor:
         rows, lse = checks.one_or_rows(temperature, queries), None
         for _, (some, some_ids) in rotate_shards([keys, ids[1]], shards):
-            part = ops.contrastive_lse(ScoreParams(queries, some, rows, ids[0], some_ids), backend)
+            scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
+            part = ops.contrastive_lse(scores, backend)
             lse = part if lse is None else torch.logaddexp(lse, part)
         ctx.shards, ctx.backend = shards, backend
         ctx.number = None if isinstance(temperature, Tensor) else temperature
@@ -105,31 +111,47 @@ class _RingLse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, query_ids, key_ids, lse, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
-        rows = checks.one_or_rows(learnt if ctx.number is None else ctx.number, queries)
-        # In float32 at least: sums of half precision, rounded at every hop, are 1% wrong after 64 of them.
-        d_queries = torch.zeros_like(queries, dtype=lse.dtype)
-        d_temperature = None if learnt is None else torch.zeros_like(learnt)
-
-        def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
-            scores = ScoreParams(queries, shard[0], rows, query_ids, shard[1])
-            of_shard = ops.contrastive_lse_backward(scores, grad.detach(), lse, ctx.backend)
-            for_queries, for_keys, for_rows = of_shard
-            d_queries.add_(for_queries)
-            if d_temperature is not None:
-                d_temperature.add_(for_rows.sum())
-            return [for_keys.to(lse.dtype)]
-
-        (d_keys,) = rotate_and_sum([keys, key_ids], ctx.shards, contribution)
-        gradients = d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature
+        queries, keys, *ids, lse, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        temperature = learnt if ctx.number is None else ctx.number
+        of = queries, keys, temperature, ids, ctx.shards, ctx.backend
+        gradients = ring_lse_gradient(grad.detach(), lse, *of)
         return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), None, None, None
+
+
+def ring_lse_gradient(
+    grad: Tensor,
+    lse: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    ids: Ids,
+    shards: Shards,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of queries, keys and a 0-d temperature, None for a number, for grad (n,) of lse (n,), of which the keys' scores
+    are a part at least. The others are those of ``ring_lse``."""
+    rows = checks.one_or_rows(temperature, queries)
+    # In float32 at least: sums of half precision, rounded at every hop, are 1% wrong after 64 of them.
+    d_queries = torch.zeros_like(queries, dtype=lse.dtype)
+    d_temperature = torch.zeros_like(temperature) if isinstance(temperature, Tensor) else None
+
+    def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
+        scores = ScoreParams(queries, shard[0], rows, ids[0], shard[1], carried_ids=ids[2])
+        for_queries, for_keys, for_rows = ops.contrastive_lse_backward(scores, grad, lse, backend)
+        d_queries.add_(for_queries)
+        if d_temperature is not None:
+            d_temperature.add_(for_rows.sum())
+        return [for_keys.to(lse.dtype)]
+
+    (d_keys,) = rotate_and_sum([keys, ids[1]], shards, contribution)
+    return d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature
 
 
 def ring_lse(
     queries: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
-    ids: tuple[Tensor, Tensor],
+    ids: Ids,
     shards: Shards,
     backend: str,
 ) -> Tensor:
@@ -138,10 +160,56 @@ def ring_lse(
 
     Args:
         queries: (n, d). keys: (m, d) of this rank, where m is a whole multiple of its shard's rows.
-        ids: (n,) of the queries, (m,) int64 of this rank's keys. A key with the row's id is left out, on whichever rank
-            it is.
+        ids: (n,) of the queries, (m,) int64 of this rank's keys. A key with one of the row's ids is left out, on
+            whichever rank it is.
     """
     return _RingLse.apply(queries, keys, temperature, ids, shards, backend)
+
+
+class _Drawn(NamedTuple):
+    """What ``ops.isir_step`` returns, of some of the candidates."""
+
+    position: Tensor
+    key: Tensor
+    score: Tensor
+    lse: Tensor
+    value: Tensor
+
+    def or_better(self, other: _Drawn) -> _Drawn:
+        """Of these candidates and others; of equal values the lowest position's, as in one pass over all."""
+        wins = (other.value > self.value) | ((other.value == self.value) & (other.position < self.position))
+        drawn = (torch.where(wins, theirs, ours) for ours, theirs in zip(self[:3], other[:3], strict=True))
+        lse, value = torch.logaddexp(self.lse, other.lse), torch.maximum(self.value, other.value)
+        return _Drawn(*drawn, lse, value)
+
+
+def ring_resample(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    ids: Ids,
+    carried: CarriedParams,
+    shards: Shards,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """``ops.isir_step`` of this rank's chains over the keys of all ranks, view by view and rank by rank.
+
+    Args:
+        queries, keys, temperature, ids: as for ``ring_lse``. carried: its labels are all ranks' keys'.
+    """
+    rows, views = checks.one_or_rows(temperature, queries), keys.shape[0] // shards.sizes[shards.rank]
+    # What the chains bring along are the candidates of a step without keys.
+    own, nobody = carried._replace(key_labels=None), ScoreParams(queries, keys[:0], rows, None, None)
+    found = _Drawn(*ops.isir_step(nobody, own, backend))
+    nothing = own._replace(key=own.key[:, :0], score=own.score[:, :0])
+    for source, shard in rotate_shards([keys, ids[1]], shards):
+        for view, (some, some_ids) in enumerate(zip(*(x.unflatten(0, (views, -1)) for x in shard), strict=True)):
+            first = view * shards.total + sum(shards.sizes[:source])
+            labels = carried.key_labels[first : first + len(some)]
+            scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
+            part = ops.isir_step(scores, nothing._replace(key_labels=labels, first_key=first), backend)
+            found = found.or_better(_Drawn(*part))
+    return tuple(found)
 
 
 def ring_similarity(
@@ -149,14 +217,15 @@ def ring_similarity(
     queries: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
-    ids: tuple[Tensor, Tensor],
+    ids: Ids,
     shards: Shards,
     backend: str,
 ) -> Tensor:
     """``mean_similarity`` over the keys of all ranks: (n,), detached."""
     total, rows = torch.zeros_like(lse), checks.one_or_rows(temperature, queries)
     for _, (some, some_ids) in rotate_shards([keys.detach(), ids[1]], shards):
-        total += mean_similarity(lse, ScoreParams(queries, some, rows, ids[0], some_ids), backend)
+        scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
+        total += mean_similarity(lse, scores, backend)
     return total
 
 

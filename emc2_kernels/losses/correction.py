@@ -75,7 +75,8 @@ def correction(
     embeddings = anchors.embeddings
     weights = weights.to(embeddings.dtype)
     outside = weights.sum(1)
-    then = (weights[..., None] * kept.means[torch.where(weights > 0, labels, 0)].to(embeddings.dtype)).sum(1)
+    (means,) = kept.rows(torch.where(weights > 0, labels, 0).flatten(), "means")
+    then = (weights[..., None] * means.view(*weights.shape, -1).to(embeddings.dtype)).sum(1)
     now = batch_means(keys, bimodal)[1 - anchors.labels % 2]
     drift = (embeddings * (outside[:, None] * now - then)).sum(1)
 

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
 from ..distributed.keys import Keys
 from ..distributed.shards import Shards, all_true, broadcast_in_turn, gather_views
 from ..stores.chains import ChainStore
@@ -18,7 +17,9 @@ from ..stores.table import fitted_tables
 from ..transition import MHState
 from . import emc2_fused
 from .anchors import Anchors, check_call, check_finite, check_state_device, compute_dtype, finite_batch
-from .emc2_options import check_estimator, check_proposals, check_ranks, resolved_carry
+from .correction import batch_means
+from .emc2_isir import MeansThenAndNow, bring_along, lost_side, mean_loss, resample, resampled_stats
+from .emc2_options import BURN_IN, check_estimator, check_proposals, check_ranks, check_schedule, resolved_carry
 from .emc2_sampler import BankSlots, Walked, WalkOptions, count_proposals, draw_from_bank, sweep_batch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .sampled import Encode, SampledLoss
@@ -30,15 +31,24 @@ NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
 class EMC2Loss(SampledLoss):
     """The gradient of the global contrastive loss, whose negatives come from a softmax over the whole data set.
 
-    Each of the ``num_items * 2`` views has a Metropolis-Hastings chain over the other items' views, carried from visit
-    to visit. The value returned is a surrogate whose *gradient* is the estimate: mean over the 2b anchors of
+    Each of the ``num_items * 2`` views has a Markov chain over the other items' views, carried from visit to visit,
+    with that softmax as its law.
+
+    With sampler="mh" the value returned is a surrogate whose *gradient* is the estimate: mean over the 2b anchors of
     -<q, k+>/temperature + mean over samples of <q, k>/temperature. It is not the loss and does not fall like one; watch
     the ``ntxent`` statistic.
+
+    With sampler="isir" the value is a loss: mean over the anchors of -s+ + log sum exp(s) over the batch's keys and the
+    one that the chain brings along, and without that one at the first visit. The positive is no part of the sum, as it
+    is none of the global loss's.
 
     Args:
         num_items: items of the data set; ``index`` names them. dim: of the embeddings.
         temperature: in [2^-63, 2^100]; the paper's beta is 1 / temperature. Not learnt: the value is a surrogate, whose
             derivative in the temperature is not the loss's, and the kept scores are divided by it.
+        sampler: what moves the chains. "mh": the paper's Metropolis-Hastings walk over the proposals, whose states are
+            the negatives. "isir": iterated sampling importance resampling (losses/emc2_isir.py), whose negatives are
+            all of the batch's keys and the chain's, weighted by their softmax; with proposals="batch".
         proposals: "batch": the keys of the mini-batch, which must then be drawn uniformly from the data set (a shuffled
             loader does). "bank": ``num_proposals`` uniform draws from the latest embeddings of the whole data set, so
             that mixing does not depend on the batch size, nor on how batches are made.
@@ -46,14 +56,15 @@ class EMC2Loss(SampledLoss):
             is the paper's choice: the scores of two views of an item are correlated, which biases the chains whatever
             the size of the data set.
         num_proposals: with proposals="bank": draws per anchor and visit; None: 64.
-        burn_in: share of the M proposals before the first sample, 0 <= burn_in < 1; P = floor(burn_in * M).
-        num_samples: R in 1 .. M - P; None: min(16, M - P).
+        burn_in: with sampler="mh": share of the M proposals before the first sample, 0 <= burn_in < 1; P =
+            floor(burn_in * M).
+        num_samples: with sampler="mh": R in 1 .. M - P; None: min(16, M - P).
         carry: what stands for a sample that is outside the batch: the key that a chain brought along or, with
             proposals="bank", nearly every sample. "auto": the first of the two that there are.
             "cached", with proposals="batch": its latest embedding from the bank, detached, so the key's side of the
             gradient is lost.
-            "corrected", with proposals="bank": that, its drift and the lost side estimated from the keys of the batch
-            (losses/correction.py); keeps a second vector a view.
+            "corrected", with proposals="bank" or sampler="isir": that, its drift and the lost side estimated from the
+            keys of the batch (losses/correction.py); keeps a second vector a view.
             "recompute": encoded again, each distinct one once; the reference. Waits for a GPU to know what it has to
             encode, as nothing else here does.
         estimator: "states", the one that is left.
@@ -69,7 +80,7 @@ class EMC2Loss(SampledLoss):
             differentiable all-gather. Each process walks the chains of its own rows and applies the updates of all, so
             that chains are the same everywhere; with contiguous parts of a batch, in rank order, they are those of one
             process with the whole batch. See ``NTXentLoss`` for what this does to the value. "ring": the same with one
-            process's keys at a time, for proposals="batch"; the statistic acceptance is then NaN.
+            process's keys at a time, for proposals="batch"; with sampler="mh" the statistic acceptance is then NaN.
         process_group: that gather means; None: the default group.
         sharded: each process keeps chains and bank of a block of items only, and asks the others for the rest. For
             proposals="batch", and gather="all" or "ring".
@@ -92,10 +103,11 @@ class EMC2Loss(SampledLoss):
         dim: int,
         *,
         temperature: float = 0.07,
+        sampler: str = "mh",
         proposals: str = "batch",
         views: str = "one",
         num_proposals: int | None = None,
-        burn_in: float = 0.5,
+        burn_in: float = BURN_IN,
         num_samples: int | None = None,
         carry: str = "auto",
         estimator: str = "states",
@@ -109,22 +121,24 @@ class EMC2Loss(SampledLoss):
         bank_dtype: torch.dtype = torch.bfloat16,
         backend: str = "auto",
     ) -> None:
-        carry = resolved_carry(carry, proposals)
+        carry = resolved_carry(carry, proposals, sampler)
         check_estimator(estimator)
         check_proposals(proposals, num_proposals, num_samples, views, bimodal)
-        check_ranks(gather, sharded, proposals)
+        check_ranks(gather, sharded, proposals, carry)
         super().__init__(
             num_items, dim, temperature=temperature, carry=carry, encode=encode, gather=gather,
             process_group=process_group, seed=seed, bimodal=bimodal, normalize=normalize, bank_dtype=bank_dtype,
             backend=backend, sharded=sharded,
         )  # fmt: skip
         warn_uniform_weights(self.temperature, normalize)
-        self.proposals, self.views, self.estimator, self.sharded = proposals, views, estimator, sharded
+        self.sampler, self.proposals, self.views = sampler, proposals, views
+        self.estimator, self.sharded = estimator, sharded
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
-        self.burn_in = checks.number_in("burn_in", burn_in, 0, 1, open_high=True)
+        self.burn_in = check_schedule(sampler, burn_in, num_samples)
         self.num_samples = num_samples
         self.chains = ChainStore(num_items, views=2, process_group=process_group, sharded=sharded)
-        self._fusable = (proposals, carry, gather, bimodal) == ("batch", "cached", "none", False)
+        form = sampler, proposals, carry, gather, bimodal
+        self._fusable = form == ("mh", "batch", "cached", "none", False)
         if proposals == "bank":
             self._number_slots()
 
@@ -143,9 +157,13 @@ class EMC2Loss(SampledLoss):
         Args:
             z0, z1: (b, dim) embeddings of the two views, float32, bfloat16 or float16.
             index: (b,) int64 items in [0, num_items), on the CPU or with z0.
-            return_stats: also return detached values: acceptance (of proposals that were not excluded), carry_share (of
-                samples still at the carried state), ntxent, positive_similarity, negative_similarity (of the samples),
-                mean_cosine (over pairs of rows of one view).
+            return_stats: also return detached values: ntxent, positive_similarity, mean_cosine (over pairs of rows of
+                one view). With sampler="mh": acceptance (of proposals that were not excluded), carry_share (of samples
+                still at the carried state), negative_similarity (of the samples). With sampler="isir": acceptance (of
+                chains that moved), carried_weight (of what chains brought along, in the softmax), negative_similarity
+                (under it), log_partition: the mean over anchors of the log of the estimate of sum exp(s) over all
+                negatives of the data set; too large by about half the relative variance of the estimate's inverse.
+                That less the mean s+ is the global loss.
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; chains and bank are unchanged.
@@ -161,18 +179,51 @@ class EMC2Loss(SampledLoss):
                 check_finite(z0, z1)
                 return self._fused(z0, z1, index, options)
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
-        shards = batch_shards(self, z0, index)
+        statistics_go_round = self.sampler == "isir" and self.gather == "ring"
+        form = {"return_stats": return_stats} if statistics_go_round else {}
+        shards = batch_shards(self, z0, index, **form)
         keys = batch_keys(anchors, shards, self.gather)
-        walked = self._walk(anchors, keys, options)
-        with confirm_on_all(self, z0, encodes=self.carry == "recompute"):
-            loss, negatives = self._surrogate(anchors, keys, walked.samples, shards)
-        stats = None
-        if return_stats:
-            stats = self._stats(anchors, (anchors.embeddings.detach() * negatives).sum(1))
-            stats |= {"acceptance": walked.acceptance, "carry_share": walked.carry_share}
+        step = self._resample if self.sampler == "isir" else self._walk_and_average
+        loss, state, stats = step(anchors, keys, shards, options)
         if self.training:
-            self._update_all(anchors, keys, walked.state, shards)
-        return loss if stats is None else (loss, stats)
+            self._update_all(anchors, keys, state, shards)
+        return (loss, stats) if return_stats else loss
+
+    def _walk_and_average(
+        self, anchors: Anchors, keys: Keys, shards: Shards | None, options: WalkOptions
+    ) -> tuple[Tensor, MHState, dict[str, Tensor]]:
+        """The surrogate, the chains afterwards and, if asked for, statistics."""
+        walked = self._walk(anchors, keys, options)
+        with confirm_on_all(self, anchors.embeddings, encodes=self.carry == "recompute"):
+            loss, negatives = self._surrogate(anchors, keys, walked.samples, shards)
+        if not options.return_accepts:
+            return loss, walked.state, {}
+        stats = self._stats(anchors, (anchors.embeddings.detach() * negatives).sum(1))
+        return loss, walked.state, stats | {"acceptance": walked.acceptance, "carry_share": walked.carry_share}
+
+    def _resample(
+        self, anchors: Anchors, keys: Keys, shards: Shards | None, options: WalkOptions
+    ) -> tuple[Tensor, MHState, dict[str, Tensor]]:
+        """The same with all candidates at once."""
+        (key,) = self.chains.rows(anchors.labels, "key")
+        encode = self.encode if self.carry == "recompute" else None
+        means = None
+        if self.carry == "corrected":
+            means = MeansThenAndNow(self.batch_means, batch_means(keys, self.bimodal))
+        with confirm_on_all(self, anchors.embeddings, encodes=encode is not None):
+            carried = bring_along(anchors, key, self.bank, options, encode, self.normalize, means)
+            self._checked(carried.similarity)
+        resampled = resample(anchors, carried, keys, options)
+        with confirm_on_all(self, anchors.embeddings):
+            factor = 1.0 if shards is None else shards.ddp_factor
+            loss = mean_loss(anchors, carried, resampled, options, factor)
+            if means is not None:
+                loss = loss + factor * lost_side(resampled, carried, options)
+            loss = self._checked(loss)
+        if not options.return_accepts:
+            return loss, resampled.state, {}
+        stats, similarity = resampled_stats(resampled, carried, self.num_items, options)
+        return loss, resampled.state, self._stats(anchors, similarity) | stats
 
     def _walk(self, anchors: Anchors, keys: Keys, options: WalkOptions) -> Walked:
         """A step of the anchors' chains; changes nothing of what is kept."""
@@ -260,8 +311,8 @@ class EMC2Loss(SampledLoss):
 
     def extra_repr(self) -> str:
         samples = "min(16, M - P)" if self.num_samples is None else self.num_samples
+        schedule = f"burn_in={self.burn_in}, num_samples={samples}, " if self.sampler == "mh" else ""
         return (
-            f"temperature={self.temperature}, proposals={self.proposals!r}, views={self.views!r}, "
-            f"burn_in={self.burn_in}, num_samples={samples}, carry={self.carry!r}, bimodal={self.bimodal}, "
-            f"seed={self.seed}"
+            f"temperature={self.temperature}, sampler={self.sampler!r}, proposals={self.proposals!r}, "
+            f"views={self.views!r}, {schedule}carry={self.carry!r}, bimodal={self.bimodal}, seed={self.seed}"
         )

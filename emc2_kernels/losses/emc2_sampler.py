@@ -70,7 +70,7 @@ def sweep_batch(anchors: Anchors, start: MHState, carried: Tensor, keys: Keys, o
         sides = [_sweep_side(*half, some, options) for half, some in zip(halves, others, strict=True)]
         swept = _Swept(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*sides, strict=True)))
     else:
-        swept = _sweep_side(*rows, keys if options.views == "both" else _toss_views(keys, options), options)
+        swept = _sweep_side(*rows, keys if options.views == "both" else toss_views(keys, options), options)
     samples = Samples(swept.inside, start.key[:, None], swept.outside, carried[:, None])
     state = MHState(swept.key, swept.score)
     if not options.return_accepts:
@@ -114,7 +114,7 @@ def _sweep_side(
     return _Swept(inside, stayed, *result.state, positions, result.num_accepted, proposed)
 
 
-def _toss_views(keys: Keys, options: WalkOptions) -> Keys:
+def toss_views(keys: Keys, options: WalkOptions) -> Keys:
     """One view of each item, by its coin."""
     items = keys.items[: keys.items.shape[0] // 2]
     return keys.choose_views(ops.view_coin(items, options.seed, options.step, options.backend))

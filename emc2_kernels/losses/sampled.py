@@ -161,9 +161,12 @@ class SampledLoss(StrictState):
             options = self.batch_means, self.temperature, self.bimodal
             total = total + correction(anchors, keys, samples.labels, samples.weights, *options).sum()
         loss = total * ((1 if shards is None else shards.ddp_factor) / (len(negatives) * self.temperature))
+        return self._checked(loss), negatives.detach()
+
+    def _checked(self, loss: Tensor) -> Tensor:
         if not self.normalize:  # unit vectors cannot overflow
             checks.finite("the similarities of z0 and z1", loss.detach())
-        return loss, negatives.detach()
+        return loss
 
     def _stats(self, anchors: Anchors, negative_similarity: Tensor) -> dict[str, Tensor]:
         """Of every loss of this kind.

@@ -13,9 +13,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
+from ..dispatch import operator
 from ..distributed.agreement import Call
 from .sharding import Sharding
 from .strict_state import StrictState, wrong_kind
+
+
+def _check_rows(table: Tensor, slots: Tensor) -> None:
+    checks.vector("slots", slots, None, torch.int64, table.device)
+
+
+@operator(
+    "Tensor",
+    check=_check_rows,
+    fake=lambda table, slots: table.new_empty(slots.shape[0], *table.shape[1:]),
+)
+def read_rows(table: Tensor, slots: Tensor) -> Tensor:
+    """(k, ...) rows at slots (k,) of what is written to afterwards.
+
+    One step to a compiler, which it does not repeat: what it can, it may read again in the backward pass in place of
+    keeping it, and finds there what has been written since (pytorch/pytorch#197039).
+    """
+    return table.index_select(0, slots)
 
 
 class SlotTable(StrictState):
@@ -56,7 +75,8 @@ class SlotTable(StrictState):
         tables = [getattr(self, name) for name in names]
         if self.owners is not None:
             return self.owners.fetch(slots, tables, self._call("read", names))
-        return [table.index_select(0, slots) for table in tables]
+        read = read_rows if torch.compiler.is_compiling() else read_rows.function
+        return [read(table, slots) for table in tables]
 
     def put(
         self,

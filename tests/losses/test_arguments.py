@@ -8,14 +8,13 @@ import pytest
 import torch
 from helpers import RUNNABLE, named_error, normal
 from test_finite_state import Opaque
-from test_losses_common import DIM, batch, make
+from test_losses_common import DIM, NAMES, batch, make
 
 from emc2_kernels import checks, contrastive_lse, gumbel_sample, init_state, mh_step
 from emc2_kernels.batching import global_train_gap
 from emc2_kernels.losses import TABLE, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
 from emc2_kernels.losses import index_watch as watch
 
-NAMES = pytest.mark.parametrize("name", TABLE)
 LEAST, MOST = 2.0**-63, 2.0**100
 TINY = [1e-46, 1e-40, 1e-38]
 HUGE = [MOST * 1.01, 1e38, 1e39, 10**400]

@@ -4,6 +4,7 @@ Each table has (change to a valid call, expected exception, regex with the argum
 """
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ LOSSES = {
     "NT-Xent": NTXentLoss,
     "CLIP": ClipLoss,
     "EMC2": partial(EMC2Loss, num_items=ITEMS, dim=D),
+    "i-SIR": partial(EMC2Loss, num_items=ITEMS, dim=D, sampler="isir"),
     "SogCLR": partial(SogCLRLoss, num_items=ITEMS),
     "iSogCLR": partial(SogCLRLoss, num_items=ITEMS, individual_temperature=True, bimodal=True),
     "cached": partial(CachedSoftmaxLoss, num_items=ITEMS, dim=D),
@@ -114,7 +116,7 @@ WIDTH_ERRORS = {
 FORWARD_ERRORS = {
     **dict.fromkeys(("NT-Xent", "CLIP"), EMBEDDING_ERRORS),
     **dict.fromkeys(("SogCLR", "iSogCLR"), EMBEDDING_ERRORS | ITEM_ERRORS),
-    **dict.fromkeys(("EMC2", "cached"), EMBEDDING_ERRORS | ITEM_ERRORS | WIDTH_ERRORS),
+    **dict.fromkeys(("EMC2", "i-SIR", "cached"), EMBEDDING_ERRORS | ITEM_ERRORS | WIDTH_ERRORS),
 }
 
 
@@ -136,15 +138,17 @@ def test_emc2_names_num_samples_that_a_batch_is_too_small_for(options, change):
     assert_refused(LOSSES["EMC2"](**options), ValueError, "num_samples", change)
 
 
-def test_emc2_names_a_backend_that_does_not_take_the_dtype():
-    assert_refused(LOSSES["EMC2"](backend="cpu"), ValueError, "backend", {"z0": Z0.double(), "z1": Z1.double()})
+@pytest.mark.parametrize("name", ["EMC2", "i-SIR"])
+def test_emc2_names_a_backend_that_does_not_take_the_dtype(name):
+    assert_refused(LOSSES[name](backend="cpu"), ValueError, "backend", {"z0": Z0.double(), "z1": Z1.double()})
 
 
 @pytest.mark.parametrize("scale", [1e19, 3e38])
 @pytest.mark.parametrize("name", LOSSES)
 def test_products_that_overflow_without_normalisation_are_named_and_change_nothing(name, scale):
     big = torch.full_like(Z0, scale)
-    assert_refused(warm(name, normalize=False), ValueError, "the similarities", {"z0": big, "z1": big})
+    for loss in (LOSSES[name](normalize=False), warm(name, normalize=False)):
+        assert_refused(loss, ValueError, "the similarities", {"z0": big, "z1": big})
 
 
 def raises(items, views):
@@ -172,6 +176,8 @@ ENCODE_ERRORS = {
 }
 ENCODING = {
     "EMC2": ("EMC2", {"carry": "recompute", "burn_in": 0.0, "num_samples": B}),
+    "i-SIR": ("i-SIR", {"carry": "recompute"}),
+    "i-SIR, both views": ("i-SIR", {"carry": "recompute", "views": "both"}),
     "cached, refresh": ("cached", {"refresh": 0.2}),
     "cached, recompute": ("cached", {"refresh": 0, "carry": "recompute"}),
 }
@@ -253,6 +259,30 @@ EMC2_OPTION_ERRORS = {
     "burn_in is None": ({"burn_in": None}, (TypeError, ValueError), "burn_in"),
     "estimator is a typo": ({"estimator": "state"}, ValueError, "estimator"),
 }
+ISIR_OPTION_ERRORS = {
+    "sampler is a typo": ({"sampler": "sir"}, ValueError, "sampler"),
+    "sampler is None": ({"sampler": None}, ValueError, "sampler"),
+    "sampler is a bool": ({"sampler": True}, ValueError, "sampler"),
+    "sampler is a list": ({"sampler": ["isir"]}, ValueError, "sampler"),
+    "proposals from the bank": ({"proposals": "bank"}, ValueError, "proposals"),
+    "proposals from the bank, recomputed": (
+        {"proposals": "bank", "carry": "recompute", "encode": len}, ValueError, "proposals",
+    ),
+    "num_proposals": ({"num_proposals": 64}, ValueError, "num_proposals"),
+    "num_samples": ({"num_samples": 4}, ValueError, "num_samples.* sampler=.isir"),
+    "num_samples is 0": ({"num_samples": 0}, ValueError, "num_samples"),
+    "burn_in": ({"burn_in": 0.25}, ValueError, "burn_in.* sampler=.isir"),
+    "no burn_in": ({"burn_in": 0.0}, ValueError, "burn_in.* sampler=.isir"),
+    "burn_in is None": ({"burn_in": None}, (TypeError, ValueError), "burn_in"),
+    "both views of two modalities": ({"bimodal": True, "views": "both"}, ValueError, "views"),
+    "carry is a typo": ({"carry": "correct"}, ValueError, "carry"),
+    "carry was deleted": ({"carry": "drop"}, ValueError, "carry"),
+    "corrected over a ring": ({"carry": "corrected", "gather": "ring"}, ValueError, "carry"),
+    "corrected, sharded": ({"carry": "corrected", "gather": "all", "sharded": True}, ValueError, "carry"),
+    "sharded by itself": ({"sharded": True}, ValueError, "sharded"),
+    "recompute without encode": ({"carry": "recompute"}, ValueError, "encode"),
+    "estimator is a typo": ({"estimator": "state"}, ValueError, "estimator"),
+}  # fmt: skip
 CACHED_OPTION_ERRORS = {
     "num_items exceeds the positions": ({"num_items": 2**30}, ValueError, "num_items"),
     "refresh is a count": ({"refresh": 16, "encode": len}, ValueError, "refresh"),
@@ -298,6 +328,7 @@ SOGCLR_OPTION_ERRORS = {
 OPTION_ERRORS = {
     **dict.fromkeys(("NT-Xent", "CLIP"), COMMON_OPTION_ERRORS | IN_BATCH_OPTION_ERRORS),
     "EMC2": COMMON_OPTION_ERRORS | ITEM_OPTION_ERRORS | SAMPLING_OPTION_ERRORS | EMC2_OPTION_ERRORS,
+    "i-SIR": ISIR_OPTION_ERRORS,
     "SogCLR": COMMON_OPTION_ERRORS | ITEM_OPTION_ERRORS | SOGCLR_OPTION_ERRORS,
     "cached": COMMON_OPTION_ERRORS | ITEM_OPTION_ERRORS | SAMPLING_OPTION_ERRORS | CACHED_OPTION_ERRORS,
 }
@@ -355,6 +386,9 @@ DEGENERATE_LOSSES = {
     "EMC2, burn-in": ("EMC2", {"burn_in": 0.9}),
     "EMC2, bimodal": ("EMC2", {"bimodal": True}),
     "EMC2, bank, bimodal": ("EMC2", {"proposals": "bank", "num_proposals": 5, "bimodal": True}),
+    "i-SIR": ("i-SIR", {}),
+    "i-SIR, both views, corrected": ("i-SIR", {"views": "both", "carry": "corrected"}),
+    "i-SIR, bimodal": ("i-SIR", {"bimodal": True, "bank_dtype": torch.float32}),
     "SogCLR": ("SogCLR", {}),
     "iSogCLR, bimodal": ("iSogCLR", {}),
     "cached": ("cached", {}),
@@ -366,7 +400,7 @@ DEGENERATE_LOSSES = {
 @pytest.mark.parametrize(("name", "options"), DEGENERATE_LOSSES.values(), ids=DEGENERATE_LOSSES)
 @pytest.mark.parametrize("change", DEGENERATE_BATCHES.values(), ids=DEGENERATE_BATCHES)
 def test_degenerate_batches_are_finite_and_leave_a_legal_state(change, name, options, temperature):
-    width = {"dim": change.get("z0", Z0).shape[1]} if name in ("EMC2", "cached") else {}
+    width = {"dim": change.get("z0", Z0).shape[1]} if name in ("EMC2", "i-SIR", "cached") else {}
     loss = LOSSES[name](temperature=temperature, **options, **width)
     for return_stats in (False, True, True):  # chains that have not started, and chains that have
         forward(loss, change | {"return_stats": return_stats})
@@ -375,12 +409,15 @@ def test_degenerate_batches_are_finite_and_leave_a_legal_state(change, name, opt
         state["bank.embeddings"] = state["bank.embeddings"][state["bank.written_at"] >= 0]
     assert not state or state["step"] == 3
     assert not any(kept.isnan().any() or (kept == INF).any() for kept in state.values())
-    if name == "EMC2":
+    if name in ("EMC2", "i-SIR"):
         assert torch.equal(loss.chains.key == -1, loss.chains.score == -INF)
 
 
-@pytest.mark.parametrize("options", [{"burn_in": 0}, {"seed": 2**64 - 1}, {"temperature": 1}, {"temperature": 1e30}])
-def test_extreme_options_of_emc2_are_legal(options):
-    loss = LOSSES["EMC2"](**options)
+EXTREMES = [{"seed": 2**64 - 1}, {"temperature": 1}, {"temperature": 1e30}]
+
+
+@pytest.mark.parametrize(("name", "options"), [("EMC2", {"burn_in": 0}), *product(("EMC2", "i-SIR"), EXTREMES)])
+def test_extreme_options_of_emc2_are_legal(name, options):
+    loss = LOSSES[name](**options)
     for _ in range(3):
         forward(loss, {})

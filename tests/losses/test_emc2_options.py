@@ -78,7 +78,7 @@ class TestTwoModalities:
         for view in (0, 1):
             assert torch.equal(loss.chains.read(index, view).key, expected[view])
 
-    @pytest.mark.parametrize("options", [{}, {"proposals": "bank"}])
+    @pytest.mark.parametrize("options", [{}, {"sampler": "isir"}, {"proposals": "bank"}], ids=str)
     def test_chains_of_a_tower_are_at_keys_of_the_other(self, options):
         loss = train(make(bimodal=True, **options), 40)
         for view in (0, 1):
@@ -195,7 +195,7 @@ class TestCorrected:
 
     def test_is_the_default_with_proposals_from_the_bank(self):
         assert EMC2Loss(ITEMS, DIM, proposals="bank").carry == "corrected"
-        assert EMC2Loss(ITEMS, DIM).carry == "cached"
+        assert EMC2Loss(ITEMS, DIM).carry == EMC2Loss(ITEMS, DIM, sampler="isir").carry == "cached"
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,7 @@ class TestCorrected:
         ({"carry": "two_sided"}, "two_sided", "collapsed"),
         ({"carry": "two_sided", "proposals": "bank"}, "two_sided", "collapsed"),
         ({"carry": "drop"}, "drop", "biased"),
+        ({"carry": "drop", "sampler": "isir"}, "drop", "biased"),
         ({"carry": "cached", "proposals": "bank"}, "cached", "collapses"),
         ({"carry": "corrected"}, "corrected", "trains no better"),
         ({"estimator": "recycled"}, "recycled", "1 to 2 %"),
@@ -217,6 +218,7 @@ def test_what_was_deleted_says_why(option, value, reason):
 
 def legal_combinations():
     choices = {
+        "sampler": ("mh", "isir"),
         "proposals": ("batch", "bank"),
         "views": ("one", "both"),
         "carry": ("cached", "corrected", "recompute", "two_sided", "drop"),
@@ -236,8 +238,9 @@ def legal_combinations():
         yield options
 
 
-def test_fewer_than_40_combinations_are_legal():
-    assert 30 < len(list(legal_combinations())) < 40
+@pytest.mark.parametrize("sampler", ["mh", "isir"])
+def test_fewer_than_40_combinations_are_legal(sampler):
+    assert 30 < sum(options["sampler"] == sampler for options in legal_combinations()) < 40
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,8 @@ def test_every_combination_trains_resumes_and_leaves_evaluation_alone(options):
     loss.eval()
     value, found = loss(z0.bfloat16(), z1.bfloat16(), index, return_stats=True)
     assert value.isfinite() and all(statistic.isfinite() for statistic in found.values())
-    assert 0 <= found["acceptance"] <= 1 and 0 <= found["carry_share"] <= 1  # exact
+    carried = found["carry_share" if options["sampler"] == "mh" else "carried_weight"]
+    assert 0 <= found["acceptance"] <= 1 and 0 <= carried <= 1 + 1e-6
     assert_identical(snapshot(loss), before)
     other = make(**options)
     other.load_state_dict(before)

@@ -17,6 +17,7 @@ MORE = {
     "CLIP": ClipLoss,
     "CLIP, learnt, unnormalised": lambda: ClipLoss(learn_temperature=True, normalize=False),
     "EMC2, recompute": lambda: EMC2Loss(ITEMS, D, carry="recompute", encode=encode),
+    "EMC2, i-SIR, recompute": lambda: EMC2Loss(ITEMS, D, sampler="isir", carry="recompute", encode=encode),
     "iSogCLR, bimodal": lambda: SogCLRLoss(ITEMS, individual_temperature=True, bimodal=True, normalize=False),
     "cache, recompute": lambda: CachedSoftmaxLoss(ITEMS, D, carry="recompute", encode=encode),
 }
@@ -118,7 +119,9 @@ def test_every_loss_is_tried_here():
     assert {type(make()) for make in EVERY.values()} == {method.loss for method in TABLE.values()}
 
 
-@pytest.mark.parametrize("name", ["NT-Xent", "CLIP, learnt, unnormalised", "SogCLR, bimodal", "iSogCLR", "EMC2, bank"])
+@pytest.mark.parametrize(
+    "name", ["NT-Xent", "CLIP, learnt, unnormalised", "SogCLR, bimodal", "iSogCLR", "EMC2, i-SIR", "EMC2, bank"]
+)
 def test_one_graph_of_any_size_has_the_statistics_too(name):
     torch.compiler.reset()
     loss, other = EVERY[name](), EVERY[name]()
@@ -128,7 +131,9 @@ def test_one_graph_of_any_size_has_the_statistics_too(name):
         torch.testing.assert_close((found, stats), (expected, others))
 
 
-@pytest.mark.parametrize("name", ["NT-Xent", "SogCLR", "EMC2", "cache"])
+@pytest.mark.parametrize(
+    "name", ["NT-Xent", "SogCLR", "EMC2", "EMC2, i-SIR, bimodal", "EMC2, i-SIR, recompute", "cache"]
+)
 def test_embeddings_may_change_between_the_loss_and_its_gradient(name):
     gradients = []
     for changes in (False, True):

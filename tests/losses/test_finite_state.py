@@ -26,6 +26,9 @@ LOSSES = {
     "EMC2": lambda: EMC2Loss(ITEMS, D, carry="cached"),
     "EMC2, bimodal": lambda: EMC2Loss(ITEMS, D, bimodal=True),
     "EMC2, both views": lambda: EMC2Loss(ITEMS, D, views="both", burn_in=0.0, bank_dtype=torch.float32),
+    "EMC2, i-SIR": lambda: EMC2Loss(ITEMS, D, sampler="isir"),
+    "EMC2, i-SIR, bimodal": lambda: EMC2Loss(ITEMS, D, sampler="isir", bimodal=True, bank_dtype=torch.float32),
+    "EMC2, i-SIR, both views, corrected": lambda: EMC2Loss(ITEMS, D, sampler="isir", views="both", carry="corrected"),
     "EMC2, bank": lambda: EMC2Loss(ITEMS, D, proposals="bank", num_proposals=8),
     "EMC2, bank, bimodal": lambda: EMC2Loss(ITEMS, D, proposals="bank", bimodal=True),
     "SogCLR": lambda: SogCLRLoss(ITEMS),
@@ -35,7 +38,7 @@ LOSSES = {
     "cache, refreshed": lambda: CachedSoftmaxLoss(ITEMS, D, encode=encode, refresh=0.1),
     "cache, bimodal": lambda: CachedSoftmaxLoss(ITEMS, D, bimodal=True),
 }
-COMPILED = ["EMC2", "EMC2, bank", "iSogCLR", "cache"]
+COMPILED = ["EMC2", "EMC2, i-SIR", "EMC2, i-SIR, both views, corrected", "EMC2, bank", "iSogCLR", "cache"]
 
 
 def batch(step, cls=torch.Tensor):
@@ -72,6 +75,7 @@ def test_a_batch_that_is_not_finite_is_forgotten(name, value):
 
 LONG = {
     "EMC2": lambda: EMC2Loss(ITEMS, D, carry="cached", normalize=False, bank_dtype=torch.float32),
+    "EMC2, i-SIR": lambda: EMC2Loss(ITEMS, D, sampler="isir", views="both", carry="corrected", normalize=False),
     "EMC2, bank": lambda: EMC2Loss(ITEMS, D, proposals="bank", num_proposals=8, normalize=False),
     "iSogCLR": lambda: SogCLRLoss(ITEMS, individual_temperature=True, normalize=False),
     "cache": lambda: CachedSoftmaxLoss(ITEMS, D, normalize=False),

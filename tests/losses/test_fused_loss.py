@@ -285,6 +285,7 @@ def test_which_calls_are_made_here():
     for options in (
         {"carry": "recompute", "encode": encode},
         {"bimodal": True},
+        {"sampler": "isir", "burn_in": 0.5},
         {"proposals": "bank"},
         {"gather": "all"},
     ):

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from helpers import assert_identical, assert_unchanged, normal, snapshot
-from test_losses_common import batch, make
+from test_losses_common import EVERY, NAMES, batch, make
 
-from emc2_kernels import contrastive_lse, losses
+from emc2_kernels import contrastive_lse
 from emc2_kernels.losses import ClipLoss, NTXentLoss
 
 B, D = 6, 8
@@ -85,7 +85,7 @@ def test_an_optimizer_takes_the_scale_to_its_bound_and_back(loss_of, optimizer):
     assert loss.temperature.item() > 1.2 / BOUND
 
 
-@pytest.mark.parametrize("name", losses.TABLE)
+@NAMES
 def test_torch_func_differentiates_every_loss(name):
     options = {"learn_temperature": True} if name in STATELESS else {}
     loss = make(name, temperature=0.2, **options)
@@ -107,7 +107,7 @@ def test_torch_func_differentiates_every_loss(name):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in losses.TABLE if name not in STATELESS])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in STATELESS])
 def test_torch_func_cannot_train_what_keeps_state_and_leaves_it_alone(name):
     """A transform forbids writes to what it has captured."""
     loss, (z0, z1, index) = make(name), batch(0)

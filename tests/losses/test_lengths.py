@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers import RUNNABLE, assert_identical, normal, relative_rms, snapshot
 from test_finite_state import Opaque
-from test_losses_common import DIM, B, batch, make
+from test_losses_common import DIM, NAMES, B, batch, make
 
 from emc2_kernels.batching import global_train_gap
-from emc2_kernels.losses import TABLE, EMC2Loss, NTXentLoss
+from emc2_kernels.losses import EMC2Loss, NTXentLoss
 from emc2_kernels.losses.anchors import NORM_FLOOR, unit
 
 # 2^64 is where a float32's square overflows. Powers of two, so that everything has the same bits.
@@ -26,7 +26,7 @@ def visited(loss, step, scales, cls=torch.Tensor, dtype=torch.float32):
 
 @pytest.mark.parametrize("cls", [torch.Tensor, Opaque], ids=["seen", "not looked at"])
 @pytest.mark.parametrize("dtype", LONG, ids=str)
-@pytest.mark.parametrize("name", TABLE)
+@NAMES
 def test_long_embeddings_are_those_of_their_directions(name, dtype, cls):
     backend = {} if dtype == torch.float32 else {"backend": "reference"}
     for scale in LONG[dtype]:

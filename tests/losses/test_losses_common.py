@@ -14,13 +14,15 @@ from emc2_kernels import losses
 ITEMS, DIM, B = 10, 8, 4
 Z0, Z1, INDEX = normal(0, B, DIM), normal(1, B, DIM), int64(1, 4, 6, 9)
 COMMON_STATS = {"ntxent", "positive_similarity", "negative_similarity", "mean_cosine"}
-NAMES = pytest.mark.parametrize("name", losses.TABLE)
+EVERY = [*losses.TABLE, "emc2 isir"]  # the name of a loss, and of its sampler where it is not the first
+NAMES = pytest.mark.parametrize("name", EVERY)
 STATELESS = [name for name, method in losses.TABLE.items() if "num_items" not in method.options()]
 
 
 def make(name, **options):
-    """With what the loss must know of the data set, where it must know anything."""
-    needed = {"num_items": ITEMS, "dim": DIM}
+    """One of EVERY, with what the loss must know of the data set, where it must know anything."""
+    name, *sampler = name.split()
+    needed = {"num_items": ITEMS, "dim": DIM} | ({"sampler": sampler[0]} if sampler else {})
     takes = losses.TABLE[name].options()
     return losses.get(name, **{option: value for option, value in needed.items() if option in takes}, **options)
 
@@ -31,7 +33,7 @@ def towers(name):
 
 
 def supports_two_modalities(name):
-    if "bimodal" not in losses.TABLE[name].options():
+    if "bimodal" not in losses.TABLE[name.split()[0]].options():
         return False
     try:
         make(name, bimodal=True)
@@ -85,7 +87,10 @@ def test_without_an_index_every_row_is_an_item(name):
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_values_and_gradients_are_finite(name, dtype, autocast):
-    others = [{"views": "both", "burn_in": 0.0}] if name == "emc2" else []
+    others = {
+        "emc2": [{"views": "both", "burn_in": 0.0}],
+        "emc2 isir": [{"views": "both"}, {"views": "both", "carry": "corrected"}],
+    }.get(name, [])
     for options, temperature in itertools.product([*towers(name), *others], (0.2, 0.07, 0.01)):
         loss = make(name, temperature=temperature, **options)
         for step in range(8):
@@ -141,13 +146,15 @@ SAME_SCALE = {
     "sogclr": ({"gamma": 1.0}, False, False),
     "sogclr, two modalities": ({"gamma": 1.0, "bimodal": True}, True, False),
     "isogclr": ({"gamma": 1.0}, False, False),  # at its first step every item still has the temperature of the others
+    "emc2 isir": ({"views": "both"}, False, False),
+    "emc2 isir, two modalities": ({"bimodal": True}, True, False),
     "ntxent": ({}, False, True),
     "simclr": ({}, False, True),
     "clip": ({}, True, True),
 }
 
 
-@pytest.mark.parametrize("case", [case for case in SAME_SCALE if case.split(",")[0] in losses.TABLE])
+@pytest.mark.parametrize("case", SAME_SCALE)
 def test_with_the_data_set_as_the_batch_gradients_are_the_exact_ones(case):
     options, bimodal, with_positive = SAME_SCALE[case]
     loss = make(case.split(",")[0], temperature=0.5, **options)
@@ -157,7 +164,7 @@ def test_with_the_data_set_as_the_batch_gradients_are_the_exact_ones(case):
         torch.testing.assert_close(found, formula, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [name for name in ("emc2", "cached") if name in losses.TABLE])
+@pytest.mark.parametrize("name", ["emc2", "emc2 isir", "cached"])
 def test_sampled_gradients_are_on_the_same_scale(name):
     """The projection of their mean on the exact gradient: 1, and not 1 / temperature or the number of views."""
     loss, gradients = make(name, temperature=0.5, bank_dtype=torch.float32), []

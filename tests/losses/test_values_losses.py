@@ -28,6 +28,10 @@ LOSSES = {
     "EMC2, bimodal": lambda: EMC2Loss(ITEMS, D, bimodal=True),
     "EMC2, both views": lambda: EMC2Loss(ITEMS, D, views="both"),
     "EMC2, recompute": lambda: EMC2Loss(ITEMS, D, carry="recompute", encode=encode),
+    "EMC2, i-SIR": lambda: EMC2Loss(ITEMS, D, sampler="isir"),
+    "EMC2, i-SIR, bimodal, corrected": lambda: EMC2Loss(ITEMS, D, sampler="isir", bimodal=True, carry="corrected"),
+    "EMC2, i-SIR, both views": lambda: EMC2Loss(ITEMS, D, sampler="isir", views="both"),
+    "EMC2, i-SIR, recompute": lambda: EMC2Loss(ITEMS, D, sampler="isir", carry="recompute", encode=encode),
     "EMC2, bank": lambda: EMC2Loss(ITEMS, D, proposals="bank", num_proposals=8),
     "EMC2, bank, bimodal": lambda: EMC2Loss(ITEMS, D, proposals="bank", bimodal=True),
     "EMC2, bank, recompute": lambda: EMC2Loss(ITEMS, D, proposals="bank", carry="recompute", encode=encode),
@@ -81,7 +85,7 @@ def test_items_out_of_range_are_named_before_a_graph_breaks(name):
     assert_unchanged(loss, before)
 
 
-@pytest.mark.parametrize("name", ["SogCLR", "EMC2", "negative cache"])
+@pytest.mark.parametrize("name", ["SogCLR", "EMC2", "EMC2, i-SIR", "negative cache"])
 def test_items_out_of_range_under_inductor(name):
     """It writes to what is kept in the middle of its code, and moves writes about."""
     loss, end = warm(name)

@@ -129,6 +129,12 @@ TABLE = {
         "rows apart": {"value": (torch.arange(N * 2) % 5)[::2]},
         "no rows": {"value": IDS[:0]},
     },
+    "read_rows": {
+        "vectors": {"table": normal(8, N, D), "slots": IDS},
+        "numbers, rows apart": {"table": torch.arange(2 * N)[::2], "slots": (torch.arange(N * 2) % 5)[::2]},
+        "no rows": {"table": normal(8, N, D), "slots": IDS[:0]},
+        "one tensor": {"table": LABELS, "slots": LABELS},
+    },
     "contrastive_lse": SUMS,
     "contrastive_lse_backward": SUMS,
     "gumbel_sample": SCORES | {"everything": ALL_IDS | PER_ROW | COUNTERS | SCORED | {"num_samples": 3}},

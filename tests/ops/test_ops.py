@@ -105,8 +105,20 @@ def test_fake_tensors_get_shapes_and_dtypes_without_a_look_at_values(dtype):
         assert (tensor.shape, tensor.dtype) == (shape, kind)
 
 
+BUILD = pytest.mark.parametrize(
+    "build",
+    [
+        NTXentLoss,
+        lambda: EMC2Loss(ITEMS, D),
+        lambda: EMC2Loss(ITEMS, D, sampler="isir"),
+        lambda: EMC2Loss(ITEMS, D, sampler="isir", views="both", carry="corrected"),
+    ],
+    ids=["NT-Xent", "EMC2", "i-SIR", "i-SIR, both views, corrected"],
+)
+
+
 @pytest.mark.parametrize("stats", [False, True], ids=["", "statistics"])
-@pytest.mark.parametrize("build", [NTXentLoss, lambda: EMC2Loss(ITEMS, D)], ids=["NT-Xent", "EMC2"])
+@BUILD
 def test_losses_look_at_no_value(build, stats):
     with FakeTensorMode():
         loss, index = build(), torch.empty(4, dtype=torch.int64)
@@ -220,7 +232,15 @@ def assert_histories_are_close(actual, expected):
 
 @pytest.mark.parametrize(
     ("backend", "options"),
-    [("eager", {}), ("eager", {"views": "both", "burn_in": 0.0}), ("aot_eager", {"burn_in": 0.0})],
+    [
+        ("eager", {}),
+        ("eager", {"views": "both", "burn_in": 0.0}),
+        ("aot_eager", {"burn_in": 0.0}),
+        ("eager", {"sampler": "isir", "bimodal": True}),
+        ("eager", {"sampler": "isir", "carry": "corrected"}),
+        ("aot_eager", {"sampler": "isir"}),
+        ("aot_eager", {"sampler": "isir", "views": "both", "carry": "corrected"}),
+    ],
 )
 def test_compiled_emc2_equals_eager_step_after_step_without_recompiling(backend, options):
     options = {"temperature": 0.2, "carry": "cached"} | options
@@ -245,7 +265,7 @@ def test_compiled_ntxent_equals_eager(index):
     torch.testing.assert_close((value, z0.grad, z1.grad), (expected, w0.grad, w1.grad))
 
 
-@pytest.mark.parametrize("build", [NTXentLoss, lambda: EMC2Loss(ITEMS, D)], ids=["NT-Xent", "EMC2"])
+@BUILD
 def test_compiled_statistics_equal_eager_ones(build):
     arguments = normal(0, 5, D), normal(1, 5, D), torch.arange(5)
     actual, expected = compiled(build())(*arguments, return_stats=True), build()(*arguments, return_stats=True)
@@ -271,11 +291,27 @@ def test_autocast_leaves_a_walk_in_its_operands_precision(backend):
         assert_identical(transition(backend=backend), expected)
 
 
-def test_autocast_leaves_ntxent_in_float32():
-    arguments = normal(0, 40, 32), normal(1, 40, 32), torch.arange(40)
-    expected = NTXentLoss()(*arguments, return_stats=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_identical(NTXentLoss()(*arguments, return_stats=True), expected)
+@pytest.mark.parametrize(
+    "build",
+    [
+        NTXentLoss,
+        lambda: EMC2Loss(40, 32, sampler="isir"),
+        lambda: EMC2Loss(40, 32, sampler="isir", views="both", carry="corrected"),
+    ],
+    ids=["NT-Xent", "i-SIR", "i-SIR, both views, corrected"],
+)
+def test_autocast_leaves_a_log_sum_exp_in_float32(build):
+    """Of several calls, so that something is carried."""
+
+    def values(loss, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return [
+                loss(normal(seed, 40, 32), normal(1, 40, 32), torch.arange(40), return_stats=True) for seed in (0, 2)
+            ]
+
+    expected, found = values(plain := build(), False), values(inside := build(), True)
+    assert_identical(found, expected)
+    assert_identical(snapshot(inside), snapshot(plain))
 
 
 def test_under_autocast_emc2_walks_with_rounded_operands_and_keeps_float32_gradients():

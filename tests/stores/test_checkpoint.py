@@ -236,6 +236,13 @@ ITEMS, DIM, STEPS, BATCH = 44, 6, 12, 8  # an epoch is 5 batches, and 4 items th
 LOSSES = {
     "emc2": lambda encode: EMC2Loss(ITEMS, DIM, temperature=0.2, burn_in=0.0),
     "emc2 from the bank, corrected": lambda encode: EMC2Loss(ITEMS, DIM, temperature=0.2, proposals="bank"),
+    "emc2 by i-SIR": lambda encode: EMC2Loss(ITEMS, DIM, temperature=0.2, sampler="isir", views="both"),
+    "emc2 by i-SIR, corrected": lambda encode: EMC2Loss(
+        ITEMS, DIM, temperature=0.2, sampler="isir", carry="corrected", bank_dtype=torch.float32
+    ),
+    "emc2 by i-SIR, recomputed": lambda encode: EMC2Loss(
+        ITEMS, DIM, temperature=0.2, sampler="isir", bimodal=True, carry="recompute", encode=encode
+    ),
     "sogclr": lambda encode: SogCLRLoss(ITEMS, temperature=0.2),
     "isogclr": lambda encode: SogCLRLoss(ITEMS, temperature=0.2, individual_temperature=True),
     "cached": lambda encode: CachedSoftmaxLoss(ITEMS, DIM, temperature=0.2, encode=encode, refresh=0.1),
@@ -256,7 +263,8 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=0.01)
         self.sampler = GlobalContrastiveBatchSampler(ITEMS, BATCH, quantile=0.8, drop_last=True, progress=False)
         self.batches = self.endless_batches()
-        self.chooses = name != "emc2"  # whose chains need uniform batches, as the sampler's are before its first update
+        # Chains whose proposals are the batch need uniform ones, as the sampler's are before its first update.
+        self.chooses = getattr(self.loss, "proposals", "bank") != "batch"
 
     def encode(self, items, views):
         return self.encoder(self.data[items] + 0.1 * torch.randn(len(items), DIM, generator=self.noise))

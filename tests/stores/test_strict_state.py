@@ -16,6 +16,7 @@ ITEMS, DIM, B = 10, 8, 4
 LOSSES = {
     "emc2": ("emc2", {}),
     "emc2 bimodal": ("emc2", {"bimodal": True}),
+    "emc2 isir corrected": ("emc2", {"sampler": "isir", "carry": "corrected"}),
     "emc2 corrected": ("emc2", {"proposals": "bank"}),
     "emc2 bank bimodal": ("emc2", {"proposals": "bank", "bimodal": True}),
     "cached": ("cached", {}),

@@ -124,7 +124,7 @@ def half_precision(rank, size):
     """Relative errors of the keys' gradients in bfloat16: sums of what ranks send, over a ring and gathered."""
     shards = Shards(None, rank, [B] * size)
     queries, keys = normal(rank, B, DIM), normal(100 + rank, B, DIM)
-    ids = torch.arange(B) + B * rank, torch.arange(B) + 1000 + B * rank
+    ids = torch.arange(B) + B * rank, torch.arange(B) + 1000 + B * rank, None
     found = {}
     for name, dtype in (("exact", torch.float64), ("ring", torch.bfloat16), ("all", torch.bfloat16)):
         rounded = queries.bfloat16().to(dtype), keys.bfloat16().to(dtype).requires_grad_()

@@ -22,23 +22,27 @@ def scores_with(rows, anchor, temperature):
     return [(rows[anchor] @ row) / temperature for row in rows]
 
 
-def slow_ntxent(z0, z1, index=None, temperature=0.07, normalize=True):
-    """Mean over anchors of -s+ + log(exp(s+) + sum of exp(s-)), term by term."""
+def slow_ntxent(z0, z1, index=None, temperature=0.07, normalize=True, bimodal=False):
+    """Mean over anchors of -s+ + log(exp(s+) + sum of exp(s-)), term by term; of two modalities each row's negatives
+    are the other's."""
     rows = [unit(row) if normalize else row for row in (*z0, *z1)]
     b, losses = len(z0), []
     items = [("row", row % b) for row in range(2 * b)] if index is None else index.tolist() * 2
     for anchor in range(2 * b):
         scores, positive = scores_with(rows, anchor, temperature), (anchor + b) % (2 * b)
-        negatives = [scores[j] for j in range(2 * b) if j not in (anchor, positive) and items[j] != items[anchor]]
+        others = range(2 * b)
+        if bimodal:
+            others = range(b) if anchor >= b else range(b, 2 * b)
+        negatives = [scores[j] for j in others if j not in (anchor, positive) and items[j] != items[anchor]]
         losses.append(torch.stack([scores[positive], *negatives]).logsumexp(0) - scores[positive])
     return torch.stack(losses).mean()
 
 
-def slow_pair_statistics(z0, z1, index, temperature):
+def slow_pair_statistics(z0, z1, index, temperature, bimodal=False):
     rows, b = [unit(row) for row in (*z0, *z1)], len(z0)
     cosines = [(rows[view + i] @ rows[view + j]) for view in (0, b) for i in range(b) for j in range(b) if i != j]
     return {
-        "ntxent": slow_ntxent(z0, z1, index, temperature),
+        "ntxent": slow_ntxent(z0, z1, index, temperature, bimodal=bimodal),
         "positive_similarity": torch.stack([rows[i] @ rows[i + b] for i in range(b)]).mean(),
         "mean_cosine": sum(cosines) / max(len(cosines), 1),
     }
@@ -69,7 +73,38 @@ def assert_statistics(stats, expected):
         assert value.item() == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5), name
 
 
-class SlowEMC2:
+class SlowStores:
+    """What a loss keeps of a data set, in dictionaries."""
+
+    def __init__(self, bank_dtype):
+        self.bank_dtype = bank_dtype
+        self.chains = {}  # (item, view) -> (label, score)
+        self.bank = {}  # label -> (embedding, step)
+        self.step = 0
+
+    def remember(self, anchors, embeddings, states):
+        """States and embeddings of (item, view) anchors, row by row: of duplicates the last stays."""
+        for (item, view), embedding, (label, score) in zip(anchors, embeddings, states, strict=True):
+            self.chains[item, view] = (label, score)
+            if label < 0:
+                del self.chains[item, view]
+            self.bank[item * 2 + view] = embedding.detach().float().to(self.bank_dtype), self.step
+        self.step += 1
+
+    def assert_keeps_the_same(self, loss):
+        assert loss.step.item() == self.step
+        for item, view in itertools.product(range(ITEMS), (0, 1)):
+            slot = item * 2 + view
+            label, score = self.chains.get((item, view), (-1, -math.inf))
+            assert loss.chains.key[slot].item() == label
+            assert loss.chains.score[slot].item() == pytest.approx(score, rel=1e-4, abs=1e-4)
+            embedding, written_at = self.bank.get(slot, (torch.full((DIM,), torch.inf, dtype=self.bank_dtype), -1))
+            assert loss.bank.embeddings.dtype == self.bank_dtype
+            assert loss.bank.written_at[slot].item() == written_at
+            torch.testing.assert_close(loss.bank.embeddings[slot], embedding)
+
+
+class SlowEMC2(SlowStores):
     """EMC2 as section 4 of the design states it; only ``mh_step`` and the coin are the library's.
 
     Called with embeddings in float64 that hold the loss's own inputs exactly.
@@ -88,12 +123,10 @@ class SlowEMC2:
         walk_dtype=torch.float32,
         encode=None,
     ):
+        super().__init__(bank_dtype)
         self.temperature, self.views, self.burn_in, self.num_samples = temperature, views, burn_in, num_samples
         self.carry, self.seed, self.encode = carry, seed, encode
-        self.bank_dtype, self.walk_dtype = bank_dtype, walk_dtype
-        self.chains = {}  # (item, view) -> (label, score)
-        self.bank = {}  # label -> (embedding, step)
-        self.step = 0
+        self.walk_dtype = walk_dtype
         self.carried = set()  # labels of the latest call's samples outside the batch
         self.stats = {}
 
@@ -112,7 +145,7 @@ class SlowEMC2:
         attraction = torch.stack([q @ k for q, k in zip(embeddings, positives, strict=True)])
         repulsion = torch.stack([q @ k for q, k in zip(embeddings, means, strict=True)])
         self._keep_statistics(z0, z1, index, anchors, key_rows, result, repulsion)
-        self._remember(anchors, embeddings, result)
+        self.remember(anchors, embeddings, zip(*(field.tolist() for field in result.state), strict=True))
         return (repulsion - attraction).sum() / self.temperature / (2 * b)
 
     def _key_rows(self, index):
@@ -166,15 +199,6 @@ class SlowEMC2:
         self.carried.add(label)
         return self.bank[label][0].double() if self.carry == "cached" else unit(self.encode(label // 2, label % 2))
 
-    def _remember(self, anchors, embeddings, result):
-        for row, (item, view) in enumerate(anchors):  # of duplicates the last stays
-            label, score = result.state.key[row].item(), result.state.score[row].item()
-            self.chains[item, view] = (label, score)
-            if label < 0:
-                del self.chains[item, view]
-            self.bank[item * 2 + view] = embeddings[row].detach().float().to(self.bank_dtype), self.step
-        self.step += 1
-
     def _keep_statistics(self, z0, z1, index, anchors, key_rows, result, repulsion):
         proposed = sum(anchor[0] != anchors[key][0] for anchor in anchors for key in key_rows)
         self.stats = slow_pair_statistics(z0.detach(), z1.detach(), index, self.temperature) | {
@@ -182,15 +206,3 @@ class SlowEMC2:
             "carry_share": (result.samples < 0).sum() / result.samples.numel(),
             "negative_similarity": repulsion.detach().mean(),
         }
-
-    def assert_keeps_the_same(self, loss):
-        assert loss.step.item() == self.step
-        for item, view in itertools.product(range(ITEMS), (0, 1)):
-            slot = item * 2 + view
-            label, score = self.chains.get((item, view), (-1, -math.inf))
-            assert loss.chains.key[slot].item() == label
-            assert loss.chains.score[slot].item() == pytest.approx(score, rel=1e-4, abs=1e-4)
-            embedding, written_at = self.bank.get(slot, (torch.full((DIM,), torch.inf, dtype=self.bank_dtype), -1))
-            assert loss.bank.embeddings.dtype == self.bank_dtype
-            assert loss.bank.written_at[slot].item() == written_at
-            torch.testing.assert_close(loss.bank.embeddings[slot], embedding)
