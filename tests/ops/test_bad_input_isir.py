@@ -133,7 +133,7 @@ DEGENERATE |= {
         "log_proposal": torch.ones(0),
     },
     "every key excluded, by one id or the other": both_excluded(),
-    "every key excluded, and no state": both_excluded() | {"state": init_state(N)},
+    "every key excluded, and no state": both_excluded() | {"state": MHState(STATE.key, torch.full((N,), NAN))},
     "one id for both": carried(torch.arange(N), query_ids=torch.arange(N)),
     "negative carried ids": {"key_ids": -torch.arange(M), "carried_ids": -torch.arange(N)},
     "smallest and largest ids": {
