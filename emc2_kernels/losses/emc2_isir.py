@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..autograd import functorch_active, no_double_backward
 from ..backends.params import CarriedParams
-from ..distributed.keys import Keys
+from ..distributed.keys import Keys, LocalKeys
 from ..isir import carried_weights
 from ..stores.bank import EmbeddingBank
 from ..transition import MHState
@@ -57,7 +57,7 @@ class Side(NamedTuple):
     items: Tensor  # (n,)
     carried_items: Tensor  # (n,)
     keys: Keys  # differentiable
-    among: bool  # whether the queries are the keys, which have one gradient then
+    among: bool  # whether the queries are all of the keys, which have one gradient then
 
     def own_keys(self, embeddings: Tensor | None) -> Keys:
         """With the embeddings given, None: the queries."""
@@ -139,7 +139,7 @@ def resample(anchors: Anchors, carried: Carried, keys: Keys, options: WalkOption
         parts = [(*rows, keys)]
     drawn, sides = [], []
     for some, items, chains, labels, carried_items, scores, own_keys in parts:
-        among = own_keys.embeddings is anchors.embeddings
+        among = isinstance(own_keys, LocalKeys) and own_keys.embeddings is anchors.embeddings
         side = Side(some, items, carried_items, own_keys.cast(queries.dtype), among)
         brought = CarriedParams(labels, scores, own_keys.labels, chains, options.seed, options.step, 0)
         with torch.no_grad():
