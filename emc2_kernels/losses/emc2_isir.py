@@ -30,7 +30,7 @@ from .correction import BatchMeans
 from .emc2_sampler import WalkOptions, toss_views
 from .sampled import Encode, encoded
 
-NO_SECOND_DERIVATIVE = 'EMC2Loss has no second derivative with sampler="isir"'
+NO_SECOND_DERIVATIVE = 'EMC2Loss(sampler="isir") has no second derivative'
 
 
 class Carried(NamedTuple):
