@@ -63,8 +63,15 @@ def test_a_captured_sum_follows_its_operands_and_waits_for_nothing(device, backe
         assert torch.equal(out, total())
 
 
-@pytest.mark.parametrize("make", [NTXentLoss, lambda **o: SogCLRLoss(100, **o), lambda **o: EMC2Loss(
-    100, 64, proposals="bank", carry="corrected", **o)], ids=["ntxent", "sogclr", "emc2 from the bank"])  # fmt: skip
+LOSSES = {
+    "ntxent": NTXentLoss,
+    "sogclr": lambda **o: SogCLRLoss(100, **o),
+    "emc2 from the bank": lambda **o: EMC2Loss(100, 64, proposals="bank", carry="corrected", **o),
+    "emc2 by i-SIR": lambda **o: EMC2Loss(100, 64, sampler="isir", views="both", carry="corrected", **o),
+}
+
+
+@pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 def test_losses_are_those_of_the_reference_and_wait_for_nothing(device, backend, make, cuda_only):
     index = torch.arange(32, device=device)
     gradients = []

@@ -25,8 +25,9 @@ def leaf(z, device):
 
 
 def make(device, backend, **options):
-    options = {"temperature": 0.05, "burn_in": 0.0, "bank_dtype": torch.float32, "seed": 2**64 - 9} | options
-    return EMC2Loss(ITEMS, D, backend=backend, **options).to(device)
+    walk = {"burn_in": 0.0} if options.get("sampler", "mh") == "mh" else {}
+    usual = {"temperature": 0.05, "bank_dtype": torch.float32, "seed": 2**64 - 9} | walk
+    return EMC2Loss(ITEMS, D, backend=backend, **usual | options).to(device)
 
 
 def forward(loss, z0, z1, index, backend, **options):
@@ -59,4 +60,8 @@ OPTIONS = {
     "both views": {"views": "both", "num_samples": 7},
     "another burn-in": {"burn_in": 0.25},
     "not normalised": {"normalize": False, "temperature": 5.0},
+    "i-SIR": {"sampler": "isir"},
+    "i-SIR, both views, corrected": {"sampler": "isir", "views": "both", "carry": "corrected"},
+    "i-SIR, two modalities": {"sampler": "isir", "bimodal": True},
 }
+SAMPLERS = {name: OPTIONS[name] for name in ("one view", "i-SIR")}

@@ -56,10 +56,12 @@ def dims_and_dtypes(dims):
 
 
 def unsupported(error, backend):
-    """Whether an error says, naming the backend, that it does not take such operands: it may leave some to others."""
-    return isinstance(error, NotImplementedError) or (
-        isinstance(error, ValueError) and str(error).startswith(f"backend {backend!r} takes")
-    )
+    """Whether an error says, naming the backend, that it does not take such operands or has no such operation: it may
+    leave some to others."""
+    if not isinstance(error, ValueError):
+        return isinstance(error, NotImplementedError)
+    said = str(error)
+    return said.startswith(f"backend {backend!r} takes") or said.endswith(f"for this operation, got {backend!r}")
 
 
 def run(operator, *arguments, backend, **options):

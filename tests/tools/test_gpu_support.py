@@ -84,8 +84,10 @@ def test_the_batches_of_the_loss_comparison_are_clear_of_ties(case):
     for history in histories[1:]:
         for (_, _, stats, kept), (_, _, wanted, wanted_kept) in zip(history, histories[0], strict=True):
             assert torch.equal(kept["chains.key"], wanted_kept["chains.key"])
-            assert stats["carry_share"] == wanted["carry_share"] and stats["acceptance"] == wanted["acceptance"]
-    assert histories[0][-1][2]["carry_share"] > 0.05  # or carried samples would not be compared
+            assert stats["acceptance"] == wanted["acceptance"]
+            assert stats.get("carry_share") == wanted.get("carry_share")
+    last = histories[0][-1][2]
+    assert last.get("carry_share", last.get("carried_weight")) > 0.05  # or what is carried would not be compared
 
 
 def test_shares_divide_the_work_of_each_backend():
