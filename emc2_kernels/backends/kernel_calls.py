@@ -43,8 +43,11 @@ def contiguous_scores(scores: ScoreParams) -> ScoreParams:
 
 
 def _with_contiguous(params: Params, names: tuple[str, ...]) -> Params:
-    vectors = ((name, getattr(params, name)) for name in names)
-    copies = {name: vector.contiguous() for name, vector in vectors if not (vector is None or vector.is_contiguous())}
+    copies = {}
+    for name in names:
+        vector = getattr(params, name)
+        if vector is not None and not vector.is_contiguous():
+            copies[name] = vector.contiguous()
     return params._replace(**copies) if copies else params
 
 
