@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "cpu/gumbel.h"
+#include "cpu/isir.h"
+#include "cpu/lse.h"
 #include "cpu/score_tiles.h"
 #include "cpu/sweep.h"
 #include "cpu/vector_philox.h"
@@ -95,6 +97,26 @@ struct Arrays {
     params.num_samples = num_samples, params.positions = positions.data();
     return fewest_seconds([&] { sample_gumbel(params); });
   }
+
+  double lse_seconds() {
+    LseParams params{};
+    set(params, true);
+    params.operands = operands(), params.num_threads = 1, params.lse = threshold.data();
+    return fewest_seconds([&] { contrastive_lse(params); });
+  }
+
+  double isir_seconds() {
+    IsirParams params{};
+    set(params, true);
+    params.operands = operands(), params.num_threads = 1, params.lse = threshold.data();
+    std::vector<int64_t> new_key(rows);
+    std::vector<float> new_score(rows);
+    std::vector<double> value(rows);
+    params.num_carried = 1, params.carried_key = key.data(), params.carried_score = score.data();
+    params.position = positions.data(), params.key = new_key.data(), params.score = new_score.data();
+    params.value = value.data();
+    return fewest_seconds([&] { isir_step(params); });
+  }
 };
 
 }  // namespace
@@ -131,6 +153,8 @@ int main() {
   print("draws, logarithm, walk of given scores", plain.walk_seconds(false), vectors);
   print("the same, with ids", plain.walk_seconds(true), vectors);
   print("a Gumbel draw, of 16", plain.gumbel_seconds(16), 16 * vectors);
+  print("log-sum-exp of given scores", plain.lse_seconds(), vectors);
+  print("the same, with an i-SIR draw", plain.isir_seconds(), vectors);
   const double products = wide.walk_seconds(false) - plain.walk_seconds(false);
   std::printf("%-46s%7.1f operations a cycle, of %d\n", "products", 2.0 * 512 * 512 * 1024 / (products / cycle),
               kLanes * 4);

@@ -40,7 +40,8 @@ struct Operands {
   Dtype dtype;
 };
 
-// s_ij = <q_i, k_j> / temperature_i. A key with the row's id, or whose score is not finite, is left out.
+// s_ij = <q_i, k_j> / temperature_i - log g_j. A key with one of the row's ids, or whose score is not finite, is left
+// out.
 struct ScoreParams {
   int64_t num_rows;
   int64_t num_keys;
@@ -49,6 +50,8 @@ struct ScoreParams {
   int64_t temperature_stride;  // 0: one for all rows, in memory
   const int64_t* query_ids;    // (num_rows,) or null: nothing is excluded
   const int64_t* key_ids;      // (num_keys,) or null
+  const int64_t* carried_ids;  // (num_rows,) a second id of the row, or null
+  const float* log_proposal;   // (num_keys,) log g, or null: zeros
 
   EMC2_HD float row_temperature(int64_t row) const {
     return temperatures ? temperatures[row * temperature_stride] : temperature;
@@ -93,8 +96,7 @@ struct Schedule {
 };
 
 struct WalkParams : ScoreParams, StreamParams, Schedule {
-  const float* log_proposal;  // (num_keys,) or null
-  const int64_t* positions;   // (num_rows, num_proposals) with unit last stride; null: drawn uniformly, or a sweep
+  const int64_t* positions;  // (num_rows, num_proposals) with unit last stride; null: drawn uniformly, or a sweep
   int64_t position_stride;
   int num_threads;  // on a CPU
 };
@@ -134,6 +136,23 @@ struct GumbelParams : ScoreParams, StreamParams {
   Operands operands;
   int64_t num_samples;
   int64_t* positions;  // (num_rows, num_samples), contiguous; -1: the row has no key
+  int num_threads;
+};
+
+// What a chain brings along to a step over all keys, and the next states. A row without candidates is left with
+// position and key -1, and -inf thrice.
+struct IsirParams : ScoreParams, StreamParams {
+  Operands operands;
+  int64_t num_carried;         // C, candidates of a chain's own
+  const int64_t* carried_key;  // (num_rows, C) labels, contiguous
+  const float* carried_score;  // (num_rows, C), contiguous; one that is not finite is no candidate
+  const int64_t* key_labels;   // (num_keys,) what `key` holds for a key, or null: its number
+  int64_t first_key;           // number of the first key: the noise, and `position`, go by it
+  int64_t* position;           // (num_rows,) a key's number, or -1 - c: the chain's own candidate c
+  int64_t* key;                // (num_rows,)
+  float* score;                // (num_rows,)
+  float* lse;                  // (num_rows,) over all candidates
+  double* value;               // (num_rows,) score + noise of what was drawn
   int num_threads;
 };
 

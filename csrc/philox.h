@@ -16,7 +16,13 @@ constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 
-enum Stream : uint32_t { kAcceptanceStream = 0, kPositionStream = 1, kGumbelStream = 2, kViewCoinStream = 3 };
+enum Stream : uint32_t {
+  kAcceptanceStream = 0,
+  kPositionStream = 1,
+  kGumbelStream = 2,
+  kViewCoinStream = 3,
+  kCarriedStream = 4,
+};
 
 struct PhiloxKey {
   uint32_t k0, k1;

@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import checks, ops
-from .autograd import functorch_active, no_double_backward
+from .autograd import functorch_active
 from .backends import NAMES
 from .backends.params import CarriedParams, ScoreParams
 from .dispatch import LIBRARY, nothing_to_dispatch
-from .lse import NO_SECOND_DERIVATIVE, keep_scores, score_gradients
+from .lse import keep_scores, score_gradients
 from .transition import ISIRResult, MHState
+
+NO_SECOND_DERIVATIVE = "isir_step has no second derivative"
 
 
 def isir_step(
@@ -94,7 +96,8 @@ def isir_step(
 
 def carried_weights(score: Tensor, lse: Tensor) -> Tensor:
     """(n, C) shares of a chain's own candidates, of scores (n, C), in the exponential of lse (n,)."""
-    return torch.where(score.isfinite(), (score - lse[:, None]).exp(), 0)
+    # NaN where neither is there, or the score is NaN; infinite where the score is, which is no candidate either.
+    return (score - lse[:, None]).exp().nan_to_num_(0.0, 0.0, 0.0)
 
 
 def differentiable_step(
@@ -132,8 +135,7 @@ def _gradients(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
     grad, saved = grads[3], ctx.saved_tensors
     lse, *_, score = saved
     d_carried = grad.detach()[:, None] * carried_weights(score.detach(), lse.detach())
-    (d_carried,) = no_double_backward(NO_SECOND_DERIVATIVE, d_carried, of=(grad, score))
-    of_scores = score_gradients(ctx, saved, grad)
+    *of_scores, d_carried = score_gradients(ctx, saved, grad, d_carried, no_second_derivative=NO_SECOND_DERIVATIVE)
     return *of_scores, *[None] * (_FIELDS - 3), None, d_carried, *[None] * 6
 
 

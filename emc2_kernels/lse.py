@@ -84,20 +84,29 @@ def keep_scores(ctx: FunctionCtx, scores: ScoreParams, backend: str, lse: Tensor
 
 
 def score_gradients(
-    ctx: FunctionCtx, saved: tuple[Tensor | None, ...], grad: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ctx: FunctionCtx,
+    saved: tuple[Tensor | None, ...],
+    grad: Tensor,
+    *beside: Tensor,
+    no_second_derivative: str = NO_SECOND_DERIVATIVE,
+) -> tuple[Tensor | None, ...]:
     """Of queries, keys and the rows' temperatures, for grad (n,) of the log-sum-exps that were kept. None: of keys that
     are the queries, and of a temperature that is a number.
 
     Args:
         saved: ``ctx.saved_tensors``, which torch.utils.checkpoint lets a backward pass ask for once.
+        beside: gradients of what was saved behind the scores; they come back behind the scores'.
+        no_second_derivative: the error of a derivative of any of them.
     """
-    lse, *saved = saved[: 1 + len(ctx.numbers)]
+    lse, *saved = saved
+    saved, others = saved[: len(ctx.numbers)], saved[len(ctx.numbers) :]
     fields = (value if tensor is None else tensor.detach() for value, tensor in zip(ctx.numbers, saved, strict=True))
     scores = ScoreParams(*fields)
     made = ops.contrastive_lse_backward(scores, grad.detach(), lse.detach(), ctx.backend)
-    d_queries, d_keys, d_rows = no_double_backward(NO_SECOND_DERIVATIVE, *made, of=(grad, *saved[:3]))
-    return d_queries, None if scores.symmetric else d_keys, d_rows if isinstance(scores.temperature, Tensor) else None
+    sources = (grad, *saved[:3], *others)  # queries, keys and temperatures, and what was saved behind the scores
+    d_queries, d_keys, d_rows, *beside = no_double_backward(no_second_derivative, *made, *beside, of=sources)
+    per_row = isinstance(scores.temperature, Tensor)
+    return d_queries, None if scores.symmetric else d_keys, d_rows if per_row else None, *beside
 
 
 def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:

@@ -4,6 +4,7 @@
 
 #include "../csrc/cpu/gathered.h"
 #include "../csrc/cpu/gumbel.h"
+#include "../csrc/cpu/isir.h"
 #include "../csrc/cpu/lse.h"
 #include "../csrc/cpu/philox_arrays.h"
 #include "../csrc/cpu/simd.h"
@@ -54,17 +55,26 @@ PYBIND11_MODULE(emc2_cpu, module) {
       module, "GumbelParams",
       {EMC2_SCORE_FIELDS(GumbelParams), EMC2_STREAM_FIELDS(GumbelParams), EMC2_FIELD(GumbelParams, num_samples),
        EMC2_FIELD(GumbelParams, positions), EMC2_FIELD(GumbelParams, num_threads)});
+  emc2::ParamClass<emc2::IsirParams>::add(
+      module, "IsirParams",
+      {EMC2_SCORE_FIELDS(IsirParams), EMC2_STREAM_FIELDS(IsirParams), EMC2_FIELD(IsirParams, num_carried),
+       EMC2_FIELD(IsirParams, carried_key), EMC2_FIELD(IsirParams, carried_score), EMC2_FIELD(IsirParams, key_labels),
+       EMC2_FIELD(IsirParams, first_key), EMC2_FIELD(IsirParams, position), EMC2_FIELD(IsirParams, key),
+       EMC2_FIELD(IsirParams, score), EMC2_FIELD(IsirParams, lse), EMC2_FIELD(IsirParams, value),
+       EMC2_FIELD(IsirParams, num_threads)});
   emc2::ParamClass<emc2::LseParams>::add(
       module, "LseParams",
       {EMC2_SCORE_FIELDS(LseParams), EMC2_FIELD(LseParams, lse), EMC2_FIELD(LseParams, num_threads)});
   emc2::ParamClass<emc2::LseGradientParams>::add(
       module, "LseGradientParams",
-      {EMC2_SCORE_FIELDS(LseGradientParams), EMC2_FIELD(LseGradientParams, grad), EMC2_FIELD(LseGradientParams, lse), EMC2_FIELD(LseGradientParams, symmetric),
-       EMC2_FIELD(LseGradientParams, d_queries), EMC2_FIELD(LseGradientParams, d_keys),
-       EMC2_FIELD(LseGradientParams, d_temperatures), EMC2_FIELD(LseGradientParams, num_threads)});
+      {EMC2_SCORE_FIELDS(LseGradientParams), EMC2_FIELD(LseGradientParams, grad), EMC2_FIELD(LseGradientParams, lse),
+       EMC2_FIELD(LseGradientParams, symmetric), EMC2_FIELD(LseGradientParams, d_queries),
+       EMC2_FIELD(LseGradientParams, d_keys), EMC2_FIELD(LseGradientParams, d_temperatures),
+       EMC2_FIELD(LseGradientParams, num_threads)});
   module.def("walk_sweep", &walk_sweep, ReleaseGil());
   module.def("walk_gathered", &walk_gathered, ReleaseGil());
   module.def("sample_gumbel", &with_operands<emc2::GumbelParams, emc2::sample_gumbel>, ReleaseGil());
+  module.def("isir_step", &with_operands<emc2::IsirParams, emc2::isir_step>, ReleaseGil());
   module.def("contrastive_lse", &with_operands<emc2::LseParams, emc2::contrastive_lse>, ReleaseGil());
   module.def("contrastive_lse_backward", &with_operands<emc2::LseGradientParams, emc2::contrastive_lse_backward>,
              ReleaseGil());

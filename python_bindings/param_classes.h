@@ -118,7 +118,8 @@ class ParamClass {
 #define EMC2_SCORE_FIELDS(Struct)                                                                      \
   EMC2_FIELD(Struct, num_rows), EMC2_FIELD(Struct, num_keys), EMC2_FIELD(Struct, temperature),         \
       EMC2_FIELD(Struct, temperatures), EMC2_FIELD(Struct, temperature_stride),                        \
-      EMC2_FIELD(Struct, query_ids), EMC2_FIELD(Struct, key_ids)
+      EMC2_FIELD(Struct, query_ids), EMC2_FIELD(Struct, key_ids), EMC2_FIELD(Struct, carried_ids),     \
+      EMC2_FIELD(Struct, log_proposal)
 #define EMC2_STREAM_FIELDS(Struct)                                                                     \
   EMC2_FIELD(Struct, seed), EMC2_FIELD(Struct, seed_address), EMC2_FIELD(Struct, step),                \
       EMC2_FIELD(Struct, step_address), EMC2_FIELD(Struct, chain_ids)
@@ -133,8 +134,8 @@ inline void add_walk_params(pybind11::module_& module) {
       module, "WalkParams",
       {EMC2_SCORE_FIELDS(WalkParams), EMC2_STREAM_FIELDS(WalkParams), EMC2_FIELD(WalkParams, total_proposals),
        EMC2_FIELD(WalkParams, first_proposal), EMC2_FIELD(WalkParams, num_proposals), EMC2_FIELD(WalkParams, burn_in),
-       EMC2_FIELD(WalkParams, num_samples), EMC2_FIELD(WalkParams, log_proposal), EMC2_FIELD(WalkParams, positions),
-       EMC2_FIELD(WalkParams, position_stride), EMC2_FIELD(WalkParams, num_threads)});
+       EMC2_FIELD(WalkParams, num_samples), EMC2_FIELD(WalkParams, positions), EMC2_FIELD(WalkParams, position_stride),
+       EMC2_FIELD(WalkParams, num_threads)});
   ParamClass<StepInput>::add(
       module, "StepInput",
       {EMC2_FIELD(StepInput, key), EMC2_FIELD(StepInput, score), EMC2_FIELD(StepInput, key_labels)});
@@ -152,7 +153,8 @@ constexpr bool is_param_struct =
     std::is_same_v<Struct, StreamParams> || std::is_same_v<Struct, Operands> || std::is_same_v<Struct, WalkParams> ||
     std::is_same_v<Struct, StepInput> || std::is_same_v<Struct, StepOutput> ||
     std::is_same_v<Struct, TransitionOutput> || std::is_same_v<Struct, GumbelParams> ||
-    std::is_same_v<Struct, LseParams> || std::is_same_v<Struct, LseGradientParams>;
+    std::is_same_v<Struct, IsirParams> || std::is_same_v<Struct, LseParams> ||
+    std::is_same_v<Struct, LseGradientParams>;
 
 }  // namespace emc2
 

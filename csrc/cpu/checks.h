@@ -10,9 +10,9 @@
 
 namespace emc2 {
 
-constexpr int64_t kChains = int64_t{1} << 40;  // the counter has 40 bits for them
+constexpr int64_t kChains = int64_t{1} << 40;                             // the counter has 40 bits for them
 constexpr float kMinTemperature = 0x1p-120f, kMaxTemperature = 0x1p100f;  // as in emc2_kernels/checks.py
-constexpr int64_t kMaxProposals = int64_t{1} << 33;  // 32 bits for blocks of two positions
+constexpr int64_t kMaxProposals = int64_t{1} << 33;                       // 32 bits for blocks of two positions
 
 inline void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
@@ -32,14 +32,17 @@ inline void require_within(const int64_t* values, int64_t count, int64_t end, co
   require(!values || all_of(values, count, inside), what);
 }
 
-// One number is looked at in Python.
-inline void require_temperatures(const ScoreParams& scores) {
+// One temperature for all rows is looked at in Python.
+inline void require_scores(const ScoreParams& scores) {
   bool legal = true;
   for (int64_t row = 0; row < scores.num_rows && scores.temperatures; ++row) {
     const float value = scores.row_temperature(row);
     legal &= value >= kMinTemperature && value <= kMaxTemperature;
   }
   require(legal, "temperature: a value that float32 cannot divide by");
+  const auto finite = [](float value) { return std::fabs(value) < INFINITY; };
+  require(!scores.log_proposal || all_of(scores.log_proposal, scores.num_keys, finite),
+          "log_proposal: a value not finite");
 }
 
 inline void require_schedule(const Schedule& schedule) {
@@ -54,9 +57,7 @@ inline void require_schedule(const Schedule& schedule) {
 inline void require_walk(const WalkParams& walk) {
   require_schedule(walk);
   require_within(walk.chain_ids, walk.num_rows, kChains, "chain_ids: a value outside [0, 2^40)");
-  require_temperatures(walk);
-  const auto finite = [](float value) { return std::fabs(value) < INFINITY; };
-  require(!walk.log_proposal || all_of(walk.log_proposal, walk.num_keys, finite), "log_proposal: a value not finite");
+  require_scores(walk);
 }
 
 }  // namespace emc2

@@ -1,61 +1,18 @@
 #include "gumbel.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "checks.h"
+#include "race.h"
 #include "row_vector.h"
 #include "score_tiles.h"
-#include "vector_philox.h"
 
 namespace emc2 {
 namespace {
 
 constexpr int64_t kDraw = 16;              // operations of a (key, sample)
-constexpr int64_t kSamplesAtOnce = 16;     // whose generators, 6 KB with AVX-512, stay in the first-level cache
-constexpr int64_t kCachedRaces = 1 << 14;  // (row, sample) of a block of rows, 16 bytes each
-
-constexpr double kLog2 = 0.69314718055994530942;
-
-// The noise of the contract: v = (word + 0.5) * 2^-32, E = -log1p(-v), noise -log E.
-double gumbel_noise(uint32_t word) { return -std::log(-std::log1p(-(word + 0.5) * 0x1p-32)); }
-
-// log v + 158 log 2 or less, by up to 0.06 (more for words below 2^4): the bits of a float are its logarithm, but for a
-// chord in place of a curve.
-EMC2_HD Floats log_bound(Words word) {
-  const Floats half = __builtin_convertvector((Ints)(word >> 1), Floats);
-  return __builtin_convertvector((Ints)half, Floats) * static_cast<float>(kLog2 * 0x1p-23);
-}
-
-// A key beats `best` iff log E < score - best, and log v <= log E: so it must have log_bound + filter < score. The
-// margin is more than all roundings (log_bound exceeds its bound by 7.2e-6 at most).
-float race_filter(double best) { return static_cast<float>(best - 158 * kLog2 - 2e-4 - std::fabs(best) * 0x1p-20); }
-
-// The best key so far of kLanes neighbouring rows, for one sample.
-struct Race {
-  Floats filter = all_floats(-kInfinity);  // what a score must exceed, beside a bound on its noise, to be looked at
-  double best[kLanes];
-  int32_t position[kLanes];
-
-  Race() {
-    std::fill(best, best + kLanes, -static_cast<double>(kInfinity));
-    std::fill(position, position + kLanes, -1);
-  }
-};
-
-// Some 10 of 1,000 keys come here, so their logarithms are taken one by one, in double.
-void enter(Race& race, Ints candidates, Floats scores, Words words, int64_t key) {
-  for (uint32_t left = lane_bits(candidates); left; left &= left - 1) {
-    const int lane = __builtin_ctz(left);
-    const double value = scores[lane] + gumbel_noise(words[lane]);
-    if (value > race.best[lane]) {
-      race.best[lane] = value;
-      race.position[lane] = static_cast<int32_t>(key);
-      race.filter[lane] = race_filter(value);
-    }
-  }
-}
+constexpr int64_t kCachedRaces = 1 << 14;  // (row, sample) of a block of rows, 20 bytes each
 
 struct RacingRows : RowVector {
   Words chain_low, chain_high;
@@ -79,8 +36,6 @@ class GumbelSampler {
   void end(const Group& group);
 
  private:
-  void scan_samples(RacingRows& rows, const Floats* dots, const ScoreTile& tile, int64_t first, int64_t count) const;
-
   const GumbelParams& params_;
   std::vector<double> best_;  // (rows, samples) values at the positions so far
 };
@@ -95,53 +50,26 @@ void GumbelSampler::start(Group& group, int64_t number) const {
   }
 }
 
-// All keys of a tile for a few samples. What each (key, sample) needs is a quarter of a call of the generator and a
-// comparison; the logarithms of the noise are taken only of keys that may win by a bound on it.
-void GumbelSampler::scan_samples(RacingRows& rows, const Floats* dots, const ScoreTile& tile, int64_t first,
-                                 int64_t count) const {
-  const PhiloxKey key = philox_key(params_.seed_value());
-  const uint32_t step = params_.step_value();
-  VectorPhilox draws[kSamplesAtOnce];
-  for (int64_t i = 0; i < count; ++i) {
-    const Words tag = rows.chain_high << 8 | counter_tag(0, kGumbelStream, static_cast<uint32_t>(first + i));
-    draws[i] = VectorPhilox(key, step, rows.chain_low, tag);
-  }
-  const auto score_of = [&](int64_t key) __attribute__((always_inline)) {
-    if (key < tile.key_begin || key >= tile.key_end) return all_floats(-kInfinity);
-    return rows.score(params_, dots[(key - tile.key_begin) * kGroupVectors], key);
-  };
-  for (int64_t block = tile.key_begin / 4; 4 * block < tile.key_end; ++block) {
-    const BlockPhilox share(key, step, static_cast<uint32_t>(block));
-    Floats scores[4];
-    for (int i = 0; i < 4; ++i) scores[i] = score_of(4 * block + i);
-    for (int64_t s = 0; s < count; ++s) {
-      Race& race = rows.races[first + s];
-      const PhiloxBlock<Words> drawn = draws[s].words(share);
-      const Words words[4] = {drawn.c0, drawn.c1, drawn.c2, drawn.c3};
-      Ints candidates[4], some{};
-      for (int i = 0; i < 4; ++i) {
-        candidates[i] = log_bound(words[i]) + race.filter < scores[i];
-        some |= candidates[i];
-      }
-      if (__builtin_expect(!any(some), 1)) continue;
-      for (int i = 0; i < 4; ++i) enter(race, candidates[i], scores[i], words[i], 4 * block + i);
-    }
-  }
-}
-
 void GumbelSampler::walk(Group& group, const ScoreTile& tile) const {
+  const PhiloxKey key = philox_key(params_.seed_value());
+  RaceScores scores(tile.key_begin, tile.key_begin, tile.count());
   for (int v = 0; v < tile.vectors; ++v) {
-    for (int64_t first = 0; first < params_.num_samples; first += kSamplesAtOnce) {
-      const int64_t count = std::min(kSamplesAtOnce, params_.num_samples - first);
-      scan_samples(group.vectors[v], tile.dots + v, tile, first, count);
+    RacingRows& rows = group.vectors[v];
+    for (int64_t i = 0; i < tile.count(); ++i)
+      scores.keys()[i] = rows.score(params_, tile.dots[i * kGroupVectors + v], tile.key_begin + i);
+    for (int64_t s = 0; s < params_.num_samples; ++s) {
+      const Words tag = rows.chain_high << 8 | counter_tag(0, kGumbelStream, static_cast<uint32_t>(s));
+      rows.races[s].run(VectorPhilox(key, params_.step_value(), rows.chain_low, tag), scores);
     }
   }
 }
 
 // Of equal values the lowest position wins, whichever group ends first.
 void GumbelSampler::end(const Group& group) {
-  const auto write = [this](int64_t at, double value, int64_t position) {
+  const auto write = [this](int64_t at, const Race& race, int lane) {
+    const int64_t position = race.position[lane];
     if (!best_.empty()) {
+      const double value = race.exact_value(lane);
       const bool wins = value > best_[at] || (value == best_[at] && position < params_.positions[at]);
       if (position < 0 || !wins) return;
       best_[at] = value;
@@ -152,8 +80,7 @@ void GumbelSampler::end(const Group& group) {
   for (const RacingRows& rows : group.vectors) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int lane = row - rows.begin;
-      for (int64_t s = 0; s < params_.num_samples; ++s)
-        write(row * params_.num_samples + s, rows.races[s].best[lane], rows.races[s].position[lane]);
+      for (int64_t s = 0; s < params_.num_samples; ++s) write(row * params_.num_samples + s, rows.races[s], lane);
     }
   }
 }
@@ -163,7 +90,7 @@ void GumbelSampler::end(const Group& group) {
 void sample_gumbel(const GumbelParams& params) {
   require(params.num_samples >= 1 && params.num_samples <= kMaxSamples, "num_samples: not in 1 .. 2^16 - 1");
   require_within(params.chain_ids, params.num_rows, kChains, "chain_ids: a value outside [0, 2^40)");
-  require_temperatures(params);
+  require_scores(params);
   Blocking blocking(params.num_rows, params.num_keys, params.operands.dim, kDraw * params.num_samples,
                     params.num_threads, kCachedRaces / params.num_samples);
   blocking.split_keys();

@@ -1,6 +1,7 @@
 #include "lse.h"
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -51,12 +52,10 @@ class LogSumExp {
   const LseParams& params_;
 };
 
-// What the gradient of the log-sum-exps takes from each row that has one: its share of a key is
-// coefficient * exp(similarity * inverse_temperature - level), with coefficient = d_lse / temperature.
+// What the gradient of the log-sum-exps takes from each query that has one: its share of a key is coefficient *
+// exp(score - level), with coefficient = d_lse / temperature.
 struct Shares {
   std::vector<float> coefficient, level, inverse_temperature;
-
-  Shares() = default;
 
   explicit Shares(const LseGradientParams& params)
       : coefficient(params.num_rows), level(params.num_rows), inverse_temperature(params.num_rows) {
@@ -67,50 +66,89 @@ struct Shares {
       level[row] = has_keys ? params.lse[row] : 0.0f;
     }
   }
+};
 
-  Floats lanes(const std::vector<float>& values, int64_t begin) const {
-    Floats lanes;
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = values[std::min<int64_t>(begin + lane, values.size() - 1)];
-    return lanes;
+Floats lanes_of(const float* values, int64_t begin, int64_t count) {
+  Floats lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = values[std::min(begin + lane, count - 1)];
+  return lanes;
+}
+
+// kLanes neighbouring queries, and their shares of a key.
+struct QueryVector {
+  RowVector rows;
+  Floats coefficient, level;
+
+  QueryVector() = default;
+
+  QueryVector(const ScoreParams& params, const Shares& shares, int64_t begin)
+      : rows(params, begin),
+        coefficient(lanes_of(shares.coefficient.data(), begin, params.num_rows)),
+        level(lanes_of(shares.level.data(), begin, params.num_rows)) {}
+
+  EMC2_HD Floats share(const ScoreParams& params, Floats dot, int64_t key) const {
+    return coefficient * exp_nonpositive(rows.score(params, dot, key) - level);
   }
 };
 
-// The gradient of operands: sum over keys of the row's share of the key, and of the key's share of the row, times the
-// key. Rows have shares where they are queries, keys have where they are.
+// kLanes neighbouring keys, and a query's shares of them.
+struct KeyVector {
+  IdVector ids;
+  Floats log_proposal{};
+
+  KeyVector() = default;
+
+  KeyVector(const ScoreParams& params, int64_t begin) {
+    if (params.key_ids) ids = IdVector(params.key_ids, begin, params.num_keys);
+    if (params.log_proposal) log_proposal = lanes_of(params.log_proposal, begin, params.num_keys);
+  }
+
+  EMC2_HD Floats share(const ScoreParams& params, const Shares& shares, Floats dot, int64_t query) const {
+    const Floats score = dot * shares.inverse_temperature[query] - log_proposal;
+    Ints counts = score < kInfinity;
+    if (params.query_ids) counts &= ~ids.equal(params.query_ids[query]);
+    if (params.carried_ids) counts &= ~ids.equal(params.carried_ids[query]);
+    const Floats counted = counts ? score : all_floats(-kInfinity);
+    return shares.coefficient[query] * exp_nonpositive(counted - shares.level[query]);
+  }
+};
+
+// What the rows of tiles are: queries; keys, and then the tiles' keys are the queries; or both, of one operand.
+enum class Rows { kQueries, kKeys, kBoth };
+
+// The gradient of rows: sum over the tiles' keys of the row's share of the key, and of the key's share of the row,
+// times the key.
 //
 // Roofline: as the scores, twice.
 class Gradient {
  public:
   struct Group {
-    RowVector rows[kGroupVectors];
-    Floats coefficient[kGroupVectors], level[kGroupVectors];
+    int64_t number;
+    QueryVector queries[kGroupVectors];
+    KeyVector keys[kGroupVectors];
     Floats d_temperature[kGroupVectors];
     std::vector<Floats> sums;  // as load_columns leaves queries
   };
 
-  // `gradient` (rows, dim) float32; `d_temperatures` (rows,) or null.
-  Gradient(const ScoreParams& params, int64_t dim, const Shares* of_rows, const Shares* of_keys, float* gradient,
-           float* d_temperatures)
+  Gradient(const LseGradientParams& params, const Shares& shares, Rows rows)
       : params_(params),
-        dim_(dim),
-        of_rows_(of_rows),
-        of_keys_(of_keys),
-        gradient_(gradient),
-        d_temperatures_(d_temperatures) {}
+        shares_(shares),
+        are_queries_(rows != Rows::kKeys),
+        are_keys_(rows != Rows::kQueries),
+        gradient_(are_queries_ ? params.d_queries : params.d_keys),
+        d_temperatures_(are_queries_ ? params.d_temperatures : nullptr) {}
 
-  bool finite() const { return finite_; }  // whether all of `gradient` is
+  bool finite() const { return finite_; }  // whether all of the gradient is
 
   void start(Group& group, int64_t number) const {
+    group.number = number;
     for (int v = 0; v < kGroupVectors; ++v) {
       const int64_t begin = number * kGroupRows + v * kLanes;
-      group.rows[v] = RowVector(params_, begin);
-      if (of_rows_) {
-        group.coefficient[v] = of_rows_->lanes(of_rows_->coefficient, begin);
-        group.level[v] = of_rows_->lanes(of_rows_->level, begin);
-      }
+      if (are_queries_) group.queries[v] = QueryVector(params_, shares_, begin);
+      if (are_keys_) group.keys[v] = KeyVector(params_, begin);
       group.d_temperature[v] = Floats{};
     }
-    group.sums.assign(dim_ * kGroupVectors, Floats{});
+    group.sums.assign(params_.operands.dim * kGroupVectors, Floats{});
   }
 
   void walk(Group& group, const ScoreTile& tile) const {
@@ -122,17 +160,18 @@ class Gradient {
         weights[at] = weight(group, v, tile.dots[at], tile.key_begin + i, d_temperature[v]);
       }
     }
-    tile.keys->add_weighted(weights, tile.count(), dim_, tile.vectors, group.sums.data());
+    tile.keys->add_weighted(weights, tile.count(), params_.operands.dim, tile.vectors, group.sums.data());
     for (int v = 0; v < tile.vectors; ++v) group.d_temperature[v] += d_temperature[v];
   }
 
   void end(const Group& group) {
+    const int64_t num_rows = are_queries_ ? params_.num_rows : params_.num_keys;
     bool finite = true;
     for (int v = 0; v < kGroupVectors; ++v) {
-      const RowVector& rows = group.rows[v];
-      finite &= store_rows(group.sums.data() + v, rows.begin, rows.end, dim_, gradient_);
-      for (int64_t row = rows.begin; row < rows.end && d_temperatures_; ++row)
-        d_temperatures_[row] = group.d_temperature[v][row - rows.begin];
+      const int64_t begin = group.number * kGroupRows + v * kLanes, end = std::min(begin + kLanes, num_rows);
+      finite &= store_rows(group.sums.data() + v, begin, end, params_.operands.dim, gradient_);
+      for (int64_t row = begin; row < end && d_temperatures_; ++row)
+        d_temperatures_[row] = group.d_temperature[v][row - begin];
     }
     if (finite) return;
 #pragma omp atomic write
@@ -141,25 +180,25 @@ class Gradient {
 
  private:
   EMC2_HD Floats weight(const Group& group, int v, Floats dot, int64_t key, Floats& d_temperature) const {
-    const RowVector& rows = group.rows[v];
     Floats weight{};
-    if (of_rows_) {
-      const Floats score = rows.score(params_, dot, key);
-      const Floats share = group.coefficient[v] * exp_nonpositive(score - group.level[v]);
+    if (are_queries_) {
+      const QueryVector& queries = group.queries[v];
+      const Floats share = queries.share(params_, dot, key);
       weight = share;
-      // d lse / d temperature = -sum of exp(score - lse) * score / temperature; a score of -inf has no part.
-      if (d_temperatures_) d_temperature -= share > 0.0f || share < 0.0f ? share * score : Floats{};
+      if (d_temperatures_) {
+        // d lse / d temperature = -sum of exp(score - lse) * similarity / temperature^2, g being no part of it; what is
+        // left out has none.
+        const Floats similarity = dot * queries.rows.inverse_temperature;
+        d_temperature -= share > 0.0f || share < 0.0f ? share * similarity : Floats{};
+      }
     }
-    if (of_keys_) {
-      const Floats score = rows.counted(params_, dot * of_keys_->inverse_temperature[key], key);
-      weight += of_keys_->coefficient[key] * exp_nonpositive(score - of_keys_->level[key]);
-    }
+    if (are_keys_) weight += group.keys[v].share(params_, shares_, dot, key);
     return weight;
   }
 
-  const ScoreParams& params_;
-  int64_t dim_;
-  const Shares *of_rows_, *of_keys_;
+  const LseGradientParams& params_;
+  const Shares& shares_;
+  bool are_queries_, are_keys_;
   float *gradient_, *d_temperatures_;
   bool finite_ = true;
 };
@@ -177,19 +216,25 @@ std::vector<float> finite_rows(const Element* rows, int64_t stride, int64_t coun
   return copies;
 }
 
-void write_gradient(const ScoreParams& params, const Operands& operands, int num_threads, const Shares* of_rows,
-                    const Shares* of_keys, float* gradient, float* d_temperatures) {
-  const Blocking blocking(params.num_rows, params.num_keys, operands.dim, operands.dim + kExponential, num_threads);
-  Gradient walker(params, operands.dim, of_rows, of_keys, gradient, d_temperatures);
+void write_gradient(const LseGradientParams& params, const Shares& shares, Rows rows) {
+  Operands operands = params.operands;
+  int64_t num_rows = params.num_rows, num_keys = params.num_keys;
+  if (rows == Rows::kKeys) {
+    std::swap(operands.queries, operands.keys);
+    std::swap(operands.query_stride, operands.key_stride);
+    std::swap(num_rows, num_keys);
+  }
+  const Blocking blocking(num_rows, num_keys, operands.dim, operands.dim + kExponential, params.num_threads);
+  Gradient walker(params, shares, rows);
   dispatch_dtype(operands.dtype,
                  [&](auto element) { walk_score_tiles<decltype(element)>(operands, blocking, walker); });
   if (walker.finite()) return;
   // A key that is not finite has no share, but 0 * NaN is NaN: again, with zeros in its place. Rows stay as they are.
-  Gradient again(params, operands.dim, of_rows, of_keys, gradient, d_temperatures);
+  Gradient again(params, shares, rows);
   dispatch_dtype(operands.dtype, [&](auto element) {
     using Element = decltype(element);
     const auto* keys = static_cast<const Element*>(operands.keys);
-    const std::vector<float> finite = finite_rows(keys, operands.key_stride, params.num_keys, operands.dim);
+    const std::vector<float> finite = finite_rows(keys, operands.key_stride, num_keys, operands.dim);
     walk_score_tiles<Element>(operands, blocking, again, finite.data());
   });
 }
@@ -197,7 +242,7 @@ void write_gradient(const ScoreParams& params, const Operands& operands, int num
 }  // namespace
 
 void contrastive_lse(const LseParams& params) {
-  require_temperatures(params);
+  require_scores(params);
   const Blocking blocking(params.num_rows, params.num_keys, params.operands.dim, kExponential, params.num_threads);
   LogSumExp walker(params);
   dispatch_dtype(params.operands.dtype,
@@ -205,18 +250,10 @@ void contrastive_lse(const LseParams& params) {
 }
 
 void contrastive_lse_backward(const LseGradientParams& params) {
-  require_temperatures(params);
+  require_scores(params);
   const Shares shares(params);
-  const Shares* of_keys = params.symmetric ? &shares : nullptr;
-  write_gradient(params, params.operands, params.num_threads, &shares, of_keys, params.d_queries,
-                 params.d_temperatures);
-  if (params.symmetric) return;
-  ScoreParams turned{};
-  turned.num_rows = params.num_keys, turned.num_keys = params.num_rows, turned.temperature = 1.0f;
-  turned.query_ids = params.query_ids ? params.key_ids : nullptr, turned.key_ids = params.query_ids;
-  const Operands& given = params.operands;
-  const Operands operands{given.keys, given.queries, given.key_stride, given.query_stride, given.dim, given.dtype};
-  write_gradient(turned, operands, params.num_threads, nullptr, &shares, params.d_keys, nullptr);
+  write_gradient(params, shares, params.symmetric ? Rows::kBoth : Rows::kQueries);
+  if (!params.symmetric) write_gradient(params, shares, Rows::kKeys);
 }
 
 }  // namespace emc2

@@ -19,36 +19,47 @@ EMC2_HD Words low_words(const int64_t* values, int64_t begin, int64_t count, int
   return words;
 }
 
+// Ids of kLanes neighbouring rows, from `begin` on.
+struct IdVector {
+  Words low, high;
+
+  IdVector() = default;
+  IdVector(const int64_t* ids, int64_t begin, int64_t count)
+      : low(low_words(ids, begin, count, 0)), high(low_words(ids, begin, count, 32)) {}
+
+  EMC2_HD Ints equal(uint64_t id) const {
+    const Ints same = low == static_cast<uint32_t>(id);
+    if (__builtin_expect(!any(same), 1)) return same;
+    return same & (high == static_cast<uint32_t>(id >> 32));
+  }
+};
+
 struct RowVector {
   int64_t begin, end;
   Floats inverse_temperature;
-  Words id_low, id_high;
+  IdVector query_ids, carried_ids;
 
   RowVector() = default;
 
   RowVector(const ScoreParams& params, int64_t begin) : begin(begin), end(std::min(begin + kLanes, params.num_rows)) {
     for (int lane = 0; lane < kLanes; ++lane)
       inverse_temperature[lane] = 1.0f / params.row_temperature(std::min(begin + lane, params.num_rows - 1));
-    if (!params.query_ids) return;
-    id_low = low_words(params.query_ids, begin, params.num_rows, 0);
-    id_high = low_words(params.query_ids, begin, params.num_rows, 32);
-  }
-
-  EMC2_HD Ints has_id(uint64_t id) const {
-    const Ints same = id_low == static_cast<uint32_t>(id);
-    if (__builtin_expect(!any(same), 1)) return same;
-    return same & (id_high == static_cast<uint32_t>(id >> 32));
+    if (params.query_ids) query_ids = IdVector(params.query_ids, begin, params.num_rows);
+    if (params.carried_ids) carried_ids = IdVector(params.carried_ids, begin, params.num_rows);
   }
 
   // A score, or -inf where the key is excluded, or the score is not finite.
   EMC2_HD Floats counted(const ScoreParams& params, Floats score, int64_t key) const {
     Ints counts = score < kInfinity;
-    if (params.query_ids) counts &= ~has_id(params.key_ids[key]);
+    if (params.query_ids) counts &= ~query_ids.equal(params.key_ids[key]);
+    if (params.carried_ids) counts &= ~carried_ids.equal(params.key_ids[key]);
     return counts ? score : all_floats(-kInfinity);
   }
 
   EMC2_HD Floats score(const ScoreParams& params, Floats dot, int64_t key) const {
-    return counted(params, dot * inverse_temperature, key);
+    Floats score = dot * inverse_temperature;
+    if (params.log_proposal) score -= params.log_proposal[key];
+    return counted(params, score, key);
   }
 };
 

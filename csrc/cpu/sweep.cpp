@@ -118,7 +118,7 @@ EMC2_HD void Sweep::propose(const WalkingRows& rows, Progress& at, int64_t key, 
   Floats score = dot * rows.inverse_temperature;
   if (kWeighted) score -= walk_.log_proposal[key];
   Floats threshold = score < kInfinity ? score + e : all_floats(-kInfinity);
-  if (kExclude) threshold = rows.has_id(walk_.key_ids[key]) ? all_floats(-kInfinity) : threshold;
+  if (kExclude) threshold = rows.query_ids.equal(walk_.key_ids[key]) ? all_floats(-kInfinity) : threshold;
   at.prefix = compose(at.prefix, {threshold, score, position});
   if (kCount) {
     const Ints moves = at.current < threshold;
@@ -171,8 +171,10 @@ void Sweep::walk(Group& group, const ScoreTile& tile) const {
   for (int v = 0; v < tile.vectors; ++v) {
     WalkingRows& rows = group.vectors[v];
     Floats scores[kTileVectors / kGroupVectors];
-    for (int64_t i = 0; i < tile.count(); ++i)
-      scores[i] = rows.score(walk_, tile.dots[i * kGroupVectors + v], tile.key_begin + i);
+    for (int64_t i = 0; i < tile.count(); ++i) {  // of similarities / temperature, whatever the keys were drawn from
+      const Floats similarity = tile.dots[i * kGroupVectors + v] * rows.inverse_temperature;
+      scores[i] = rows.counted(walk_, similarity, tile.key_begin + i);
+    }
     rows.lse.add(scores, tile.count(), 1);
   }
 }

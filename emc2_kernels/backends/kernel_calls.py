@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .params import ScoreParams, WalkParams
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+Params = TypeVar("Params", ScoreParams, WalkParams)
 Number = tuple[int, int]  # a number, or 0 and the address of one that only the device reads
 
 
@@ -30,26 +31,28 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def contiguous_walk(walk: WalkParams) -> WalkParams:
     """The walk with its vectors contiguous, and positions beside one another in a row, as the kernels read them."""
-    copies = {}
-    for name in ("chain_ids", "query_ids", "key_ids", "log_proposal"):
-        vector = getattr(walk, name)
-        if vector is not None and not vector.is_contiguous():
-            copies[name] = vector.contiguous()
     positions = walk.positions
     if positions is not None and positions.shape[1] > 1 and positions.stride(1) != 1:
-        copies["positions"] = positions.contiguous()
-    return walk._replace(**copies) if copies else walk
+        walk = walk._replace(positions=positions.contiguous())
+    return _with_contiguous(walk, ("chain_ids", "query_ids", "key_ids", "log_proposal"))
 
 
-def contiguous_ids(scores: ScoreParams) -> ScoreParams:
-    """The scores with their ids contiguous, as the kernels read them."""
-    if all(ids is None or ids.is_contiguous() for ids in (scores.query_ids, scores.key_ids)):
-        return scores
-    return scores._replace(query_ids=contiguous(scores.query_ids), key_ids=contiguous(scores.key_ids))
+def contiguous_scores(scores: ScoreParams) -> ScoreParams:
+    """The scores with their vectors contiguous, as the kernels read them."""
+    return _with_contiguous(scores, ("query_ids", "key_ids", "carried_ids", "log_proposal"))
+
+
+def _with_contiguous(params: Params, names: tuple[str, ...]) -> Params:
+    copies = {}
+    for name in names:
+        vector = getattr(params, name)
+        if vector is not None and not vector.is_contiguous():
+            copies[name] = vector.contiguous()
+    return params._replace(**copies) if copies else params
 
 
 def score_fields(scores: ScoreParams | WalkParams) -> dict[str, Any]:
-    """All of csrc's ScoreParams; the ids are contiguous."""
+    """All of csrc's ScoreParams; the vectors are contiguous."""
     temperature = scores.temperature
     per_row = isinstance(temperature, Tensor)
     return {
@@ -60,6 +63,8 @@ def score_fields(scores: ScoreParams | WalkParams) -> dict[str, Any]:
         "temperature_stride": temperature.stride(0) if per_row else 0,
         "query_ids": address(scores.query_ids),
         "key_ids": address(scores.key_ids),
+        "carried_ids": address(scores.carried_ids) if isinstance(scores, ScoreParams) else 0,  # a walk has none
+        "log_proposal": address(scores.log_proposal),
     }
 
 
@@ -89,7 +94,6 @@ def walk_params(core: ModuleType, walk: WalkParams, seed: Number, step: Number, 
         num_proposals=walk.num_proposals,
         burn_in=walk.burn_in,
         num_samples=walk.num_samples,
-        log_proposal=address(walk.log_proposal),
         positions=address(positions),
         position_stride=0 if positions is None else positions.stride(0),
         num_threads=num_threads,

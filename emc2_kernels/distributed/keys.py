@@ -14,10 +14,9 @@ from torch import Tensor
 from .. import ops
 from ..backends.params import CarriedParams, ScoreParams, WalkParams
 from ..checks import one_or_rows
-from ..isir import differentiable_step
 from ..lse import differentiable_lse, mean_similarity
 from ..transition import MHResult, MHState, Transition, apply
-from .ring import ring_bag, ring_lse, ring_resample, ring_similarity, ring_transition
+from .ring import ring_bag, ring_lse, ring_lse_gradient, ring_resample, ring_similarity, ring_transition
 from .shards import Shards
 
 SMALL_BAG = 1 << 15  # rows * keys up to which a product with all keys takes less time than a bag, whose backward sorts
@@ -85,8 +84,24 @@ class LocalKeys(NamedTuple):
         backend: str,
     ) -> tuple[Tensor, ...]:
         """A step of n chains among all keys but those of the rows' items and of what they bring along: see
-        ``differentiable_step``. carried: its labels are these keys'."""
-        return differentiable_step(self._scores(queries, items, temperature, carried_items), carried, backend)
+        ``ops.isir_step``. carried: its labels are these keys'."""
+        return ops.isir_step(self._scores(queries, items, temperature, carried_items), carried, backend)
+
+    def lse_gradient(
+        self,
+        queries: Tensor,
+        items: Tensor,
+        carried_items: Tensor,
+        temperature: float,
+        grad: Tensor,
+        lse: Tensor,
+        backend: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of queries and keys, for grad (n,) of ``resample``'s log-sum-exps; None: queries are the keys, and the first
+        is of both."""
+        scores = self._scores(queries, items, temperature, carried_items)
+        d_queries, d_keys, _ = ops.contrastive_lse_backward(scores, grad, lse, backend)
+        return d_queries, None if scores.symmetric else d_keys
 
     def _scores(
         self, queries: Tensor, items: Tensor, temperature: float | Tensor, carried_items: Tensor | None = None
@@ -165,6 +180,20 @@ class RingKeys(NamedTuple):
     ) -> tuple[Tensor, ...]:
         ids = items, self.own_items, carried_items
         return ring_resample(queries, self.embeddings, temperature, ids, carried, self.shards, backend)
+
+    def lse_gradient(
+        self,
+        queries: Tensor,
+        items: Tensor,
+        carried_items: Tensor,
+        temperature: float,
+        grad: Tensor,
+        lse: Tensor,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        ids = items, self.own_items, carried_items
+        gradients = ring_lse_gradient(grad, lse, queries, self.embeddings, temperature, ids, self.shards, backend)
+        return gradients[:2]
 
     def mean_similarity(
         self,

@@ -17,7 +17,6 @@ from torch.autograd.function import FunctionCtx
 from .. import checks, ops
 from ..autograd import no_double_backward
 from ..backends.params import CarriedParams, ScoreParams, WalkParams
-from ..isir import carried_weights
 from ..lse import mean_similarity
 from ..transition import Transition, compose
 from .shards import Shards
@@ -89,21 +88,6 @@ def rotate_and_sum(
 Ids = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _keep_lse(
-    ctx: FunctionCtx,
-    lse: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    temperature: float | Tensor,
-    ids: Ids,
-    shards: Shards,
-    backend: str,
-) -> None:
-    ctx.shards, ctx.backend = shards, backend
-    ctx.number = None if isinstance(temperature, Tensor) else temperature
-    ctx.save_for_backward(queries, keys, *ids, lse, temperature if ctx.number is None else None)
-
-
 class _RingLse(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,36 +104,47 @@ class _RingLse(torch.autograd.Function):
             scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
             part = ops.contrastive_lse(scores, backend)
             lse = part if lse is None else torch.logaddexp(lse, part)
-        _keep_lse(ctx, lse, queries, keys, temperature, ids, shards, backend)
+        ctx.shards, ctx.backend = shards, backend
+        ctx.number = None if isinstance(temperature, Tensor) else temperature
+        ctx.save_for_backward(queries, keys, *ids, lse, temperature if ctx.number is None else None)
         return lse
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_RingLse.gradients(ctx, ctx.saved_tensors, grad), None, None, None
+        queries, keys, *ids, lse, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        temperature = learnt if ctx.number is None else ctx.number
+        of = queries, keys, temperature, ids, ctx.shards, ctx.backend
+        gradients = ring_lse_gradient(grad.detach(), lse, *of)
+        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), None, None, None
 
-    @staticmethod
-    def gradients(
-        ctx: FunctionCtx, saved: tuple[Tensor | None, ...], grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of queries, keys and temperature. saved: what ``_keep_lse`` has, which a backward pass may ask for once."""
-        queries, keys, query_ids, key_ids, carried_ids, lse, learnt = (x if x is None else x.detach() for x in saved)
-        rows = checks.one_or_rows(learnt if ctx.number is None else ctx.number, queries)
-        # In float32 at least: sums of half precision, rounded at every hop, are 1% wrong after 64 of them.
-        d_queries = torch.zeros_like(queries, dtype=lse.dtype)
-        d_temperature = None if learnt is None else torch.zeros_like(learnt)
 
-        def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
-            scores = ScoreParams(queries, shard[0], rows, query_ids, shard[1], carried_ids=carried_ids)
-            of_shard = ops.contrastive_lse_backward(scores, grad.detach(), lse, ctx.backend)
-            for_queries, for_keys, for_rows = of_shard
-            d_queries.add_(for_queries)
-            if d_temperature is not None:
-                d_temperature.add_(for_rows.sum())
-            return [for_keys.to(lse.dtype)]
+def ring_lse_gradient(
+    grad: Tensor,
+    lse: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    ids: Ids,
+    shards: Shards,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of queries, keys and a 0-d temperature, None for a number, for grad (n,) of lse (n,), of which the keys' scores
+    are a part at least. The others are those of ``ring_lse``."""
+    rows = checks.one_or_rows(temperature, queries)
+    # In float32 at least: sums of half precision, rounded at every hop, are 1% wrong after 64 of them.
+    d_queries = torch.zeros_like(queries, dtype=lse.dtype)
+    d_temperature = torch.zeros_like(temperature) if isinstance(temperature, Tensor) else None
 
-        (d_keys,) = rotate_and_sum([keys, key_ids], ctx.shards, contribution)
-        gradients = d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature
-        return no_double_backward(NO_SECOND_DERIVATIVE, *gradients)
+    def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
+        scores = ScoreParams(queries, shard[0], rows, ids[0], shard[1], carried_ids=ids[2])
+        for_queries, for_keys, for_rows = ops.contrastive_lse_backward(scores, grad, lse, backend)
+        d_queries.add_(for_queries)
+        if d_temperature is not None:
+            d_temperature.add_(for_rows.sum())
+        return [for_keys.to(lse.dtype)]
+
+    (d_keys,) = rotate_and_sum([keys, ids[1]], shards, contribution)
+    return d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature
 
 
 def ring_lse(
@@ -169,47 +164,6 @@ def ring_lse(
             whichever rank it is.
     """
     return _RingLse.apply(queries, keys, temperature, ids, shards, backend)
-
-
-class _RingResample(torch.autograd.Function):
-    """``_RingLse`` that draws from the keys on the way."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        queries: Tensor,
-        keys: Tensor,
-        temperature: float | Tensor,
-        carried_score: Tensor,
-        carried: CarriedParams,
-        ids: Ids,
-        shards: Shards,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        rows, views = checks.one_or_rows(temperature, queries), keys.shape[0] // shards.sizes[shards.rank]
-        # What the chains bring along are the candidates of a step without keys.
-        own = carried._replace(score=carried_score, key_labels=None)
-        found = _Drawn(*ops.isir_step(ScoreParams(queries, keys[:0], rows, None, None), own, backend))
-        nothing = own._replace(key=own.key[:, :0], score=own.score[:, :0])
-        for source, shard in rotate_shards([keys, ids[1]], shards):
-            for view, (some, some_ids) in enumerate(zip(*(x.unflatten(0, (views, -1)) for x in shard), strict=True)):
-                first = view * shards.total + sum(shards.sizes[:source])
-                labels = carried.key_labels[first : first + len(some)]
-                scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
-                part = _Drawn(*ops.isir_step(scores, nothing._replace(key_labels=labels, first_key=first), backend))
-                found = found.or_better(part)
-        _keep_lse(ctx, found.lse, queries, keys, temperature, ids, shards, backend)
-        ctx.carried_score = carried_score.detach()
-        ctx.mark_non_differentiable(found.position, found.key, found.score, found.value)
-        return tuple(found)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, grad = ctx.saved_tensors, grads[3]
-        lse = saved[5]
-        d_carried = grad.detach()[:, None] * carried_weights(ctx.carried_score, lse.detach())
-        gradients = no_double_backward(NO_SECOND_DERIVATIVE, d_carried)
-        return *_RingLse.gradients(ctx, saved, grad), *gradients, *[None] * 4
 
 
 class _Drawn(NamedTuple):
@@ -238,13 +192,24 @@ def ring_resample(
     shards: Shards,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """``differentiable_step`` of this rank's chains over the keys of all ranks, view by view and rank by rank.
+    """``ops.isir_step`` of this rank's chains over the keys of all ranks, view by view and rank by rank.
 
     Args:
         queries, keys, temperature, ids: as for ``ring_lse``. carried: its labels are all ranks' keys'.
     """
-    score, others = carried.score, carried._replace(score=None)
-    return _RingResample.apply(queries, keys, temperature, score, others, ids, shards, backend)
+    rows, views = checks.one_or_rows(temperature, queries), keys.shape[0] // shards.sizes[shards.rank]
+    # What the chains bring along are the candidates of a step without keys.
+    own, nobody = carried._replace(key_labels=None), ScoreParams(queries, keys[:0], rows, None, None)
+    found = _Drawn(*ops.isir_step(nobody, own, backend))
+    nothing = own._replace(key=own.key[:, :0], score=own.score[:, :0])
+    for source, shard in rotate_shards([keys, ids[1]], shards):
+        for view, (some, some_ids) in enumerate(zip(*(x.unflatten(0, (views, -1)) for x in shard), strict=True)):
+            first = view * shards.total + sum(shards.sizes[:source])
+            labels = carried.key_labels[first : first + len(some)]
+            scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
+            part = ops.isir_step(scores, nothing._replace(key_labels=labels, first_key=first), backend)
+            found = found.or_better(_Drawn(*part))
+    return tuple(found)
 
 
 def ring_similarity(

@@ -215,10 +215,11 @@ class EMC2Loss(SampledLoss):
             self._checked(carried.similarity)
         resampled = resample(anchors, carried, keys, options)
         with confirm_on_all(self, anchors.embeddings):
-            loss = mean_loss(resampled, anchors, self.temperature)
+            factor = 1.0 if shards is None else shards.ddp_factor
+            loss = mean_loss(anchors, carried, resampled, options, factor)
             if means is not None:
-                loss = loss + lost_side(resampled, options)
-            loss = self._checked(loss * (1 if shards is None else shards.ddp_factor))
+                loss = loss + factor * lost_side(resampled, carried, options)
+            loss = self._checked(loss)
         if not options.return_accepts:
             return loss, resampled.state, {}
         stats, similarity = resampled_stats(resampled, carried, self.num_items, options)

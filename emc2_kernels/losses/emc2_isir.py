@@ -17,26 +17,30 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
+from ..autograd import functorch_active, no_double_backward
 from ..backends.params import CarriedParams
-from ..distributed.keys import Keys
+from ..distributed.keys import Keys, LocalKeys
 from ..isir import carried_weights
 from ..stores.bank import EmbeddingBank
 from ..transition import MHState
 from .anchors import Anchors
 from .correction import BatchMeans
 from .emc2_sampler import WalkOptions, toss_views
-from .in_batch import Form
 from .sampled import Encode, encoded
+
+NO_SECOND_DERIVATIVE = 'EMC2Loss(sampler="isir") has no second derivative'
 
 
 class Carried(NamedTuple):
     """What the 2b anchors' chains bring along, C candidates each."""
 
     labels: Tensor  # (2b, C) int64; -1: none
-    items: Tensor  # (2b,) int64 of all of a chain's candidates; -1
-    similarity: Tensor  # (2b, C) with the anchor, differentiable
-    scores: Tensor  # (2b, C) differentiable; -inf: none
+    items: Tensor  # (2b,) int64, one for all candidates of a chain; -1
+    embeddings: Tensor  # (2b, C, d), differentiable where they are encoded again; zeros where there is none
+    similarity: Tensor  # (2b, C) with the anchor, detached; 0 where there is none
+    scores: Tensor  # (2b, C) detached; -inf: none
 
 
 class MeansThenAndNow(NamedTuple):
@@ -46,14 +50,27 @@ class MeansThenAndNow(NamedTuple):
     now: Tensor  # (2, d) by view, detached
 
 
+class Side(NamedTuple):
+    """Anchors that have the same keys: all, or those of one modality."""
+
+    queries: Tensor  # (n, d) detached, in the dtype to multiply in
+    items: Tensor  # (n,)
+    carried_items: Tensor  # (n,)
+    keys: Keys  # differentiable
+    among: bool  # whether the queries are all of the keys, which have one gradient then
+
+    def own_keys(self, embeddings: Tensor | None) -> Keys:
+        """With the embeddings given, None: the queries."""
+        return self.keys._replace(embeddings=self.queries if self.among else embeddings)
+
+
 class Resampled(NamedTuple):
     """A step of the 2b anchors' chains."""
 
-    lse: Tensor  # (2b,) over an anchor's candidates, differentiable; -inf: it has none
+    lse: Tensor  # (2b,) over an anchor's candidates, detached; -inf: it has none
     state: MHState  # (2b,) the chains afterwards
-    weights: Tensor  # (2b, C) shares of what they brought along in the softmax
-    moved: Tensor  # (2b,) bool: to another key, of the batch or of what it brought along
-    sides: list[tuple[Tensor, Tensor, Tensor, Keys]]  # queries, items, carried items and their keys; two of modalities
+    position: Tensor  # (2b,) int64 of the next key in the side's; -1: the chain stays; -2: at its key's other view
+    sides: list[Side]
 
 
 def bring_along(
@@ -75,23 +92,32 @@ def bring_along(
     if options.views == "both":
         other = torch.where(labels >= 0, labels ^ 1, -1)
         labels = torch.cat((labels, other), 1)
-    flat, queries = labels.flatten(), anchors.embeddings
+    flat, queries = labels.flatten(), anchors.embeddings.detach()
     held, kept = bank.read(flat)
     kept = kept.to(queries.dtype)
     if encode is not None:
-        places = held.nonzero()[:, 0]
-        if len(places):
-            distinct, inverse = flat[places].unique(return_inverse=True)
-            again = encoded(encode, distinct, queries, normalize)
-            kept = torch.zeros_like(kept).index_copy(0, places, again[inverse])
+        kept = _encode_again(kept, flat, held, encode, anchors.embeddings, normalize)
     elif means is not None:
         (then,) = means.then.rows(flat.clamp_min(0), "means")
         kept = kept + means.now[flat % 2] - then.to(kept.dtype)
-    similarity = (queries[:, None] * kept.view(*labels.shape, -1)).sum(-1)  # no product for autocast to round
-    held = held.view(labels.shape)
-    started = held[:, 0]  # a key that the bank does not hold stands for none of the batch's
-    scores = torch.where(held & started[:, None], similarity / options.temperature, -torch.inf)
-    return Carried(labels, torch.where(started, key // 2, -1), similarity, scores)
+    kept = kept.view(*labels.shape, -1)
+    with torch.no_grad():
+        similarity = (queries[:, None] * kept).sum(-1)  # no product for autocast to round
+        held = held.view(labels.shape)
+        if options.views == "both":  # a key that the bank does not hold stands for none of the batch's
+            held = held & held[:, :1]
+        scores = torch.where(held, similarity / options.temperature, -torch.inf)
+        items = torch.where(held[:, 0], key >> 1, -1)
+    return Carried(labels, items, kept, similarity, scores)
+
+
+def _encode_again(kept: Tensor, labels: Tensor, held: Tensor, encode: Encode, like: Tensor, normalize: bool) -> Tensor:
+    places = held.nonzero()[:, 0]
+    if len(places) == 0:
+        return kept
+    distinct, inverse = labels[places].unique(return_inverse=True)
+    again = encoded(encode, distinct, like, normalize)
+    return torch.zeros_like(kept).index_copy(0, places, again[inverse])
 
 
 def resample(anchors: Anchors, carried: Carried, keys: Keys, options: WalkOptions) -> Resampled:
@@ -100,48 +126,127 @@ def resample(anchors: Anchors, carried: Carried, keys: Keys, options: WalkOption
     Args:
         keys: of the whole batch, 2B, view by view.
     """
-    queries = Form(options.bimodal, options.dtype).operands(anchors.embeddings)
-    rows = queries, anchors.items, anchors.labels, *carried
+    queries = anchors.embeddings.detach()
+    if not queries.is_cpu:  # where products are made in float32
+        queries = queries.to(options.dtype)
+    rows = queries, anchors.items, anchors.labels, carried.labels, carried.items, carried.scores
     if options.bimodal:
         halves = zip(*(field.chunk(2) for field in rows), strict=True)
-        others = keys.select_view(1), keys.select_view(0)
-        sides = [(*half, some.cast(queries.dtype)) for half, some in zip(halves, others, strict=True)]
+        parts = [(*half, keys.select_view(view)) for half, view in zip(halves, (1, 0), strict=True)]
+    elif options.views == "one":
+        parts = [(*rows, toss_views(keys, options))]
     else:
-        some = keys if options.views == "both" else toss_views(keys, options)
-        if some.embeddings is anchors.embeddings:
-            some = some._replace(embeddings=queries)
-        sides = [(*rows, some.cast(queries.dtype))]
-    drawn = []
-    for some_queries, items, chains, labels, carried_items, _, scores, own_keys in sides:
+        parts = [(*rows, keys)]
+    drawn, sides = [], []
+    for some, items, chains, labels, carried_items, scores, own_keys in parts:
+        among = isinstance(own_keys, LocalKeys) and own_keys.embeddings is anchors.embeddings
+        side = Side(some, items, carried_items, own_keys.cast(queries.dtype), among)
         brought = CarriedParams(labels, scores, own_keys.labels, chains, options.seed, options.step, 0)
-        found = own_keys.resample(some_queries, items, carried_items, options.temperature, brought, options.backend)
+        with torch.no_grad():
+            walked = side.own_keys(side.keys.embeddings)
+            found = walked.resample(*side[:3], options.temperature, brought, options.backend)
         drawn.append(found[:4])
+        sides.append(side)
     position, key, score, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*drawn, strict=True))
-    weights = carried_weights(carried.scores.detach(), lse.detach())
-    of_sides = [(some_queries, items, own, keys) for some_queries, items, _, _, own, _, _, keys in sides]
-    return Resampled(lse, MHState(key, score), weights, position != -1, of_sides)
+    return Resampled(lse, MHState(key, score), position, sides)
 
 
-def mean_loss(resampled: Resampled, anchors: Anchors, temperature: float) -> Tensor:
-    """Mean over the anchors of log-sum-exp - s+; an anchor without candidates has none."""
-    view_0, view_1 = anchors.embeddings.chunk(2)
-    positive = (view_0 * view_1).sum(1) / temperature
-    lse, positive = resampled.lse, positive.repeat(2)
-    # Not 0: where nothing is finite, no score is a candidate's either, and the value must say so.
-    return torch.where(lse > -torch.inf, lse - positive, 0 * positive).mean()
+def mean_loss(anchors: Anchors, carried: Carried, resampled: Resampled, options: WalkOptions, factor: float) -> Tensor:
+    """Mean over the anchors of log-sum-exp - s+, times ``factor``; an anchor without candidates has none."""
+    with torch.no_grad():
+        view_0, view_1 = anchors.embeddings.chunk(2)
+        positive = (view_0 * view_1).sum(1) / options.temperature
+        lse = resampled.lse.view(2, -1)
+        counted = lse > -torch.inf
+        excess = torch.where(counted, lse, positive) - positive  # NaN where that is
+        weight = factor / excess.numel()
+        value = excess.sum() * weight
+    keys = [None if side.among else side.keys.embeddings for side in resampled.sides]
+    without = [side._replace(keys=side.keys._replace(embeddings=None)) for side in resampled.sides]
+    form = Form(options.temperature, options.backend, without)
+    hang = _Transformed if functorch_active() else _ByHand
+    found = value, resampled.lse, carried.scores, counted.flatten().to(lse.dtype) * weight
+    return hang.apply(form, *found, anchors.embeddings, carried.embeddings, *keys)
 
 
-def lost_side(resampled: Resampled, options: WalkOptions) -> Tensor:
+class Form(NamedTuple):
+    """How a mean loss was made, beside its tensors."""
+
+    temperature: float
+    backend: str
+    sides: list[Side]  # their keys without embeddings
+
+
+class _ByHand(torch.autograd.Function):
+    """Hangs its gradient on a value that has been made: at batch 32 the nodes of an autograd graph cost most of it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *inputs: Form | Tensor | None) -> Tensor:
+        value = inputs[1].clone()
+        _keep(ctx, inputs, value)
+        return value
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad)
+
+
+class _Transformed(torch.autograd.Function):
+    """The same for torch.func's transforms; see lse.py."""
+
+    @staticmethod
+    def forward(*inputs: Form | Tensor | None) -> Tensor:
+        return inputs[1].clone()
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        _keep(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad)
+
+
+def _keep(ctx: FunctionCtx, inputs: tuple, _: Tensor) -> None:
+    ctx.form, _, *tensors = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the anchors, of what their chains bring along, and of each side's keys; None for each input before them.
+
+    With p_ij = exp(s_ij - lse_i): those of a log-sum-exp, of keys and of carried ones alike, less that of s+.
+    """
+    saved = ctx.saved_tensors
+    temperature, backend, sides = ctx.form
+    with torch.no_grad():
+        lse, scores, share, embeddings, kept, *keys = saved
+        d_lse = share * grad
+        parts = zip(d_lse.chunk(len(sides)), lse.chunk(len(sides)), sides, keys, strict=True)
+        of_sides = []
+        for d_some, some, side, given in parts:
+            of_sides.append(side.own_keys(given).lse_gradient(*side[:3], temperature, d_some, some, backend))
+        d_queries, d_keys = zip(*of_sides, strict=True)
+        total = (d_queries[0] if len(sides) == 1 else torch.cat(d_queries)).to(embeddings.dtype)
+        d_similarity = (carried_weights(scores, lse) * (d_lse / temperature)[:, None])[..., None]
+        total += (d_similarity * kept).sum(1)
+        d_kept = d_similarity * embeddings[:, None] if ctx.needs_input_grad[6] else None
+        by_view = 2, -1, embeddings.shape[1]
+        d_positive = d_lse.view(2, -1).sum(0) / -temperature
+        total.view(by_view).addcmul_(embeddings.view(by_view).flip(0), d_positive[:, None])
+    made = no_double_backward(NO_SECOND_DERIVATIVE, total, d_kept, *d_keys, of=(grad, *saved[3:]))
+    return *[None] * 5, *made
+
+
+def lost_side(resampled: Resampled, carried: Carried, options: WalkOptions) -> Tensor:
     """() of value 0, whose gradient is what the kept keys do not get: the batch's keys have it in their place, by their
     own softmax; see losses/correction.py."""
     lse = torch.cat(
-        [
-            keys.lse(queries.detach(), items, options.temperature, options.backend)
-            for queries, items, _, keys in resampled.sides
-        ]
+        [side.keys.lse(side.queries, side.items, options.temperature, options.backend) for side in resampled.sides]
     )
     lse = torch.where(lse > -torch.inf, lse, 0)
-    return (resampled.weights.sum(1) * (lse - lse.detach())).mean()
+    weights = carried_weights(carried.scores, resampled.lse).sum(1)
+    return (weights * (lse - lse.detach())).mean()
 
 
 @torch.no_grad()
@@ -150,33 +255,34 @@ def resampled_stats(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """carried_weight, acceptance and log_partition, detached; and each anchor's mean similarity with its candidates
     under their softmax, (2b,)."""
-    lse, weights = resampled.lse.detach(), resampled.weights
-    parts = zip(lse.chunk(len(resampled.sides)), resampled.sides, strict=True)
+    lse, sides = resampled.lse, resampled.sides
     temperature, backend = options.temperature, options.backend
     of_keys = [
-        keys.mean_similarity(some, queries, items, temperature, backend, carried_items)
-        for some, (queries, items, carried_items, keys) in parts
+        side.own_keys(side.keys.embeddings).mean_similarity(
+            some, side.queries, side.items, temperature, backend, side.carried_items
+        )
+        for some, side in zip(lse.chunk(len(sides)), sides, strict=True)
     ]
-    candidates = carried.scores.isfinite().sum(1)
-    candidates += torch.cat([_count_keys(items, own, keys.items) for _, items, own, keys in resampled.sides])
+    candidates = torch.cat([_count_keys(side) for side in sides]) + carried.scores.isfinite().sum(1)
     known = candidates > 0
-    # Of each candidate's exponential the mean is that of all negatives, as an estimate of its inverse.
-    negatives = (num_items - 1) * (1 if options.bimodal else 2)
-    each = torch.where(known, lse - candidates.clamp_min(1).to(lse.dtype).log(), 0) + math.log(max(negatives, 1))
+    # The mean of the candidates' exponentials, inverted, is an unbiased estimate of that of all negatives, inverted.
+    negatives = max((num_items - 1) * (1 if options.bimodal else 2), 1)
+    each = lse - candidates.clamp_min(1).to(lse.dtype).log() + math.log(negatives)
+    weights = carried_weights(carried.scores, lse)
     stats = {
+        "acceptance": (resampled.position != -1).to(lse.dtype).mean(),
         "carried_weight": weights.sum(1).mean(),
-        "acceptance": resampled.moved.to(lse.dtype).mean(),
         "log_partition": torch.where(known, each, 0).sum() / known.sum().clamp_min(1),
     }
-    similarity = torch.where(weights > 0, carried.similarity.detach(), 0)
-    return stats, torch.cat(of_keys) + (weights * similarity).sum(1)
+    return stats, torch.cat(of_keys) + (weights * carried.similarity).sum(1)
 
 
-def _count_keys(items: Tensor, carried_items: Tensor, key_items: Tensor) -> Tensor:
-    """(n,) how many keys are candidates of rows with these items and these that they bring along."""
-    ordered = key_items.sort().values
+def _count_keys(side: Side) -> Tensor:
+    """(n,) how many of the keys are candidates of each row."""
+    ordered = side.keys.items.sort().values
+    of_carried = torch.where(side.carried_items == side.items, -1, side.carried_items)  # counted once
 
     def having(ids: Tensor) -> Tensor:
         return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
 
-    return len(key_items) - having(items) - torch.where(carried_items != items, having(carried_items), 0)
+    return len(ordered) - having(side.items) - having(of_carried)

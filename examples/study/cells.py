@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,7 +27,12 @@ def read(path: Path) -> list[Row]:
 
 
 def measure_missing(
-    path: Path, names: Sequence[str], cells: Iterable[tuple], measure: Measure, shown: Iterable[tuple] = ()
+    path: Path,
+    names: Sequence[str],
+    cells: Iterable[tuple],
+    measure: Measure,
+    shown: Iterable[tuple] = (),
+    jobs: int = 1,
 ) -> list[Row]:
     """Measures the cells that the file lacks, writes them to it one by one, and returns the rows of all of `cells`.
 
@@ -34,6 +41,7 @@ def measure_missing(
             was measured with other settings would be taken for finished.
         measure: called with a cell's values; returns its rows, which all have the same further columns.
         shown: cells whose rows are returned, too, where the file has them, and that are never measured.
+        jobs: processes that measure; 1: this one.
 
     Raises:
         ValueError: the file has other columns.
@@ -42,10 +50,14 @@ def measure_missing(
     if rows and tuple(rows[0])[: len(names)] != tuple(names):
         raise ValueError(f"{path}: expected columns that begin with {tuple(names)}, got {tuple(rows[0])}")
     done = {_cell(row, names) for row in rows}
-    with tqdm([cell for cell in cells if cell not in done], desc=path.stem, unit="cell", disable=None) as missing:
-        for cell in missing:
-            missing.set_postfix_str(" ".join(map(str, cell)))
-            found = [dict(zip(names, cell, strict=True)) | row for row in measure(*cell)]
+    todo = [cell for cell in cells if cell not in done]
+    with ExitStack() as stack:
+        progress = stack.enter_context(tqdm(total=len(todo), desc=path.stem, unit="cell", disable=None))
+        mapped = map if jobs == 1 else stack.enter_context(ProcessPoolExecutor(jobs)).map
+        for cell, measured in zip(todo, mapped(measure, *zip(*todo, strict=True)) if todo else (), strict=True):
+            progress.set_postfix_str(" ".join(map(str, cell)))
+            progress.update()
+            found = [dict(zip(names, cell, strict=True)) | row for row in measured]
             if rows and list(rows[0]) != list(found[0]):
                 raise ValueError(f"{path}: expected columns {list(found[0])}, got {list(rows[0])}")
             rows += found

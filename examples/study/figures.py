@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -157,4 +157,36 @@ def speed(timed: Sequence[Row], trained: Sequence[Row], path: Path) -> None:
         axis.set_title(f"{data}, b = {size}", fontsize=10)
         axis.set_xlabel("Time, all of SimCLR's training = 1")
         axis.set_ylabel("1-NN, 10 labels a class (%)")
+    _finish(path, figure, axes)
+
+
+def learning_curves(
+    rows: Sequence[Row], best_rate: Callable[[Sequence[Row]], Sequence[Row]], floor: str, path: Path
+) -> None:
+    """Excess over the floor against steps, of each method's best rate at each length; the longest length is solid.
+
+    Args:
+        best_rate: of the ends of a method's runs, those at its best rate.
+    """
+    ends = [row for row in rows if row["step"] == row["steps"]]
+    floors = {
+        temperature: min(row["loss"] for row in found)
+        for (temperature,), found in grouped([row for row in ends if row["method"] == floor], "temperature").items()
+    }
+    panels = grouped([row for row in rows if row["method"] != floor], "temperature", "batch_size")
+    figure, axes = _figure(4.6 * len(panels) + 2.6, 4.2, 1, len(panels), sharey=True)
+    for axis, ((temperature, size), found) in zip(axes, panels.items(), strict=True):
+        longest = max(row["steps"] for row in found)
+        methods = list(dict.fromkeys(row["method"] for row in found))
+        for (method, steps), runs in grouped(found, "method", "steps").items():
+            rate = best_rate([row for row in runs if row["step"] == steps])[0]["rate"]
+            points = grouped([row for row in runs if row["rate"] == rate], "step")
+            excess = [statistics.fmean(row["loss"] for row in at) - floors[temperature] for at in points.values()]
+            line, label = ("-", method) if steps == longest else (":", None)
+            axis.loglog(
+                [step for (step,) in points], excess, line, color=COLOURS[methods.index(method) % 7], label=label
+            )
+        axis.set_title(f"b = {size}, temperature {temperature:g}")
+        axis.set_xlabel("Steps of 2b encodings")
+    axes[0].set_ylabel("Exact global loss, less that of the exact gradient")
     _finish(path, figure, axes)

@@ -54,9 +54,9 @@ def embeddings(parameters: Tensor) -> Tensor:
     return functional.normalize(views().transpose(0, 1).reshape(2 * ITEMS, PIXELS).to(parameters) @ parameters, dim=1)
 
 
-def global_loss(z: Tensor) -> Tensor:
+def global_loss(z: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Mean over all anchors of -s+ + log sum over the other items' views of exp(s). z: (2n, d), view 0 first."""
-    scores = z @ z.T / TEMPERATURE
+    scores = z @ z.T / temperature
     n = len(z) // 2
     item = torch.arange(n).repeat(2)
     negatives = scores.masked_fill(item[:, None] == item, -torch.inf)
@@ -89,6 +89,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "EMC², cached": {"name": "emc2"},
     "EMC² from the bank, recompute": {"name": "emc2", "proposals": "bank", "carry": "recompute"},
     "EMC² from the bank, corrected": {"name": "emc2", "proposals": "bank", "carry": "corrected"},
+    "i-SIR, recompute": {"name": "emc2", "sampler": "isir", "carry": "recompute"},
+    "i-SIR, cached": {"name": "emc2", "sampler": "isir"},
+    "i-SIR, corrected": {"name": "emc2", "sampler": "isir", "carry": "corrected"},
+    "i-SIR, both views, cached": {"name": "emc2", "sampler": "isir", "views": "both"},
 }
 
 

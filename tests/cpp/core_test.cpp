@@ -7,17 +7,20 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "check.h"
 #include "cpu/checks.h"
 #include "cpu/gathered.h"
 #include "cpu/gumbel.h"
+#include "cpu/isir.h"
 #include "cpu/lse.h"
 #include "cpu/philox_arrays.h"
 #include "cpu/score_tiles.h"
 #include "cpu/sweep.h"
 #include "cpu/vector_philox.h"
+#include "draws_book.h"
 #include "lse_book.h"
 #include "problem.h"
 
@@ -325,28 +328,6 @@ void walks_follow_the_book(int threads) {
   }
 }
 
-// argmax of score + noise by the formula, all keys of all samples.
-std::vector<int64_t> draws_by_the_book(const Problem& problem, int64_t samples) {
-  std::vector<int64_t> positions;
-  for (int64_t row = 0; row < problem.rows; ++row) {
-    for (int64_t sample = 0; sample < samples; ++sample) {
-      double best = -static_cast<double>(kInfinity);
-      int64_t position = -1;
-      for (int64_t key = 0; key < problem.keys; ++key) {
-        const auto counter = emc2::philox_counter(problem.chain_ids[row], emc2::kGumbelStream, problem.step,
-                                                  static_cast<uint32_t>(key / 4), static_cast<uint32_t>(sample));
-        const auto block = emc2::philox_rounds(counter, emc2::philox_key(problem.seed));
-        const uint32_t word[] = {block.c0, block.c1, block.c2, block.c3};
-        const double e = -std::log1p(-(word[key % 4] + 0.5) / 4294967296.0);
-        const double value = problem.dot(row, key) * 2.0 - std::log(e);
-        if (problem.key_ids[key] != problem.query_ids[row] && value > best) best = value, position = key;
-      }
-      positions.push_back(position);
-    }
-  }
-  return positions;
-}
-
 void gumbel_draws_follow_the_book(int threads) {
   const int64_t shapes[][4] = {{1, 1, 1, 1}, {7, 9, 3, 3}, {17, 33, 4, 17}, {70, 301, 5, 20}};
   for (const auto& [rows, keys, dim, samples] : shapes) {
@@ -354,12 +335,32 @@ void gumbel_draws_follow_the_book(int threads) {
     std::vector<int64_t> positions(rows * samples, -77);
     emc2::GumbelParams params{};
     params.num_rows = rows, params.num_keys = keys, params.temperature = 0.5f, params.num_threads = threads;
-    params.query_ids = problem.query_ids.data(), params.key_ids = problem.key_ids.data();
+    problem.set_ids_and_law(params);
     params.seed = problem.seed, params.step = problem.step, params.chain_ids = problem.chain_ids.data();
     params.num_samples = samples, params.positions = positions.data(), params.operands = problem.operands();
     emc2::sample_gumbel(params);
     CHECK(positions == draws_by_the_book(problem, samples), "Gumbel draws of %d rows and %d keys",
           static_cast<int>(rows), static_cast<int>(keys));
+  }
+}
+
+void isir_steps_follow_the_book(int threads) {
+  const int64_t shapes[][5] = {{1, 1, 1, 0, 0}, {7, 9, 3, 1, 3},    {17, 33, 4, 4, 1ll << 32 | 2},
+                               {9, 0, 4, 2, 0}, {70, 301, 5, 1, 6}, {5, 61, 2, 0, 1}};
+  for (const auto& [rows, keys, dim, own, first_key] : shapes) {
+    const Problem problem(rows, keys, dim, {keys, 0, keys, 0, 1}, true);
+    IsirStates states(rows, own);
+    emc2::IsirParams params{};
+    params.num_rows = rows, params.num_keys = keys, params.temperature = 0.5f, params.num_threads = threads;
+    problem.set_ids_and_law(params);
+    params.seed = problem.seed, params.step = problem.step, params.chain_ids = problem.chain_ids.data();
+    params.operands = problem.operands(), params.key_labels = problem.key_ids.data(), params.first_key = first_key;
+    params.num_carried = own, params.carried_key = states.own_key.data();
+    params.carried_score = states.own_score.data(), params.position = states.position.data();
+    params.key = states.key.data(), params.score = states.score.data(), params.lse = states.lse.data();
+    params.value = states.value.data();
+    emc2::isir_step(params);
+    for (int64_t row = 0; row < rows; ++row) check_isir_row(problem, states, row, own, first_key);
   }
 }
 
@@ -451,14 +452,22 @@ void bad_values_are_refused() {
   }
   const float temperatures[] = {1.0f, 0x1p-120f, 0x1p100f, 0x1p-121f, 0.0f, std::nanf(""), kInfinity, -1.0f};
   for (int64_t i = 0; i < 8; ++i) {
-    const emc2::ScoreParams scores{2, 1, 1.0f, temperatures + i, 0, nullptr, nullptr};
-    CHECK(refuses([&] { emc2::require_temperatures(scores); }) == (i > 2), "temperature %g", temperatures[i]);
+    const emc2::ScoreParams scores{2, 1, 1.0f, temperatures + i, 0, nullptr, nullptr, nullptr, nullptr};
+    CHECK(refuses([&] { emc2::require_scores(scores); }) == (i > 2), "temperature %g", temperatures[i]);
   }
   for (const int64_t samples : {int64_t{0}, int64_t{1} << 16}) {
     emc2::GumbelParams params{};
     params.num_samples = samples;
     CHECK(refuses([&] { emc2::sample_gumbel(params); }), "%d samples are taken", static_cast<int>(samples));
   }
+  for (const auto& [own, first_key] : {std::pair{5ll, 0ll}, {-1, 0}, {0, -1}, {0, (1ll << 33) - 1}}) {
+    emc2::IsirParams params{};
+    params.num_keys = 2, params.num_carried = own, params.first_key = first_key;
+    CHECK(refuses([&] { emc2::isir_step(params); }), "%lld candidates, first key %lld are taken", own, first_key);
+  }
+  const float law[] = {0.0f, kInfinity};
+  const emc2::ScoreParams infinite{1, 2, 1.0f, nullptr, 0, nullptr, nullptr, nullptr, law};
+  CHECK(refuses([&] { emc2::require_scores(infinite); }), "an infinite law is taken");
 }
 
 }  // namespace
@@ -471,6 +480,7 @@ int main() {
   exp_nonpositive_is_the_exponential();
   every_half_is_widened_right<emc2::Bfloat16>("bfloat16");
   every_half_is_widened_right<emc2::Float16>("float16");
+  rough_noise_is_near_the_noise_and_the_bound_above_it();
   short_loads_end_in_zeros();
   transpose_swaps_rows_and_columns();
   transitions_compose();
@@ -478,6 +488,7 @@ int main() {
   positions_scale_exactly();
   for (const int threads : {1, 3}) walks_follow_the_book(threads);
   for (const int threads : {1, 3}) gumbel_draws_follow_the_book(threads);
+  for (const int threads : {1, 3}) isir_steps_follow_the_book(threads);
   for (const int threads : {1, 3}) gradients_follow_the_book(threads);
   bad_values_are_refused();
   if (failures) std::printf("%d checks failed\n", failures);

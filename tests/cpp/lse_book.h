@@ -22,7 +22,7 @@ struct LseProblem : Problem {
   void set(emc2::ScoreParams& scores) const {
     scores.num_rows = rows, scores.num_keys = keys;
     scores.temperatures = temperatures.data(), scores.temperature_stride = 1;
-    scores.query_ids = query_ids.data(), scores.key_ids = key_ids.data();
+    set_ids_and_law(scores);
   }
 };
 
@@ -41,8 +41,8 @@ struct LseBook {
   void add_row(const LseProblem& problem, int64_t row) {
     const double temperature = problem.temperatures[row];
     const auto score = [&](int64_t key) {
-      const bool excluded = problem.key_ids[key] == problem.query_ids[row];
-      return excluded ? -static_cast<double>(kInfinity) : problem.dot(row, key) / temperature;  // dot is exact
+      const double similarity = problem.dot(row, key) / temperature;  // the dot is exact
+      return problem.excluded(row, key) ? -static_cast<double>(kInfinity) : similarity - problem.log_proposal[key];
     };
     double total = 0;
     for (int64_t key = 0; key < problem.keys; ++key) total += std::exp(score(key));
@@ -55,7 +55,7 @@ struct LseBook {
         d_queries[row * problem.dim + i] += share * problem.key_rows[key * problem.dim + i];
         of_keys[key * problem.dim + i] += share * problem.queries[row * problem.dim + i];
       }
-      d_temperatures[row] -= share * score(key);
+      d_temperatures[row] -= share * problem.dot(row, key) / temperature;
     }
   }
 };

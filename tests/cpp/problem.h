@@ -20,8 +20,8 @@ struct Problem {
   emc2::Schedule schedule;
   bool steps;  // whether chains enter it, or it is wanted as a transition
   std::vector<float> queries, key_rows;
-  std::vector<int64_t> chain_ids, query_ids, key_ids, state_key;
-  std::vector<float> state_score;
+  std::vector<int64_t> chain_ids, query_ids, key_ids, carried_ids, state_key;
+  std::vector<float> state_score, log_proposal;
   uint64_t seed = (1ull << 63) + 5;
   uint32_t step = 0xfffffffeu;
 
@@ -36,13 +36,17 @@ struct Problem {
         chain_ids(rows),
         query_ids(rows),
         key_ids(keys),
+        carried_ids(rows),
         state_key(rows),
-        state_score(rows) {
+        state_score(rows),
+        log_proposal(keys) {
     for (float& value : queries) value = static_cast<float>(random_below(5) - 2);
     for (float& value : key_rows) value = static_cast<float>(random_below(5) - 2);
     // Past 2^32, and so few that many pairs agree in one half of their bits only.
     for (int64_t& id : query_ids) id = random_below(3) + (random_below(3) << 32);
     for (int64_t& id : key_ids) id = random_below(3) + (random_below(3) << 32);
+    for (int64_t& id : carried_ids) id = random_below(3) + (random_below(3) << 32);
+    for (float& value : log_proposal) value = static_cast<float>(random_below(5) - 2);
     for (int64_t row = 0; row < rows; ++row) {
       chain_ids[row] = static_cast<int64_t>(random_bits() >> 24);
       state_key[row] = 1000 + row;
@@ -58,9 +62,26 @@ struct Problem {
     return sum;
   }
 
-  emc2::PhiloxBlock<uint32_t> words(int64_t row, emc2::Stream stream, int64_t block) const {
-    const auto counter = emc2::philox_counter(chain_ids[row], stream, step, static_cast<uint32_t>(block));
+  // For what looks at every key; walks have neither a second id nor, here, a law.
+  bool excluded(int64_t row, int64_t key) const {
+    return key_ids[key] == query_ids[row] || key_ids[key] == carried_ids[row];
+  }
+
+  void set_ids_and_law(emc2::ScoreParams& scores) const {
+    scores.query_ids = query_ids.data(), scores.key_ids = key_ids.data(), scores.carried_ids = carried_ids.data();
+    scores.log_proposal = log_proposal.data();
+  }
+
+  emc2::PhiloxBlock<uint32_t> words(int64_t row, emc2::Stream stream, int64_t block, int64_t sample = 0) const {
+    const auto counter =
+        emc2::philox_counter(chain_ids[row], stream, step, static_cast<uint32_t>(block), static_cast<uint32_t>(sample));
     return emc2::philox_rounds(counter, emc2::philox_key(seed));
+  }
+
+  double gumbel_noise(int64_t row, emc2::Stream stream, int64_t number, int64_t sample = 0) const {
+    const auto block = words(row, stream, number / 4, sample);
+    const uint32_t word[] = {block.c0, block.c1, block.c2, block.c3};
+    return -std::log(-std::log1p(-(word[number % 4] + 0.5) / 4294967296.0));
   }
 
   float e(int64_t row, int64_t proposal) const {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import RUNNABLE, assert_identical, int64, normal
+from helpers import ISIR, RUNNABLE, assert_identical, int64, normal
 from test_losses_common import NAMES, make, towers
 
 import emc2_kernels as emc2
@@ -86,11 +86,28 @@ def primitives(backend):
     return [swept, uniform, walked, applied, drawn, naive]
 
 
+def resampled(backend):
+    """Twice, from nowhere and carried on; with ids and without, and temperatures as above."""
+    options, ids = {"seed": 5, "step": 3, "backend": backend}, {"query_ids": IDS[:6], "key_ids": IDS}
+    first = emc2.isir_step(QUERIES, KEYS, emc2.init_state(6, device="cpu"), temperature=0.2, **options)
+    temperature = torch.full((6,), 0.3, dtype=torch.float64, device="cpu")
+    carried = {"carried_ids": first.state.key, "log_proposal": KEYS[:, 0]}
+    return [first, emc2.isir_step(QUERIES, KEYS, first.state, temperature=temperature, **ids, **carried, **options)]
+
+
 @pytest.mark.parametrize("backend", RUNNABLE)
 def test_primitives(backend, default):
     plain = primitives(backend)
     with other_default(default):
         found = primitives(backend)
+    assert_identical(found, plain)
+
+
+@pytest.mark.parametrize("backend", ISIR)
+def test_steps_over_all_keys(backend, default):
+    plain = resampled(backend)
+    with other_default(default):
+        found = resampled(backend)
     assert_identical(found, plain)
 
 

@@ -108,7 +108,13 @@ BACKEND_ERRORS = {
         "backend",
     ),
 }
-WALK_ERRORS = OPERAND_ERRORS | COUNTER_ERRORS | CHAIN_ERRORS | BACKEND_ERRORS
+LAW_ERRORS = {
+    "log_proposal is too short": ({"log_proposal": torch.zeros(M - 1)}, ValueError, "log_proposal"),
+    "log_proposal is float64": ({"log_proposal": torch.zeros(M).double()}, TypeError, "log_proposal"),
+    "log_proposal is NaN": ({"log_proposal": torch.full((M,), NAN)}, ValueError, "log_proposal"),
+    "log_proposal is -inf": ({"log_proposal": torch.full((M,), -INF)}, ValueError, "log_proposal"),
+}
+WALK_ERRORS = OPERAND_ERRORS | COUNTER_ERRORS | CHAIN_ERRORS | BACKEND_ERRORS | LAW_ERRORS
 WALK_ERRORS |= {
     "proposal is a typo": ({"proposal": "sweeps"}, ValueError, "proposal"),
     "proposal is None": ({"proposal": None}, ValueError, "proposal"),
@@ -122,10 +128,6 @@ WALK_ERRORS |= {
     "num_proposals is negative": ({"proposal": "uniform", "num_proposals": -1}, ValueError, "num_proposals"),
     "num_proposals is a float": ({"proposal": "uniform", "num_proposals": 3.0}, TypeError, "num_proposals"),
     "num_proposals with a sweep": ({"num_proposals": 3}, ValueError, "num_proposals"),
-    "log_proposal is too short": ({"log_proposal": torch.zeros(M - 1)}, ValueError, "log_proposal"),
-    "log_proposal is float64": ({"log_proposal": torch.zeros(M).double()}, TypeError, "log_proposal"),
-    "log_proposal is NaN": ({"log_proposal": torch.full((M,), NAN)}, ValueError, "log_proposal"),
-    "log_proposal is -inf": ({"log_proposal": torch.full((M,), -INF)}, ValueError, "log_proposal"),
     "burn_in is negative": ({"burn_in": -1}, ValueError, "burn_in"),
     "burn_in is the whole walk": ({"burn_in": M}, ValueError, "burn_in"),
     "burn_in is a share": ({"burn_in": 0.5}, TypeError, "burn_in"),
@@ -136,7 +138,7 @@ WALK_ERRORS |= {
     "num_samples is a bool": ({"num_samples": True}, TypeError, "num_samples"),
 }
 
-STEP_ERRORS = {
+STATE_ERRORS = {
     "state is None": ({"state": None}, TypeError, "state"),
     "state is a tensor": ({"state": torch.zeros(2, N)}, TypeError, r"state\.key"),
     "state has three parts": ({"state": (*STATE, STATE[1])}, TypeError, "state"),
@@ -154,6 +156,8 @@ STEP_ERRORS = {
     "key_labels are too few": ({"key_labels": torch.arange(M - 1)}, ValueError, "key_labels"),
     "key_labels are int32": ({"key_labels": torch.arange(M, dtype=torch.int32)}, TypeError, "key_labels"),
     "key_labels are a list": ({"key_labels": list(range(M))}, TypeError, "key_labels"),
+}
+STEP_ERRORS = STATE_ERRORS | {
     "return_lse of uniform draws": (
         {"return_lse": True, "proposal": "uniform", "num_proposals": 3},
         ValueError,

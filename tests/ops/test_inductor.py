@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import RUNNABLE, normal, snapshot
+from helpers import ISIR, RUNNABLE, normal, snapshot
 
-from emc2_kernels import contrastive_lse
+from emc2_kernels import MHState, contrastive_lse, isir_step
 from emc2_kernels.losses import TABLE, CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
 
 B, D, ITEMS = 4, 6, 7  # so few that a step reads what it is about to write
@@ -145,6 +145,26 @@ def test_equal_operands_that_are_not_one(backend):
         copied = log_sum(keys, keys + 0, key_ids, key_ids.clone(), backend)
         learnt = log_sum(keys.detach(), keys, key_ids, key_ids, backend, temperature=queries.square().sum(1))
         return torch.stack((fixed, copied, learnt))
+
+    assert_calls_are_the_eager_ones(several, (X, Y, IDS, OTHERS))
+
+
+@pytest.mark.parametrize("backend", ISIR)
+def test_steps_over_equal_operands_that_are_not_one(backend):
+    """Of which ids, labels and scores hold the same as others, too."""
+
+    def resampled(queries, keys, query_ids, key_ids, **options):
+        state = MHState(query_ids, queries.sum(1))
+        options |= {"temperature": 0.2, "seed": 1, "step": 2, "query_ids": query_ids, "key_ids": key_ids}
+        return isir_step(queries, keys, state, backend=backend, **options)
+
+    def several(queries, keys, query_ids, key_ids):
+        fixed = resampled(queries.detach(), queries, query_ids, query_ids, carried_ids=query_ids)
+        copied = resampled(keys, keys + 0, key_ids, key_ids.clone(), key_labels=key_ids + 0)
+        law = queries.sum(1).detach()
+        learnt = resampled(keys.detach(), keys, key_ids, key_ids, carried_ids=query_ids, log_proposal=law)
+        drawn = torch.stack([result.state.key for result in (fixed, copied, learnt)])
+        return torch.stack([result.lse for result in (fixed, copied, learnt)]) + drawn
 
     assert_calls_are_the_eager_ones(several, (X, Y, IDS, OTHERS))
 

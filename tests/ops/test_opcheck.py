@@ -3,9 +3,10 @@ depend on it, since a compiler may hand one over where it finds that they hold t
 
 import pytest
 import torch
-from helpers import RUNNABLE, normal
+from helpers import ISIR, RUNNABLE, normal
 from torch._subclasses.fake_utils import CrossRefFakeMode
 from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.testing._internal.optests import aot_autograd_check
 
 from emc2_kernels.dispatch import LIBRARY
 
@@ -24,6 +25,9 @@ USUAL = {
     "first_proposal": 0,
     "state_key": torch.arange(N) - 1,
     "state_score": normal(2, N).where(torch.arange(N) > 0, -torch.inf),
+    "key": torch.arange(N)[:, None] + 20,
+    "score": normal(8, N, 1).where(torch.arange(N)[:, None] > 0, torch.nan),
+    "first_key": 0,
     "return_accepts": False,
     "return_lse": False,
     "symmetric": False,
@@ -37,11 +41,16 @@ USUAL = {
 PER_ROW = {"temperature": 1.0, "temperature_tensor": torch.full((N,), 0.2)}
 ALL_IDS = {"chain_ids": torch.arange(N) + 2**33, "query_ids": IDS, "key_ids": torch.arange(M) % 4}
 COUNTERS = {"seed_tensor": torch.tensor(-5), "step_tensor": torch.tensor(3)}
-NO_ROWS = {name: USUAL[name][:0] for name in ("queries", "items", "state_key", "state_score", "grad", "lse")}
+# What walks have no use for: a second id of each row, and weights of keys.
+SCORED = {"carried_ids": torch.arange(N) % 3 + 1, "key_ids": torch.arange(M) % 4, "log_proposal": normal(7, M)}
+OF_ROWS = ("queries", "items", "state_key", "state_score", "grad", "lse", "key", "score")
+NO_ROWS = {name: USUAL[name][:0] for name in OF_ROWS}
+POSITIVE = normal(6, N).exp()
 ONE = {
     **dict.fromkeys(("queries", "keys"), normal(5, N, D)),
-    **dict.fromkeys(("chain_ids", "query_ids", "key_ids", "key_labels", "state_key"), IDS),
-    **dict.fromkeys(("temperature_tensor", "log_proposal", "state_score", "grad", "lse"), normal(6, N).exp()),
+    **dict.fromkeys(("chain_ids", "query_ids", "carried_ids", "key_ids", "key_labels", "state_key"), IDS),
+    **dict.fromkeys(("temperature_tensor", "log_proposal", "state_score", "grad", "lse"), POSITIVE),
+    **{"key": IDS[:, None], "score": POSITIVE[:, None]},
     **dict.fromkeys(("seed_tensor", "step_tensor"), torch.tensor(3)),
 }
 
@@ -73,8 +82,16 @@ WALKS = OPERANDS | {
     "a shard": {"first_proposal": 3, "num_samples": 2},
 }
 LABELS = torch.arange(5)
+SCORES = OPERANDS | {
+    "carried ids alone": {name: SCORED[name] for name in ("carried_ids", "key_ids")},
+    "log_proposal alone": {"log_proposal": SCORED["log_proposal"]},
+    "all of a score": ALL_IDS | PER_ROW | SCORED,
+    "all of a score, rows apart": OPERANDS["rows apart"]
+    | {"carried_ids": torch.arange(2 * N)[::2] % 4, "key_ids": torch.arange(3 * M)[::3] % 4}
+    | {"log_proposal": normal(7, 2 * M)[::2]},
+}
 SUMS = {
-    **OPERANDS,
+    **SCORES,
     **{
         f"{name}, symmetric": OPERANDS[name]
         | {"symmetric": True}
@@ -83,6 +100,20 @@ SUMS = {
         if name not in ("no keys", "key ids alone")
     },
     "one operand, other ids": {"keys": USUAL["queries"], "query_ids": IDS, "key_ids": IDS.flip(0)},
+    "all of a score, symmetric": PER_ROW
+    | {"keys": USUAL["queries"], "query_ids": IDS, "key_ids": IDS, "symmetric": True}
+    | {"carried_ids": (IDS + 1) % 4, "log_proposal": normal(7, N)},
+}
+RESAMPLED = SCORES | {
+    "everything": ALL_IDS | PER_ROW | COUNTERS | SCORED | {"key_labels": torch.arange(M) - 9, "first_key": 2**32 + 3},
+    "four of its own": {"key": torch.arange(N * 4).view(N, 4), "score": normal(8, N, 4)},
+    "none of its own": {"key": torch.arange(0).view(N, 0), "score": torch.ones(N, 0)},
+    "its own alone": {"keys": USUAL["keys"][:0], "key": torch.arange(N * 2).view(N, 2), "score": normal(8, N, 2)},
+    "its own apart": {"key": torch.arange(N * 6).view(N, 6)[:, ::2], "score": normal(8, 3, 2 * N).T[::2]},
+    "differentiable, all of it": SCORED
+    | OPERANDS["differentiable"]
+    | {"score": normal(8, N, 2).requires_grad_(), "key": torch.arange(N * 2).view(N, 2)}
+    | {"temperature_tensor": torch.full((N,), 0.2, requires_grad=True)},
 }
 TABLE = {
     "label_at": {
@@ -106,7 +137,8 @@ TABLE = {
     },
     "contrastive_lse": SUMS,
     "contrastive_lse_backward": SUMS,
-    "gumbel_sample": OPERANDS | {"everything": ALL_IDS | PER_ROW | COUNTERS | {"num_samples": 3}},
+    "gumbel_sample": SCORES | {"everything": ALL_IDS | PER_ROW | COUNTERS | SCORED | {"num_samples": 3}},
+    "isir_step": RESAMPLED,
     "mh_step": WALKS,
     "mh_transition": WALKS,
     "view_coin": {
@@ -142,10 +174,19 @@ def test_every_operator_has_cases():
     assert len(registered) == len(LIBRARY._op_defs)
 
 
+UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 @every_case
 def test_opcheck(name, case):
     """Schema, autograd, fake tensors, and symbolic shapes; of copies, so that no two arguments are one tensor here."""
-    torch.library.opcheck(operator(name), tuple(arguments(name, case)))
+    given = tuple(arguments(name, case))
+    # The last adds all results to the first, which cannot be where that is of integers: here they come the other way.
+    differentiable = any(isinstance(value, torch.Tensor) and value.requires_grad for value in given)
+    backwards = name == "isir_step" and differentiable
+    torch.library.opcheck(operator(name), given, test_utils=UTILS[: -1 if backwards else None])
+    if backwards:
+        aot_autograd_check(lambda *args: operator(name)(*args)[::-1], given, {}, dynamic=True)
 
 
 # In Triton's interpreter, where a call takes half a second, a transition is asked less: its kernels are the step's.
@@ -158,7 +199,8 @@ ON_TRITON = ("rows apart", "one tensor", "everything", "drawn, ids", "positions,
         (backend, name, case)
         for backend in RUNNABLE
         for name, case in CASES
-        if (backend, name) != ("triton", "mh_transition") or case in ON_TRITON
+        if ((backend, name) != ("triton", "mh_transition") or case in ON_TRITON)
+        and (name != "isir_step" or backend in ISIR)
     ],
 )
 def test_arguments_as_they_lie_in_memory(backend, name, case):

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers import ISIR
 from scipy import stats
 
 from emc2_kernels import mh_transition, ops, rng
 from emc2_kernels.backends.cpu import build as native
+from emc2_kernels.backends.params import CarriedParams, ScoreParams
 
 SEEDS = (0, 20240427, 2**32, 2**63 + 11, 2**64 - 1)
 STEPS = (0, 5, 2**32 - 1)
@@ -97,7 +99,7 @@ def test_a_tensor_seed_is_the_unsigned_number_with_its_bits(seed: int) -> None:
     assert torch.equal(torch.stack(rng.philox4x32(counters, tensor)), torch.stack(rng.philox4x32(counters, seed)))
 
 
-@pytest.mark.parametrize("stream", range(4))
+@pytest.mark.parametrize("stream", range(5))
 def test_counter_layout(stream: int) -> None:
     blocks = (0, 1, 2**31, 2**32 - 1)
     for seed, step in ((SEEDS[1], 0), (SEEDS[3], STEPS[1]), (SEEDS[4], STEPS[2])):
@@ -112,14 +114,14 @@ def test_counter_layout(stream: int) -> None:
 
 
 def test_stream_numbers() -> None:
-    assert (rng.ACCEPTANCE, rng.POSITION, rng.GUMBEL, rng.VIEW_COIN) == (0, 1, 2, 3)
+    assert (rng.ACCEPTANCE, rng.POSITION, rng.GUMBEL, rng.VIEW_COIN, rng.CARRIED) == (0, 1, 2, 3, 4)
 
 
 def test_no_two_draws_share_a_counter() -> None:
     """The generator is one-to-one for a seed, so equal words would mean equal counters: fields that overlap."""
     drawn = [
         rng.words(torch.tensor(CHAINS)[:, None], torch.arange(3), stream=stream, seed=3, step=step, sample=sample)
-        for stream in range(4)
+        for stream in range(5)
         for step in STEPS
         for sample in (0, 1, 2**16 - 1)
     ]
@@ -277,16 +279,61 @@ def test_view_coin_is_fair_and_new_at_each_step() -> None:
     assert_uniform(coins[0] * 2 + coins[1], 4)
 
 
+def plain_gumbel(chain: int, column: int, *, stream: int = 2, **counter: int) -> float:
+    v = (plain_words(chain, column // 4, stream=stream, **counter)[column % 4] + 0.5) / 2**32
+    return -math.log(-math.log1p(-v))
+
+
 @pytest.mark.parametrize("columns", [range(0, 9), range(3, 6), range(2**32 + 2, 2**32 + 7)], ids=str)
 def test_gumbel_noise(columns: range) -> None:
     for seed, step, sample in ((SEEDS[1], 0, 0), (SEEDS[3], 5, 3), (SEEDS[4], 2**32 - 1, 2**16 - 1)):
-        noise = rng.gumbel(torch.tensor(CHAINS), columns, seed=seed, step=step, sample=sample, dtype=torch.float64)
+        counter = {"seed": seed, "step": step, "sample": sample}
+        noise = rng.gumbel(torch.tensor(CHAINS), columns, dtype=torch.float64, **counter)
         for i, chain in enumerate(CHAINS):
             for j, column in enumerate(columns):
-                block = plain_words(chain, column // 4, stream=2, seed=seed, step=step, sample=sample)
-                v = (block[column % 4] + 0.5) / 2**32
-                expected = -math.log(-math.log1p(-v))
+                expected = plain_gumbel(chain, column, **counter)
                 assert noise[i, j].item() == pytest.approx(expected, rel=1e-13, abs=1e-13)
+
+
+# A step over all keys hands over the score and noise that won; where there is one candidate of score 0, its noise.
+
+
+def noise_that_won(
+    backend: str, own: int, chosen: int | None, num_keys: int, first_key: int, seed: int, step: int
+) -> torch.Tensor:
+    """(len(CHAINS),) of the chain's own candidate ``chosen``, the others being none; None: of the last key."""
+    score = torch.full((len(CHAINS), own), -torch.inf)
+    keys = torch.full((num_keys, 1), torch.nan)
+    if chosen is None:
+        keys[-1] = 0
+    else:
+        score[:, chosen] = 0
+    scores = ScoreParams(torch.zeros(len(CHAINS), 1), keys, 1.0, None, None)
+    labels = torch.zeros(len(CHAINS), own, dtype=torch.int64)
+    carried = CarriedParams(labels, score, None, torch.tensor(CHAINS), seed, step, first_key)
+    position, *_, value = ops.isir_step(scores, carried, backend)
+    assert set(position.tolist()) == {first_key + num_keys - 1 if chosen is None else -1 - chosen}
+    return value
+
+
+@pytest.mark.parametrize("backend", ISIR)
+def test_noise_of_what_chains_carry(backend: str) -> None:
+    """Word c of block 0 of a stream of its own, whatever else there is."""
+    for own, chosen, num_keys in ((1, 0, 0), (1, 0, 5), (2, 1, 3), (3, 0, 0), (4, 3, 70), (4, 2, 0)):
+        for seed, step in ((SEEDS[1], 0), (SEEDS[4], STEPS[2])):
+            found = noise_that_won(backend, own, chosen, num_keys, 2**32 * (num_keys > 4), seed, step)
+            expected = [plain_gumbel(chain, chosen, stream=4, seed=seed, step=step) for chain in CHAINS]
+            torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ISIR)
+def test_noise_of_keys_goes_by_their_number_among_all(backend: str) -> None:
+    for own, num_keys, first_key in ((0, 1, 0), (1, 7, 0), (4, 1, 6), (0, 3, 2**32 - 1), (2, 66, 2**33 - 66)):
+        for seed, step in ((SEEDS[1], 0), (SEEDS[4], STEPS[2])):
+            found = noise_that_won(backend, own, None, num_keys, first_key, seed, step)
+            column = first_key + num_keys - 1
+            expected = [plain_gumbel(chain, column, seed=seed, step=step) for chain in CHAINS]
+            torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -11,7 +11,7 @@ from pathlib import Path
 import fuzz_core
 import pytest
 import torch
-from helpers import COMPILED, HOW, RUNNABLE, assert_identical, eager, int64, normal, with_rows
+from helpers import COMPILED, HOW, ISIR, ISIR_COMPILED, RUNNABLE, assert_identical, eager, int64, normal, with_rows
 
 from emc2_kernels import (
     MHState,
@@ -21,6 +21,7 @@ from emc2_kernels import (
     contrastive_lse,
     gumbel_sample,
     init_state,
+    isir_step,
     mh_step,
     mh_transition,
     ops,
@@ -49,6 +50,11 @@ def draw(**changes):
 
 def log_sum(**changes):
     return contrastive_lse(QUERIES, KEYS, **changes)
+
+
+def resample(**changes):
+    options = {"queries": QUERIES, "keys": KEYS, "state": STATE, "temperature": 0.2, "seed": 1, "step": 2} | changes
+    return isir_step(**options)
 
 
 def transition(**changes):
@@ -100,13 +106,46 @@ WRONG = {
         "temperature must be in [",
     ),
     "a negative temperature": (step, {"temperature": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "temperature must be in ["),
+    "a resampled chain's id of 41 bits": (
+        resample,
+        {"chain_ids": int64(0, 1, 2, 2**40)},
+        f"chain_ids {CHAINS} 1099511627776 at [3]",
+    ),
+    "a resampled chain's query id": (
+        resample,
+        {"query_ids": int64(0, -2, 2, 3), "carried_ids": int64(-1, -1, -1, -1), "key_ids": torch.arange(M)},
+        f"query_ids, which name the chains, {CHAINS} -2 at [1]",
+    ),
+    "a resampling's step": (resample, {"step": torch.tensor(2**32)}, "step must be in [0, 2^32), got 4294967296"),
+    "a resampling's law": (
+        resample,
+        {"log_proposal": with_rows(torch.zeros(M), [1, 4], -torch.inf)},
+        "log_proposal must be finite, got 2 values",
+    ),
+    "a resampling's temperature": (
+        resample,
+        {"temperature": with_rows(torch.ones(N), 3, 2.0**-121)},
+        "temperature must be in [",
+    ),
+    "a resampling's one temperature": (resample, {"temperature": torch.tensor(0.0)}, "temperature must be in ["),
+    "a resampling's temperature that is NaN": (
+        resample,
+        {"temperature": with_rows(torch.ones(N).double(), 0, torch.nan)},
+        "temperature must be in [",
+    ),
 }
+WHERE = [(RUNNABLE[0], eager), *((backend, how) for backend in COMPILED for how in HOW)]
 
 
 @pytest.mark.parametrize(
-    ("backend", "how"), [(RUNNABLE[0], eager), *((backend, how) for backend in COMPILED for how in HOW)]
+    ("call", "tensors", "message", "backend", "how"),
+    [
+        pytest.param(*WRONG[name], backend, how, id=f"{name}, {backend}, {how.__name__}")
+        for name in WRONG
+        for backend, how in WHERE
+        if WRONG[name][0] is not resample or backend in ISIR
+    ],
 )
-@pytest.mark.parametrize(("call", "tensors", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_values_are_named_wherever_they_are_first_seen(call, tensors, message, backend, how):
     before = STATE.key.clone(), STATE.score.clone()
     torch._dynamo.reset()
@@ -224,21 +263,40 @@ def negative(tensor):
     return view
 
 
+OF_STEPS = {
+    "queries": QUERIES,
+    "keys": KEYS,
+    "state": STATE,
+    "temperature": torch.full((N,), 0.3),
+    "log_proposal": normal(2, M),
+    "chain_ids": torch.arange(N) + 7,
+    "query_ids": torch.arange(N) - 2,
+    "key_ids": torch.arange(M) - 2,
+    "key_labels": torch.arange(M) + 50,
+}
+
+
+def negated(name, given):
+    value = given[name]
+    return given | {name: MHState(*map(negative, value)) if name == "state" else negative(value)}
+
+
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize(
-    "names",
-    ["queries", "keys", "state", "temperature", "log_proposal", "chain_ids", "query_ids", "key_ids", "key_labels"],
-)
-def test_views_with_the_negative_bit_are_what_they_look_like(names, backend):
-    given = {"queries": QUERIES, "keys": KEYS, "state": STATE, "temperature": torch.full((N,), 0.3)}
-    given |= {"chain_ids": torch.arange(N) + 7, "query_ids": torch.arange(N) - 2, "key_ids": torch.arange(M) - 2}
-    given |= {"log_proposal": normal(2, M), "key_labels": torch.arange(M) + 50, "backend": backend}
-    value = given[names]
-    negated = MHState(*map(negative, value)) if names == "state" else negative(value)
-    assert_identical(tuple(step(**given | {names: negated})), tuple(step(**given)))
-    if names in ("temperature", "chain_ids", "query_ids", "key_ids"):
-        shared = {name: given[name] for name in ("temperature", "chain_ids", "query_ids", "key_ids", "backend")}
-        assert_identical(draw(**shared | {names: negated}), draw(**shared))
+@pytest.mark.parametrize("name", OF_STEPS)
+def test_views_with_the_negative_bit_are_what_they_look_like(name, backend):
+    given = OF_STEPS | {"backend": backend}
+    assert_identical(tuple(step(**negated(name, given))), tuple(step(**given)))
+    shared = ("temperature", "chain_ids", "query_ids", "key_ids", "backend")
+    if name in shared:
+        given = {name: given[name] for name in shared}
+        assert_identical(draw(**negated(name, given)), draw(**given))
+
+
+@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("name", [*OF_STEPS, "carried_ids"])
+def test_what_is_resampled_from_views_with_the_negative_bit_is_what_it_looks_like(name, backend):
+    given = OF_STEPS | {"carried_ids": torch.arange(N) - 1, "backend": backend}
+    assert_identical(resample(**negated(name, given)), resample(**given))
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -262,33 +320,36 @@ def no_dense_tensors(values):
 
 
 TENSORS = {
-    "queries": (QUERIES, "queries"),
-    "keys": (KEYS, "keys"),
-    "temperature": (torch.ones(N), "temperature"),
-    "seed": (torch.tensor([1]), "seed"),
-    "chain_ids": (torch.arange(N), "chain_ids"),
-    "key_ids": (torch.arange(M), "key_ids"),
-    "key_labels": (torch.arange(M), "key_labels"),
-    "log_proposal": (torch.ones(M), "log_proposal"),
-    "proposal": (torch.ones(N, 3, dtype=torch.int64), "proposal"),
+    "queries": (QUERIES, step, resample),
+    "keys": (KEYS, step, resample),
+    "temperature": (torch.ones(N), step, resample),
+    "seed": (torch.tensor([1]), step, resample),
+    "chain_ids": (torch.arange(N), step, resample),
+    "key_ids": (torch.arange(M), step, resample),
+    "key_labels": (torch.arange(M), step, resample),
+    "log_proposal": (torch.ones(M), step, resample),
+    "proposal": (torch.ones(N, 3, dtype=torch.int64), step),
+    "carried_ids": (torch.arange(N), lambda carried_ids: resample(key_ids=torch.arange(M), carried_ids=carried_ids)),
 }
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name", TENSORS)
 def test_sparse_and_nested_tensors_are_named(name):
-    values, expected = TENSORS[name]
-    for wrong in no_dense_tensors(values):
-        with pytest.raises(TypeError, match=f"^{expected} must be a dense tensor, got a tensor that is"):
-            step(**{name: wrong})
+    values, *calls = TENSORS[name]
+    for call in calls:
+        for wrong in no_dense_tensors(values):
+            with pytest.raises(TypeError, match=f"^{name} must be a dense tensor, got a tensor that is"):
+                call(**{name: wrong})
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_sparse_and_nested_states_and_transitions_are_named():
     walked = transition()
     for wrong in no_dense_tensors(STATE.score):
-        with pytest.raises(TypeError, match=r"^state\.score must be a dense tensor, got"):
-            step(state=MHState(STATE.key, wrong))
+        for call in (step, resample):
+            with pytest.raises(TypeError, match=r"^state\.score must be a dense tensor, got"):
+                call(state=MHState(STATE.key, wrong))
         with pytest.raises(TypeError, match=r"^then\.score must be a dense tensor, got"):
             compose(walked, walked._replace(score=wrong))
 
@@ -299,6 +360,9 @@ def test_meta_tensors_get_shapes_and_nothing_is_read():
     result = mh_step(queries, keys, state, num_samples=3, **options)
     assert result.samples.shape == (N, 3) and result.state.score.is_meta
     assert gumbel_sample(queries, keys, num_samples=2, **options).shape == (N, 2)
+    resampled = isir_step(queries, keys, state, log_proposal=torch.zeros(M, device="meta"), **options)
+    fields = (resampled.position, *resampled.state, resampled.lse, resampled.carried_weight)
+    assert all(field.is_meta and field.shape == (N,) for field in fields)
     assert contrastive_lse(queries, keys, temperature=0.2).shape == (N,)
 
 

@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EDGES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 70)
 WILD = (-(2**63), -(2**40), -1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1)  # no position; most of them no chain
 WILD_COUNTS = (-(2**63), -1, 2**40, 2**62, 2**63 - 1)  # of proposals and samples
+COUNTS = ("num_samples", "first_proposal", "first_key")
 
 
 class Source:
@@ -78,6 +79,17 @@ def arguments_of_scores(source: Source) -> dict:
     return given
 
 
+def with_all_of_scores(source: Source, given: dict) -> dict:
+    """With what walks have otherwise, or not at all."""
+    if "key_ids" in given and source.chance(0.5):
+        given["carried_ids"] = source.integers(0, 9, given["queries"].shape[0])
+        if source.chance(0.3) and not given.get("symmetric"):
+            del given["query_ids"]
+    if source.chance(0.3):
+        given["log_proposal"] = source.laid_out(torch.randn(given["keys"].shape[0], generator=source.generator))
+    return given
+
+
 def arguments_of_walk(source: Source) -> dict:
     given = arguments_of_scores(source)
     n, m = given["queries"].shape[0], given["keys"].shape[0]
@@ -116,7 +128,17 @@ def arguments_of_transition(source: Source) -> dict:
 
 
 def arguments_of_draws(source: Source) -> dict:
-    return arguments_of_scores(source) | {"num_samples": source.one_of((1, 2, 3, 16, 17, 40))}
+    given = with_all_of_scores(source, arguments_of_scores(source))
+    return given | {"num_samples": source.one_of((1, 2, 3, 16, 17, 40))}
+
+
+def arguments_of_isir(source: Source) -> dict:
+    given = with_all_of_scores(source, arguments_of_scores(source))
+    n, m, own = given["queries"].shape[0], given["keys"].shape[0], source.below(5)
+    given |= {"key": source.integers(-1, 99, n, own), "score": source.floats(n, own)}
+    if source.chance(0.4):
+        given["key_labels"] = source.integers(-9, 2**62, m)
+    return given | {"first_key": source.one_of((0, 1, 6, 2**32 + 3))}
 
 
 def arguments_of_lse(source: Source) -> dict:
@@ -127,7 +149,7 @@ def arguments_of_lse(source: Source) -> dict:
     if given["symmetric"]:
         given["keys"] = given["queries"]
         given |= {"key_ids": given["query_ids"]} if "query_ids" in given else {}
-    return given
+    return with_all_of_scores(source, given)
 
 
 def arguments_of_lse_backward(source: Source) -> dict:
@@ -155,6 +177,7 @@ OPERATORS: dict[str, Callable[[Source], dict]] = {
     "mh_step": arguments_of_step,
     "mh_transition": arguments_of_transition,
     "gumbel_sample": arguments_of_draws,
+    "isir_step": arguments_of_isir,
     "contrastive_lse": arguments_of_lse,
     "contrastive_lse_backward": arguments_of_lse_backward,
     "view_coin": arguments_of_coin,
@@ -193,7 +216,7 @@ def faults(source: Source, given: dict) -> list[tuple[str, object]]:
         found += [("keys", keys.new_zeros(keys.shape[0], keys.shape[1] + 1)), ("keys", keys.double())]
     if "step" in given:
         found.append(("step_tensor", torch.tensor(source.one_of((-1, 2**32, 2**62)))))
-    found += [(name, source.one_of(WILD_COUNTS)) for name in ("num_samples", "first_proposal") if name in given]
+    found += [(name, source.one_of(WILD_COUNTS)) for name in COUNTS if name in given]
     if given.get("total_proposals"):
         found.append(("burn_in", source.one_of(WILD_COUNTS)))
     return found
@@ -238,6 +261,10 @@ def illegal(name: str, given: dict, result: object) -> str | None:
         right = [given["queries"].shape, torch.Size(keys), torch.Size((rows,))]
         return None if [gradient.shape for gradient in result] == right else f"{name}: {result}"
     m, first = given["keys"].shape[0], given.get("first_proposal", 0)
+    if name == "isir_step":
+        position, first, own = result[0], given["first_key"], given["key"].shape[1]
+        legal = ((position >= -max(own, 1)) & (position < 0)) | ((position >= first) & (position < first + m))
+        return None if bool(legal.all()) else f"{name}: a position outside the candidates: {position}"
     positions = result[0] if name == "mh_step" else result[2] if name == "mh_transition" else result
     offset = first if name == "mh_transition" and "num_draws" not in given and "positions" not in given else 0
     inside = (positions == -1) | ((positions >= offset) & (positions < offset + m))

@@ -90,7 +90,7 @@ DISAGREEMENTS = {
     "step": (["emc2 all", "emc2 ring", "isir all", "isir ring", "isogclr all", "cached all"], "step"),
 }
 SILENT = ["ntxent", "emc2", "isir", "isogclr", "cached"]
-TWICE = {"ntxent all": "gathering", "clip ring": "ring", "emc2 ring": "ring", "isir ring": "ring"}
+TWICE = {"ntxent all": "gathering", "clip ring": "ring", "emc2 ring": "ring", "isir ring": "isir"}
 DISAGREE = [f"{what}: {case}" for what, (cases, _) in DISAGREEMENTS.items() for case in cases]
 
 

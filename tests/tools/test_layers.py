@@ -16,6 +16,7 @@ LAYERS = [  # from the bottom; a package is a layer with all that is in it
     ("backends",),
     ("ops",),
     ("mh", "lse", "gumbel"),
+    ("isir",),
     ("distributed",),
     ("stores",),
     ("losses",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernel_calls import address, contiguous, contiguous_ids, operands, score_fields
+from ..kernel_calls import address, contiguous, contiguous_scores, operands, score_fields
 from ..params import ScoreParams
 from ..reference.gumbel import check_values
 from .build import library
@@ -17,7 +17,7 @@ def gumbel_sample(
 ) -> Tensor:
     """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``."""
     positions = torch.empty(scores.queries.shape[0], num_samples, dtype=torch.int64, device="cpu")
-    scores, chain_ids = contiguous_ids(scores), contiguous(chain_ids)
+    scores, chain_ids = contiguous_scores(scores), contiguous(chain_ids)
     (seed_value, _), (step_value, _) = seed_number(seed), step_number(step)
     core = library()
     params = core.GumbelParams(

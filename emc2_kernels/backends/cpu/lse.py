@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..kernel_calls import contiguous_ids, operands, score_fields
+from ..kernel_calls import contiguous_scores, operands, score_fields
 from ..params import ScoreParams
 from .build import library
 
 
+def _run(call: Callable[[Any, Any], None], params: Any, scores: ScoreParams) -> None:
+    try:
+        call(params, operands(library(), scores.queries, scores.keys))
+    except ValueError:  # the core has refused a value
+        scores.check_values()  # says which, and where it is
+        raise
+
+
 def contrastive_lse(scores: ScoreParams) -> Tensor:
     """(n,) float32; see ``reference_lse``."""
-    core, scores = library(), contiguous_ids(scores)
+    core, scores = library(), contiguous_scores(scores)
     lse = torch.empty(scores.queries.shape[0], dtype=torch.float32, device="cpu")
     params = core.LseParams(**score_fields(scores), lse=lse.data_ptr(), num_threads=torch.get_num_threads())
-    core.contrastive_lse(params, operands(core, scores.queries, scores.keys))
+    _run(core.contrastive_lse, params, scores)
     return lse
 
 
 def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and temperatures; see ``reference_lse``."""
-    core, scores = library(), contiguous_ids(scores)
+    core, scores = library(), contiguous_scores(scores)
     queries, keys, grad, lse = scores.queries, scores.keys, grad.contiguous(), lse.contiguous()
     d_queries = torch.empty(queries.shape, dtype=torch.float32, device="cpu")
     d_keys = torch.empty((0,) if scores.symmetric else keys.shape, dtype=torch.float32, device="cpu")
@@ -37,5 +48,5 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
         d_temperatures=d_temperature.data_ptr(),
         num_threads=torch.get_num_threads(),
     )
-    core.contrastive_lse_backward(params, operands(core, queries, keys))
+    _run(core.contrastive_lse_backward, params, scores)
     return d_queries.to(queries.dtype), d_keys.to(keys.dtype), d_temperature

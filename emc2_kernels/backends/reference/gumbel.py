@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import checks, rng
+from ... import rng
 from ..params import ScoreParams, check_chains, check_step
 from .lse import masked_scores, row_blocks
 
@@ -45,4 +45,4 @@ def check_values(scores: ScoreParams, chain_ids: Tensor | None, step: int | Tens
     """
     check_chains(chain_ids, scores.query_ids)
     check_step(step)
-    checks.temperature(scores.temperature, scores.queries.shape[0], scores.queries.device)
+    scores.check_values()

@@ -1,11 +1,4 @@
-"""Exact draws from the softmax: scores, noise and the running maximum of a block of rows in one program.
-
-A tile's product leaves the matrix unit with two neighbouring columns of every eight in one thread, so the key rows are
-loaded permuted, as in sweep_tile.py: column 8 p + s holds key 16 s + p of the tile. Four steps in p are then four
-neighbouring keys in one thread, which share a call of the generator, and the columns of one step, (BLOCK_M, 8), are
-eight races that a thread runs in its registers from the first tile to the last. A maximum is commutative, so nothing
-else has an order; of equal values the lowest position is kept.
-"""
+"""Exact draws from the softmax: scores, noise and the running maximum of a block of rows in one program (race.py)."""
 
 from __future__ import annotations
 
@@ -14,29 +7,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..params import ScoreParams, WalkParams
+from ..params import ScoreParams
 from ..reference.gumbel import check_values
 from . import tuning
-from .launch import NUMBERS, Kernel, device_guard, dimensions, power_of_two, precision, walk_arguments
+from .launch import (
+    NUMBERS,
+    Kernel,
+    dense,
+    device_guard,
+    dimensions,
+    power_of_two,
+    precision,
+    random_arguments,
+    score_arguments,
+)
 from .philox import GUMBEL, gumbel_log2, load_generator, random_words, zeros_like
 from .proposals import load_chain_rows
-from .scores import LOG2_E, SEGMENTS, STEPS, TILE, Operand, load_resident, multiply, sixteen_steps
+from .race import Keys, best_and_lowest, finish_race, four_scores, nobody, tile_blocks, tile_operand, update_race
+from .scores import LOG2_E, TILE, Operand, load_resident, multiply, sixteen_steps
 from .transition import NEG_INF
 
 BLOCK_ELEMENTS = 1024  # values that a program of gumbel_combine_kernel holds at a time
-
-_PAST_ALL = tl.constexpr(2**31 - 1)  # there are fewer keys
-
-
-@triton.jit
-def best_and_lowest(values, numbers):
-    """(rows,) largest value of (rows, places) and the lowest of its numbers; -1 where no place has one.
-
-    Two commutative reductions: ``tl.reduce`` takes its operands in any order.
-    """
-    best = tl.max(values, 1)
-    lowest = tl.min(tl.where((values == best[:, None]) & (numbers >= 0), numbers, _PAST_ALL), 1)
-    return best, tl.where(lowest == _PAST_ALL, -1, lowest)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -81,41 +72,19 @@ SAMPLES_AT_ONCE = 2  # of a program: four spill 120 to 560 bytes of a thread wit
 
 
 @triton.jit
-def _update_race(race, value, number):
-    """A key in the race of its columns: strictly better, since those before it have lower positions."""
-    best, position = race
-    wins = value > best
-    return tl.where(wins, value, best), tl.where(wins, number, position)
-
-
-@triton.jit
-def _race_tile(races, products, key, m, rows, generator, key_ids_ptr, first_sample, SAMPLES: tl.constexpr):
-    """The races after the 128 keys of a tile, from ``key`` on.
-
-    races: for each sample (value in powers of two, position), (BLOCK_M, 8) each.
-    """
+def _race_tile(races, products, keys, tile, rows, generator, first_sample, SAMPLES: tl.constexpr):
+    """The races of each sample after the 128 keys of a tile."""
     groups = sixteen_steps(products)
-    segment = key + STEPS * tl.arange(0, SEGMENTS)  # its first key
     for group in tl.static_range(4):
-        block = ((segment + 4 * group) // 4).to(tl.uint32)
-        scores = ()
-        for i in tl.static_range(4):
-            number = segment + (4 * group + i)
-            there = number < m
-            score = tl.fma(groups[group][i], rows.scale[:, None], tl.where(there, 0.0, NEG_INF)[None, :])
-            if key_ids_ptr is not None:
-                excluded = tl.load(key_ids_ptr + number, there, other=0)[None, :] == rows.query_id[:, None]
-                score = tl.where(excluded, NEG_INF, score)
-            scores = scores + (score,)
+        scores = four_scores(groups[group], keys, tile, group, rows)
+        block = tile_blocks(keys, tile, group)
         for sample in tl.static_range(SAMPLES):
             tag = rows.tag | ((first_sample + sample) << 16).to(tl.uint32)
             zeros = zeros_like(scores[0])
             drawn = random_words(block[None, :], rows.chain_low[:, None], tag[:, None], generator, zeros)
             race = races[0]
             for i in tl.static_range(4):
-                # times 0: a score that is not finite makes a NaN, which is greater than nothing
-                value = tl.fma(scores[i], 0.0, scores[i] - gumbel_log2(drawn[i]))
-                race = _update_race(race, value, (segment + (4 * group + i)).to(tl.int32)[None, :])
+                race = update_race(race, scores[i] - gumbel_log2(drawn[i]), tile, 4 * group + i)
             races = races[1:] + (race,)  # the others move up: after the last sample they are in their order again
     return races
 
@@ -126,7 +95,8 @@ def gumbel_kernel(
     stride_query_row: tl.int64, stride_key_row: tl.int64, n: tl.int64, m: tl.int64, d_over_align: tl.int32,
     temperatures_ptr, temperature: tl.float32,  # (n,) float32, or None and one for all
     chain_ids_ptr,  # (n,) int64 or None
-    query_ids_ptr, key_ids_ptr,  # (n,), (m,) int64 or None
+    query_ids_ptr, carried_ids_ptr, key_ids_ptr,  # (n,), (n,), (m,) int64 or None
+    log_proposal_ptr,  # (m,) float32 or None
     seed_ptr, seed_low: tl.int32, seed_high: tl.int32,  # () int64, or None and its words
     step_ptr, step: tl.int32,
     num_samples: tl.int64, split_length: tl.int64,
@@ -141,24 +111,23 @@ def gumbel_kernel(
     first_sample = tl.program_id(2) * SAMPLES
     d = d_over_align * ALIGN_D
     generator = load_generator(seed_ptr, seed_low, seed_high, step_ptr, step)
-    rows = load_chain_rows(n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, GUMBEL, LOG2_E, BLOCK_M)
+    rows = load_chain_rows(
+        n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, carried_ids_ptr, GUMBEL, LOG2_E, BLOCK_M
+    )
     races = ()
     for _sample in tl.static_range(SAMPLES):
-        nobody = tl.full((BLOCK_M, SEGMENTS), NEG_INF, tl.float32), tl.full((BLOCK_M, SEGMENTS), -1, tl.int32)
-        races = races + (nobody,)
+        races = races + (nobody(BLOCK_M),)
     queries = Operand(queries_ptr, stride_query_row, rows.index, rows.ok)
     resident = load_resident(queries, d, BLOCK_D, WHOLE_D, EVEN_D)
-    column = tl.arange(0, TILE)
-    key_of_column = split * split_length + STEPS * (column % SEGMENTS) + column // SEGMENTS
+    first, first_block = split * split_length, split * (split_length // 4)
+    keys = Keys(first, first_block, m, query_ids_ptr, carried_ids_ptr, key_ids_ptr, log_proposal_ptr)
     for tile in range(0, (split_length // TILE).to(tl.int32)):
-        key = key_of_column + tile * TILE
-        keys = Operand(keys_ptr, stride_key_row, key, key < m)
-        products = multiply(resident, queries, keys, d, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
-        first_key = split * split_length + tile * TILE
-        races = _race_tile(races, products, first_key, m, rows, generator, key_ids_ptr, first_sample, SAMPLES)
+        block = tile_operand(keys_ptr, stride_key_row, keys, tile)
+        products = multiply(resident, queries, block, d, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
+        races = _race_tile(races, products, keys, tile, rows, generator, first_sample, SAMPLES)
 
     for sample in tl.static_range(SAMPLES):
-        value, number = best_and_lowest(races[sample][0], races[sample][1])
+        value, number = finish_race(races[sample], keys)
         own_sample = tl.full((BLOCK_M,), 0, tl.int64) + (first_sample + sample)
         at = rows.index * num_samples + own_sample
         ok = rows.ok & (own_sample < num_samples)
@@ -177,9 +146,9 @@ def gumbel_sample(
 ) -> Tensor:
     """(n, R) int64 positions argmax_j of s_ij + noise of sample r; see ``reference_gumbel``.
 
-    Roofline on an H100: the schedulers, at 32.3 instructions for a warp's 32 (row, key, sample) at d = 128, two
+    Roofline on an H100: the schedulers, at 27.1 instructions for a warp's 32 (row, key, sample) at d = 128, two
     logarithms and a call of the generator for every four among them; counted in the code of Triton 3.9. Products and
-    keys are shared by SAMPLES_AT_ONCE samples only: for 32,768 rows, 100,000 keys and 16 samples in bfloat16, 59 ms of
+    keys are shared by SAMPLES_AT_ONCE samples only: for 32,768 rows, 100,000 keys and 16 samples in bfloat16, 50 ms of
     instructions, 19 of loads from the L2 and 8.6 on the tensor cores. All of these are predictions.
     """
     (n, d), m = scores.queries.shape, scores.keys.shape[0]
@@ -197,21 +166,25 @@ def gumbel_sample(
     halves = (n, num_samples, splits) if splits > 1 else None
     values = scores.queries.new_empty(halves, dtype=torch.float32) if halves else None
     numbers = scores.queries.new_empty(halves, dtype=torch.int32) if halves else None
-    ids = scores.query_ids, scores.key_ids
-    walk = WalkParams(*scores[:3], seed, step, chain_ids, *ids, None, None, None, 0, num_samples, 0, m)
-    own = {
-        "split_length": length * TILE.value,
-        "positions_ptr": positions,
-        "values_ptr": values,
-        "numbers_ptr": numbers,
-        "BLOCK_M": chosen.block_m,
-        **dimensions(d, chosen.block_d),
-        "PRECISION": precision(scores.queries.dtype),
-        "SAMPLES": at_once,
-    }
+    arguments = (
+        score_arguments(scores)
+        | random_arguments(seed, step)
+        | {
+            "chain_ids_ptr": dense(chain_ids),
+            "num_samples": num_samples,
+            "split_length": length * TILE.value,
+            "positions_ptr": positions,
+            "values_ptr": values,
+            "numbers_ptr": numbers,
+            "BLOCK_M": chosen.block_m,
+            **dimensions(d, chosen.block_d),
+            "PRECISION": precision(scores.queries.dtype),
+            "SAMPLES": at_once,
+        }
+    )
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}
     with device_guard(scores.queries):
-        GUMBEL_KERNEL((blocks, splits, chunks), walk_arguments(walk) | own, options)
+        GUMBEL_KERNEL((blocks, splits, chunks), arguments, options)
         if halves:
             _combine_splits(values, numbers, positions)
     return positions

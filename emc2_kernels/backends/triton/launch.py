@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .. import gpu
-from ..params import WalkParams
+from ..params import ScoreParams, WalkParams
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ALIGNMENT = 16  # bytes, on which Triton compiles wide loads
@@ -21,8 +21,8 @@ ALWAYS = {"enable_fp_fusion": True, "debug": gpu.asserts(), "sanitize_overflow":
 # What kernels take as numbers, whatever they are: `@triton.jit(do_not_specialize=NUMBERS)`.
 NUMBERS = (
     "n", "m", "d_over_align", "temperature", "seed_low", "seed_high", "step", "first_proposal", "num_proposals",
-    "burn_in", "num_kept", "num_samples", "segment_length", "split_length", "lead", "splits", "b", "num_items", "floor",
-    "scale",
+    "burn_in", "num_kept", "num_samples", "segment_length", "split_length", "lead", "splits", "first_key", "b",
+    "num_items", "floor", "scale",
 )  # fmt: skip
 
 Arguments = dict[str, Any]
@@ -93,22 +93,40 @@ def random_arguments(seed: int | Tensor, step: int | Tensor) -> Arguments:
     }
 
 
+def _operand_arguments(params: WalkParams | ScoreParams, excludes: bool) -> Arguments:
+    """excludes: whether rows have ids that leave keys out."""
+    return temperature_arguments(params.temperature) | {
+        "queries_ptr": params.queries,
+        "keys_ptr": params.keys,
+        "stride_query_row": params.queries.stride(0),
+        "stride_key_row": params.keys.stride(0),
+        "n": params.queries.shape[0],
+        "m": params.keys.shape[0],
+        "query_ids_ptr": dense(params.query_ids),
+        "key_ids_ptr": dense(params.key_ids) if excludes else None,
+        "log_proposal_ptr": dense(params.log_proposal),
+    }
+
+
+def temperature_arguments(temperature: float | Tensor) -> Arguments:
+    """One for all rows by value, one for each by address."""
+    per_row = isinstance(temperature, Tensor)
+    return {
+        "temperatures_ptr": dense(temperature) if per_row else None,
+        "temperature": 1.0 if per_row else temperature,
+    }
+
+
+def score_arguments(scores: ScoreParams) -> Arguments:
+    """What the kernels are told of scores of all keys."""
+    excludes = scores.query_ids is not None or scores.carried_ids is not None
+    return _operand_arguments(scores, excludes) | {"carried_ids_ptr": dense(scores.carried_ids)}
+
+
 def walk_arguments(walk: WalkParams) -> Arguments:
     """What the kernels are told of a walk, whatever its proposals."""
-    per_row = isinstance(walk.temperature, Tensor)
-    return random_arguments(walk.seed, walk.step) | {
-        "queries_ptr": walk.queries,
-        "keys_ptr": walk.keys,
-        "stride_query_row": walk.queries.stride(0),
-        "stride_key_row": walk.keys.stride(0),
-        "n": walk.queries.shape[0],
-        "m": walk.keys.shape[0],
-        "temperatures_ptr": dense(walk.temperature) if per_row else None,
-        "temperature": 1.0 if per_row else walk.temperature,
+    own = {
         "chain_ids_ptr": dense(walk.chain_ids),
-        "query_ids_ptr": dense(walk.query_ids),
-        "key_ids_ptr": None if walk.query_ids is None else dense(walk.key_ids),
-        "log_proposal_ptr": dense(walk.log_proposal),
         "positions_ptr": dense(walk.positions),
         "stride_position_row": walk.num_proposals,
         "first_proposal": walk.first_proposal,
@@ -117,6 +135,7 @@ def walk_arguments(walk: WalkParams) -> Arguments:
         "num_kept": walk.total_proposals - walk.burn_in,
         "num_samples": walk.num_samples,
     }
+    return random_arguments(walk.seed, walk.step) | _operand_arguments(walk, walk.query_ids is not None) | own
 
 
 def pointers(tensors: tuple) -> Arguments:

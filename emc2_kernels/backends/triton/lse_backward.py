@@ -2,7 +2,8 @@
 
 Row i of the result belongs to an *owner*, and sums w_ij times the *others*, in a fixed order: nothing is added
 atomically. An owner counts as a query, as a key, or, where queries and keys are one matrix, as both at once, for one
-pair of products instead of two.
+pair of products instead of two. Then a pair has two weights: a row's second id leaves keys out for it as a query only,
+and log g belongs to the key.
 """
 
 from __future__ import annotations
@@ -16,8 +17,18 @@ from torch import Tensor
 
 from ..params import ScoreParams
 from . import tuning
-from .launch import NUMBERS, Arguments, Kernel, dense, device_guard, dimensions, power_of_two, precision
-from .proposals import load_temperature
+from .launch import (
+    NUMBERS,
+    Arguments,
+    Kernel,
+    dense,
+    device_guard,
+    dimensions,
+    power_of_two,
+    precision,
+    temperature_arguments,
+)
+from .proposals import load_row_ids, load_temperature
 from .scores import LOG2_E, TILE, Operand, load_resident, load_rows, multiply, store_rounded
 from .transition import NEG_INF
 
@@ -46,6 +57,15 @@ def _load_queries(queries, at, ok):
 
 
 @triton.jit
+def _as_key(bias, log_proposal_ptr, at, ok, WANTED: tl.constexpr):
+    """``bias`` of rows ``at``, and what comes to it where they are keys: -log g in powers of two."""
+    if WANTED and log_proposal_ptr is not None:
+        return bias - tl.load(log_proposal_ptr + at, ok, other=0.0) * LOG2_E
+    else:
+        return bias
+
+
+@triton.jit
 def _weights(products, scale, level, weight, key_bias, counted):
     """w_ij = weight * exp(s_ij - lse), of queries along either axis; 0 where a score is not finite or not counted."""
     exponent = tl.fma(products, scale, key_bias - level)
@@ -57,10 +77,12 @@ def lse_gradient_kernel(
     owners_ptr, others_ptr,  # (n, d), (m, d), elements that are not finite replaced by 0
     stride_owner_row: tl.int64, stride_other_row: tl.int64, n: tl.int64, m: tl.int64, d_over_align: tl.int32,
     owner_bias_ptr, other_bias_ptr,  # (n,), (m,): 0, or NaN where a row had such an element
+    log_proposal_ptr,  # (keys,) float32 or None
     temperatures_ptr, temperature: tl.float32,  # (queries,) float32, or None and one for all
     lse_ptr,  # (queries,) float32
     coefficients_ptr, largest_ptr,  # (queries,), () float32
     owner_ids_ptr, other_ids_ptr,  # (n,), (m,) int64 or None
+    carried_ids_ptr,  # (queries,) int64 or None
     split_length: tl.int64,
     out_ptr,  # (splits, n, d), written
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, ALIGN_D: tl.constexpr,
@@ -82,8 +104,8 @@ def lse_gradient_kernel(
     if AS_QUERY:
         row_scale, row_level, row_weight = _load_queries(queries, row, row_ok)
         row_level += row_bias
-    if other_ids_ptr is not None:
-        row_id = tl.load(owner_ids_ptr + row, row_ok, other=0)
+    row_as_key = _as_key(row_bias, log_proposal_ptr, row, row_ok, AS_KEY)
+    row_id, row_carried_id = load_row_ids(owner_ids_ptr, carried_ids_ptr if AS_QUERY else None, row, row_ok)
     owners = Operand(owners_ptr, stride_owner_row, row, row_ok)
     resident = load_resident(owners, d, BLOCK_D, WHOLE_D, EVEN_D)
     WHOLE_OUT: tl.constexpr = WHOLE_D and BLOCK_OUT == BLOCK_D
@@ -102,16 +124,23 @@ def lse_gradient_kernel(
         bias = tl.load(other_bias_ptr + other, there, other=NEG_INF).to(tl.float32)
         counted = row_ok[:, None]
         if other_ids_ptr is not None:
-            counted &= tl.load(other_ids_ptr + other, there, other=0)[None, :] != row_id[:, None]
+            other_id = tl.load(other_ids_ptr + other, there, other=0)
+            if owner_ids_ptr is not None:
+                counted &= other_id[None, :] != row_id[:, None]
         weights = tl.zeros((BLOCK_M, TILE), tl.float32)
         if AS_QUERY:
+            as_key, both = _as_key(bias, log_proposal_ptr, other, there, AS_QUERY), counted
+            if carried_ids_ptr is not None:
+                both &= other_id[None, :] != row_carried_id[:, None]
             weights += _weights(
-                products, row_scale[:, None], row_level[:, None], row_weight[:, None], bias[None, :], counted
+                products, row_scale[:, None], row_level[:, None], row_weight[:, None], as_key[None, :], both
             )
         if AS_KEY:
             scale, level, weight = _load_queries(queries, other, there)
             level -= bias
-            weights += _weights(products, scale[None, :], level[None, :], weight[None, :], row_bias[:, None], counted)
+            if carried_ids_ptr is not None:
+                counted &= tl.load(carried_ids_ptr + other, there, other=0)[None, :] != row_id[:, None]
+            weights += _weights(products, scale[None, :], level[None, :], weight[None, :], row_as_key[:, None], counted)
         total = tl.dot(weights.to(block.dtype), block, total, input_precision=PRECISION)
     dim = first_column + tl.arange(0, BLOCK_OUT)
     at = (split * n + row)[:, None] * d + dim[None, :]
@@ -130,7 +159,7 @@ class _Operand:
         self.ids = dense(ids)
 
 
-def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: torch.dtype, roles: Arguments) -> Tensor:
+def _gradient(owners: _Operand, others: _Operand, both: Arguments, dtype: torch.dtype, roles: Arguments) -> Tensor:
     """(n, d): the gradient of the owners' matrix."""
     (n, d), m = owners.matrix.shape, others.matrix.shape[0]
     generation, processors = tuning.device(owners.matrix.device.index or 0)
@@ -152,7 +181,7 @@ def _gradient(owners: _Operand, others: _Operand, queries: Arguments, dtype: tor
         "m": m,
         "owner_bias_ptr": owners.bias,
         "other_bias_ptr": others.bias,
-        **queries,
+        **both,
         "owner_ids_ptr": owners.ids,
         "other_ids_ptr": others.ids,
         "split_length": split_length,
@@ -175,7 +204,8 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
     for each of the two launches, since owners come again with each tile; the ALU needs 15.7 and 18.7, the two products
     11.3. A symmetric call is one launch. Not measured.
     """
-    per_row, excludes = isinstance(scores.temperature, Tensor), scores.query_ids is not None
+    per_row = isinstance(scores.temperature, Tensor)
+    excludes = scores.query_ids is not None or scores.carried_ids is not None
     no_keys, no_temperature = scores.keys.new_empty(0), grad.new_empty(0)
     if scores.queries.shape[0] == 0 or scores.keys.shape[0] == 0:
         zeros = torch.zeros_like(scores.queries), torch.zeros_like(scores.keys)
@@ -185,9 +215,9 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
         coefficients = grad / scores.temperature
         queries = _Operand(scores.queries, scores.query_ids)
         keys = queries if scores.symmetric else _Operand(scores.keys, scores.key_ids if excludes else None)
-        query_arguments = {
-            "temperatures_ptr": dense(scores.temperature) if per_row else None,
-            "temperature": 1.0 if per_row else scores.temperature,
+        both_arguments = temperature_arguments(scores.temperature) | {
+            "carried_ids_ptr": dense(scores.carried_ids),
+            "log_proposal_ptr": dense(scores.log_proposal),
             "lse_ptr": dense(lse),
             "coefficients_ptr": dense(coefficients),
             "largest_ptr": coefficients.abs().amax(),
@@ -195,11 +225,11 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
         dtype = scores.queries.dtype
         as_query, as_key = {"AS_QUERY": True, "AS_KEY": False}, {"AS_QUERY": False, "AS_KEY": True}
         if scores.symmetric and not per_row:
-            both = _gradient(queries, queries, query_arguments, dtype, as_query | {"AS_KEY": True})
+            both = _gradient(queries, queries, both_arguments, dtype, as_query | {"AS_KEY": True})
             return both, no_keys, no_temperature
         # A temperature's gradient is made of the queries', unrounded.
-        d_queries = _gradient(queries, keys, query_arguments, torch.float32 if per_row else dtype, as_query)
-        d_keys = _gradient(keys, queries, query_arguments, dtype, as_key)
+        d_queries = _gradient(queries, keys, both_arguments, torch.float32 if per_row else dtype, as_query)
+        d_keys = _gradient(keys, queries, both_arguments, dtype, as_key)
         d_temperature = no_temperature
         if per_row:
             d_temperature = (queries.matrix * d_queries).sum(1).div_(-scores.temperature)

@@ -13,6 +13,7 @@ ACCEPTANCE = tl.constexpr(0)
 POSITION = tl.constexpr(1)
 GUMBEL = tl.constexpr(2)
 VIEW_COIN = tl.constexpr(3)
+CARRIED = tl.constexpr(4)
 
 _ROUNDS = tl.constexpr(7)
 _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
@@ -21,7 +22,6 @@ _WEYL_0 = tl.constexpr(0x9E3779B9)
 _WEYL_1 = tl.constexpr(0xBB67AE85)
 
 _ONE_BITS = tl.constexpr(0x3F800000)
-_ALL_BITS = tl.constexpr(0xFFFFFFFF)  # `~` of uint32 fails in the interpreter of Triton 3.6 with numpy 2
 _ONE_LESS_HALF_STEP = tl.constexpr(1.0 - 2.0**-24)
 _TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 _TWO_TO_MINUS_33 = tl.constexpr(2.0**-33)
@@ -62,6 +62,12 @@ def chain_words(chain, stream: tl.constexpr):
 
 
 @triton.jit
+def in_stream(tag, stream: tl.constexpr):
+    """The third counter word of chains in another stream, sample 0."""
+    return (tag & 0xFF00) | stream
+
+
+@triton.jit
 def zeros_like(scores):
     """uint32 zeros in the registers where ``scores`` are.
 
@@ -98,11 +104,12 @@ def random_words(block, chain_low, tag, generator, zeros):
 
 @triton.jit
 def _log2(x):
+    """Of the magnitude of x, which the instruction takes for nothing."""
     if INTERPRETED:
-        return tl.log2(x)
+        return tl.log2(tl.abs(x))
     else:  # tl.log2 is a software logarithm, which would double the cost of a proposal
         # Without ftz it handles denormal numbers, which u is not, in three more instructions.
-        asm: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+        asm: tl.constexpr = "{ .reg .f32 a; abs.f32 a, $1; lg2.approx.ftz.f32 $0, a; }"
         return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -123,17 +130,16 @@ def gumbel_log2(word):
     """log2 of E / ln 2, for v = (word + 0.5) * 2^-32 and E = -log1p(-v): Gumbel noise is its negative, up to a factor
     and a term that all keys share.
 
-    Both tails count. The nearer of v and 1 - v is exact but for one rounding; below 1/8 a polynomial (relative error
-    4e-8) stands for the logarithm, whose approximate version has an absolute error there. Altogether within 1e-5.
+    Both tails count. A word's bits as a signed number make v below 1/2 and v - 1 above, the nearer of v and 1 - v exact
+    but for one rounding; below 1/8 a polynomial (relative error 4e-8) stands for the logarithm, whose approximate
+    version has an absolute error there. Altogether within 1e-5.
     """
-    above = word >= 0x80000000
-    nearer = tl.where(above, word ^ _ALL_BITS, word).to(tl.int32).to(tl.float32)
-    nearer = tl.fma(nearer, _TWO_TO_MINUS_32, _TWO_TO_MINUS_33)
-    p = tl.fma(nearer, 0.37928685545921326, 0.3501330018043518)
-    p = tl.fma(nearer, p, 0.4813832938671112)
-    p = tl.fma(nearer, p, 0.7213398218154907)
-    p = tl.fma(nearer, p, 1.4426950216293335)
-    e = tl.where(word < 0x20000000, nearer * p, -_log2(tl.where(above, nearer, 1.0 - nearer)))
+    v = tl.fma(word.to(tl.int32, bitcast=True).to(tl.float32), _TWO_TO_MINUS_32, _TWO_TO_MINUS_33)  # or v - 1
+    p = tl.fma(v, 0.37928685545921326, 0.3501330018043518)
+    p = tl.fma(v, p, 0.4813832938671112)
+    p = tl.fma(v, p, 0.7213398218154907)
+    p = tl.fma(v, p, 1.4426950216293335)
+    e = tl.where(word < 0x20000000, v * p, _log2(tl.where(v < 0, 0.0, 1.0) - v))  # or -e
     return _log2(e)
 
 

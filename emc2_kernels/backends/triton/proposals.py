@@ -43,6 +43,28 @@ def load_temperature(temperatures_ptr, temperature, rows, row_ok):
         return temperature
 
 
+@triton.jit
+def load_row_ids(query_ids_ptr, carried_ids_ptr, rows, row_ok):
+    """Both ids of rows; the row number where they have none."""
+    query_id, carried_id = rows, rows
+    if query_ids_ptr is not None:
+        query_id = tl.load(query_ids_ptr + rows, row_ok, other=0)
+    if carried_ids_ptr is not None:
+        carried_id = tl.load(carried_ids_ptr + rows, row_ok, other=0)
+    return query_id, carried_id
+
+
+@triton.jit
+def has_id(key_id, query_id, carried_id, HAS_QUERY: tl.constexpr, HAS_CARRIED: tl.constexpr):
+    """(rows, keys) whether a key, of ids (keys,), has one of those that its row has, of (rows,) each."""
+    if not HAS_CARRIED:
+        return key_id[None, :] == query_id[:, None]
+    elif not HAS_QUERY:
+        return key_id[None, :] == carried_id[:, None]
+    else:
+        return (key_id[None, :] == query_id[:, None]) | (key_id[None, :] == carried_id[:, None])
+
+
 class Rows(NamedTuple):
     """The rows of a program, (BLOCK_M,) each."""
 
@@ -51,23 +73,22 @@ class Rows(NamedTuple):
     scale: tl.tensor  # of inner products
     chain_low: tl.tensor  # words of the generator's counter
     tag: tl.tensor
-    query_id: tl.tensor
+    query_id: tl.tensor  # the row number, where there is none
+    carried_id: tl.tensor
 
 
 @triton.jit
 def load_chain_rows(
-    n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, STREAM: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, carried_ids_ptr, STREAM: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The rows of a program of a grid whose first axis they are; scores are UNIT / temperature times the products."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < n
     chain_low, tag = chain_words(load_chain(chain_ids_ptr, row, row_ok), STREAM)
     scale = tl.full((BLOCK_M,), UNIT, tl.float32) / load_temperature(temperatures_ptr, temperature, row, row_ok)
-    query_id = row
-    if query_ids_ptr is not None:
-        query_id = tl.load(query_ids_ptr + row, row_ok, other=0)
-    return Rows(row, row_ok, scale, chain_low, tag, query_id)
+    query_id, carried_id = load_row_ids(query_ids_ptr, carried_ids_ptr, row, row_ok)
+    return Rows(row, row_ok, scale, chain_low, tag, query_id, carried_id)
 
 
 class Proposals(NamedTuple):

@@ -53,7 +53,9 @@ def replay_kernel(
     scratch = scratch_layout(scratch_ptr, n, tl.num_programs(1).to(tl.int64), num_samples, SEGMENTS)
     d = d_over_align * ALIGN_D
     generator = load_generator(seed_ptr, seed_low, seed_high, step_ptr, step)
-    rows = load_chain_rows(n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, ACCEPTANCE, 1.0, BLOCK_M)
+    rows = load_chain_rows(
+        n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, None, ACCEPTANCE, 1.0, BLOCK_M
+    )
     schedule = Schedule(first_proposal, m, burn_in, num_kept, num_samples)
     segments = split_segments(segment_length, schedule)
     sweep = Sweep(rows, segments, schedule, generator, key_ids_ptr, log_proposal_ptr)
@@ -117,7 +119,9 @@ def count_kernel(
     scratch = scratch_layout(scratch_ptr, n, tl.num_programs(1).to(tl.int64), num_samples, SEGMENTS)
     d = d_over_align * ALIGN_D
     generator = load_generator(seed_ptr, seed_low, seed_high, step_ptr, step)
-    rows = load_chain_rows(n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, ACCEPTANCE, 1.0, BLOCK_M)
+    rows = load_chain_rows(
+        n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, None, ACCEPTANCE, 1.0, BLOCK_M
+    )
     schedule = Schedule(first_proposal, m, burn_in, num_kept, num_samples)
     segments = split_segments(segment_length, schedule)
     sweep = Sweep(rows, segments, schedule, generator, key_ids_ptr, log_proposal_ptr)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .philox import INTERPRETED
+from .transition import NEG_INF
 
 SEGMENTS = tl.constexpr(8)  # of a program: the columns of one step
 STEPS = tl.constexpr(16)  # of each segment in one product
@@ -56,6 +57,23 @@ class Operand(NamedTuple):
     stride_row: tl.tensor
     row: tl.tensor  # which ones, (rows,)
     row_ok: tl.tensor  # whether there is one
+
+
+@triton.jit
+def key_operand(keys_ptr, stride_key_row, number, m):
+    """Rows of keys (m, d), m > 0, by their int32 numbers; of a number outside, the nearest key's. So no load has a
+    mask, and whoever makes scores of them leaves those out."""
+    row = tl.maximum(tl.minimum(number, (m - 1).to(tl.int32)), 0).to(tl.uint32).to(tl.int64)
+    return Operand(keys_ptr, stride_key_row, row, tl.full(number.shape, True, tl.int1))
+
+
+@triton.jit
+def key_bias(log_proposal_ptr, key, there):
+    """(keys,) what is added to the products of keys: -log g in powers of two, -inf where there is none."""
+    if log_proposal_ptr is None:
+        return tl.where(there, 0.0, NEG_INF)
+    else:
+        return tl.load(log_proposal_ptr + key, there, other=float("inf")) * -LOG2_E
 
 
 @triton.jit
