@@ -32,7 +32,7 @@ class Case(NamedTuple):
     n: int
     m: int
     d: int
-    proposals: str  # "sweep", "drawn", "given"; "loss": n pairs in a loss, without their walk; "lse", "gumbel": no walk
+    proposals: str  # "sweep", "drawn", "given"; no walk: "loss" (n pairs, around theirs), "lse", "gumbel", "isir"
     step: bool = True  # else a transition
     accepts: bool = False
     lse: bool = False
@@ -68,6 +68,11 @@ CASES = {
     "gumbel float32": Case(torch.float32, 4096, 100_000, 128, "gumbel", samples=2),
     "gumbel, nothing given": Case(torch.float16, 4096, 4096, 100, "gumbel", ids=False, samples=1),
     "gumbel, split": Case(torch.bfloat16, 64, 1_000_000, 128, "gumbel", all_tensors=True),
+    "isir d=128": Case(torch.bfloat16, 32768, 32768, 128, "isir"),
+    "isir d=512": Case(torch.bfloat16, 32768, 32768, 512, "isir"),
+    "isir d=128, no ids": Case(torch.bfloat16, 32768, 32768, 128, "isir", ids=False),
+    "isir float32": Case(torch.float32, 4096, 4096, 128, "isir"),
+    "isir, split": Case(torch.bfloat16, 64, 1_000_000, 128, "isir", all_tensors=True),
 }
 
 
@@ -123,13 +128,10 @@ def launches(case: Case, generation: int) -> list[Launch]:
     launch.Kernel.__call__ = record
     tuning.device = lambda index: (generation // 10, PROCESSORS[generation])
     try:
-        walk = None if case.proposals in ("loss", "lse", "gumbel") else _walk(case, WalkParams)
-        if case.proposals == "loss":
-            _loss(case)
-        elif case.proposals == "lse":
-            _sum(case)
-        elif case.proposals == "gumbel":
-            _draw(case)
+        without_walk = {"loss": _loss, "lse": _sum, "gumbel": _draw, "isir": _resample}.get(case.proposals)
+        walk = None if without_walk else _walk(case, WalkParams)
+        if without_walk:
+            without_walk(case)
         elif case.step:
             state = _empty(torch.int64, case.n), _empty(torch.float32, case.n)
             mh.step(walk, *state, _empty(torch.int64, case.m) if case.ids else None, case.accepts, case.lse)
@@ -174,6 +176,20 @@ def _draw(case: Case) -> None:
     temperature, number, (chain_ids, *ids) = _common_arguments(case)
     operands = _empty(case.dtype, case.n, case.d), _empty(case.dtype, case.m, case.d)
     gumbel.gumbel_sample(ScoreParams(*operands, temperature, *ids), chain_ids, number, number, case.samples)
+
+
+def _resample(case: Case) -> None:
+    """A step over all keys, with a candidate of each row's own."""
+    from emc2_kernels.backends.params import CarriedParams, ScoreParams
+    from emc2_kernels.backends.triton import isir
+
+    temperature, number, (chain_ids, *ids) = _common_arguments(case)
+    operands = _empty(case.dtype, case.n, case.d), _empty(case.dtype, case.m, case.d)
+    carried_ids, labels = (_empty(torch.int64, size) if case.ids else None for size in (case.n, case.m))
+    weights = _empty(torch.float32, case.m) if case.all_tensors else None
+    scores = ScoreParams(*operands, temperature, *ids, False, carried_ids, weights)
+    own = _empty(torch.int64, case.n, 1), _empty(torch.float32, case.n, 1)
+    isir.isir_step(scores, CarriedParams(*own, labels, chain_ids, number, number, 0))
 
 
 def _walk(case: Case, make: Callable) -> Any:
@@ -237,7 +253,8 @@ def compile_launch(launched: Launch, generation: int) -> Any:
 
 
 _TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
+    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+    torch.int64: "i64",
 }  # fmt: skip
 
 

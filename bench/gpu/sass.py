@@ -3,8 +3,9 @@
 An *element* is what the loop makes one of: a (row, key); of a draw a (row, key, sample); of a gradient (owner, other,
 role). Each thread makes its own, so that the instructions of a thread for one element are the warp instructions for 32.
 They are counted in the *main block*: of the blocks without a branch and without a global store, the one with the most
-of an opcode that an element needs a known number of (MARKS). What the loop runs beside that block is not in it: the
-chunks of a product where d is longer than one, a sample point's second walk, the ending.
+of an opcode that an element needs a known number of (MARKS), and what else of its loop has at least half as many: noise
+that depends on no product may be made before its chunks. What the loop runs beside that is not in it: the chunks of a
+product where d is longer than one, a sample point's second walk, the ending.
 
 A pipe takes a warp instruction every so many cycles (LIMITS), and all pipes work side by side. So the pipe that needs
 the most cycles is a lower limit of the time, and no more than that: nothing is said of latencies, of loads that are
@@ -40,6 +41,7 @@ MARKS = {
     "count_kernel": Mark("MUFU.LG2", 1),
     "sweep_kernel": Mark("MUFU.LG2", 1),
     "gumbel_kernel": Mark("MUFU.LG2", 2),
+    "isir_kernel": Mark("MUFU.LG2", 2),
     "lse_kernel": Mark("MUFU.EX2", 1),
     "lse_gradient_kernel": Mark("MUFU.EX2", 1),
 }
@@ -140,32 +142,57 @@ def classify(opcode: str) -> str:
     return _KIND.get(name, "unknown")
 
 
-def straight_blocks(code: str) -> list[list[str]]:
-    """The opcodes of machine code, cut at labels and branches."""
-    blocks: list[list[str]] = [[]]
+class Block(NamedTuple):
+    """Instructions without a branch but their last."""
+
+    opcodes: list[str]
+    label: str | None  # in front of it
+    target: str | None  # of the branch that ends it
+
+
+def straight_blocks(code: str) -> list[Block]:
+    """Machine code, cut at labels and branches."""
+    blocks: list[Block] = [Block([], None, None)]
     for line in code.splitlines():
-        if re.match(r"\s*\.L_", line):
-            blocks.append([])
+        if label := re.match(r"\s*(\.L_\w+)", line):
+            blocks.append(Block([], label[1], None))
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
-            blocks[-1].append(found[1])
+            blocks[-1].opcodes.append(found[1])
             if found[1].split(".")[0] in ("BRA", "EXIT", "RET"):
-                blocks.append([])
+                target = re.search(r"`\((\.L_\w+)\)", line)
+                blocks[-1] = blocks[-1]._replace(target=target and target[1])
+                blocks.append(Block([], None, None))
     return blocks
+
+
+def innermost_loop(blocks: list[Block], place: int) -> range:
+    """The blocks of the smallest loop around one of them, itself among them; itself alone where there is no loop."""
+    places = {block.label: number for number, block in enumerate(blocks) if block.label}
+    ends = [(places[block.target], end) for end, block in enumerate(blocks) if block.target in places]
+    loops = [range(begin, end + 1) for begin, end in ends if begin <= place <= end]
+    return min(loops, key=len, default=range(place, place + 1))
 
 
 def read_code(code: str, logarithms: int = 1, opcode: str = "MUFU.LG2") -> Pipes | None:
     """The main block of a disassembly, which has ``logarithms`` times ``opcode`` for each element; None without one."""
     generation = int(re.search(r"\.target\s+sm_(\d+)|EF_CUDA_SM(\d+)", code).expand(r"\1\2"))
-    blocks = [block for block in straight_blocks(code) if opcode in block and "STG" not in {op[:3] for op in block}]
+    blocks = straight_blocks(code)
+    marks = {
+        place: block.opcodes.count(opcode)
+        for place, block in enumerate(blocks)
+        if opcode in block.opcodes and "STG" not in {each[:3] for each in block.opcodes}
+    }
     # Of two with as many, one is the loop and one its first or last round, taken out of it: the longer one is safe.
-    best = max(blocks, key=lambda block: (block.count(opcode), len(block)), default=None)
-    if best is None:
+    main = max(marks, key=lambda place: (marks[place], len(blocks[place].opcodes)), default=None)
+    if main is None:
         return None
-    elements = best.count(opcode) / logarithms
+    counted = [place for place in innermost_loop(blocks, main) if 2 * marks.get(place, 0) >= marks[main]]
+    opcodes = [each for place in counted for each in blocks[place].opcodes]
+    elements = sum(marks[place] for place in counted) / logarithms
     counts = dict.fromkeys(Pipes._fields[2:], 0.0)
-    for each in best:
+    for each in opcodes:
         counts[classify(each)] += 1 / elements
-    return Pipes(generation, len(best) / elements, **counts)
+    return Pipes(generation, len(opcodes) / elements, **counts)
 
 
 def read_cubin(cubin: bytes, logarithms: int = 1, opcode: str = "MUFU.LG2") -> Pipes | None:

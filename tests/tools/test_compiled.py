@@ -38,6 +38,10 @@ ASSERTED = {
     ("gumbel d=128", "gumbel_kernel"): {"chain_ids"},
     ("gumbel, split", "gumbel_kernel"): {"chain_ids", "temperature"},
     ("gumbel, nothing given", "gumbel_kernel"): set(),
+    ("isir d=128", "isir_kernel"): {"chain_ids"},
+    ("isir, split", "isir_kernel"): {"chain_ids", "temperature"},
+    ("isir, split", "isir_combine_kernel"): {"chain_ids"},
+    ("isir d=128, no ids", "isir_kernel"): set(),
 }
 
 
@@ -163,6 +167,7 @@ def test_bounds_are_printed_as_they_are_written(compiled, monkeypatch, capsys):
         ("sweep d=512, no ids", "sweep_kernel.walk", 2**30, 2**40, 2**30 * 512 * 2 * (1 / 128 + 1 / 128)),
         # Eight programs of two samples make the same products; the last tile of the keys is filled.
         ("gumbel d=128", "gumbel_kernel", 16 * 32768 * 100_000, 8 * 2**16 * 128 * 100_000, None),
+        ("isir d=128", "isir_kernel", 2**30, 2**38, 2**30 // 64 * 128 * 2),
         # Each of four chunks of columns makes the scores of both roles anew.
         ("lse, symmetric d=512", "lse_gradient_kernel", 2 * 4 * 2**26, 4 * 2**27 * (512 + 128), None),
     ],

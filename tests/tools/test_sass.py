@@ -65,6 +65,19 @@ def test_the_main_block_is_the_one_with_most_logarithms_that_stores_nothing():
     assert sass.read_code(disassembly(most, longer, most)).issue == pytest.approx(4 / 3)
 
 
+def test_what_the_loop_makes_of_an_element_in_another_block_is_counted_too():
+    """As noise before the chunks of a product: both blocks go round with the branch, and what goes round between them
+    does so more often."""
+    noise, chunk = ["MUFU.LG2 R1, R2"] * 4 + ["LOP3 R1, R2, R3"] * 12, ["HGMMA R1", "@P0 BRA `(.L_x_2)"]
+    race = ["MUFU.LG2 R1, R2"] * 4 + ["FADD R1, R2, R3"] * 4
+    few = ["MUFU.LG2 R1, R2"] + ["FADD R1, R2, R3"] * 20
+    begin, loop = [*noise, *noise, "EXIT"], [noise, chunk, race, few, ["@P1 BRA `(.L_x_1)"]]
+    read = sass.read_code(disassembly(race, *loop), 2)
+    assert read == sass.Pipes(90, **NONE | {"issue": 6, "alu": 3, "fma": 1, "mufu": 2})
+    assert sass.read_code(disassembly(begin, *loop), 2).alu == 6  # more of them elsewhere
+    assert sass.read_code(disassembly(*loop[:-1]), 2).alu == 6  # no loop: the longer of two
+
+
 @pytest.mark.parametrize(
     ("target", "generation"),
     [(".target\tsm_90a", 90), (".target sm_100a", 100), ('.headerflags @"EF_CUDA_SM80 EF_CUDA_VIRTUAL_SM(80)"', 80)],

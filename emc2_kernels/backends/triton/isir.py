@@ -70,19 +70,19 @@ def _step_tile(race, sums, products, keys, tile, rows, generator):
     largest, total = sums
     scores, new = (), largest
     for group in tl.static_range(4):
-        scores = scores + (four_scores(groups[group], keys, tile, group, rows),)
-        for i in tl.static_range(4):
-            new = tl.maximum(new, scores[group][i])  # of a number and NaN the number
-    origin = tl.where(new > NEG_INF, new, 0.0)
-    total *= tl.exp2(largest - origin)
-    for group in tl.static_range(4):
-        zeros = zeros_like(scores[group][0])
+        four = four_scores(groups[group], keys, tile, group, rows)
+        zeros = zeros_like(four[0])
         block = tile_blocks(keys, tile, group)
         drawn = random_words(block[None, :], rows.chain_low[:, None], rows.tag[:, None], generator, zeros)
         for i in tl.static_range(4):
-            score = scores[group][i]
-            total += tl.exp2(tl.maximum(score - origin, NEG_INF))
-            race = update_race(race, score - gumbel_log2(drawn[i]), tile, 4 * group + i)
+            race = update_race(race, four[i] - gumbel_log2(drawn[i]), tile, 4 * group + i)
+            new = tl.maximum(new, four[i])  # of a number and NaN the number
+        scores = scores + (four,)
+    origin = tl.where(new > NEG_INF, new, 0.0)
+    total *= tl.exp2(largest - origin)
+    for group in tl.static_range(4):
+        for i in tl.static_range(4):
+            total += tl.exp2(tl.maximum(scores[group][i] - origin, NEG_INF))
     return race, (new, total)
 
 
@@ -252,7 +252,7 @@ def isir_step(scores: ScoreParams, carried: CarriedParams) -> tuple[Tensor, Tens
     """Position, key, score, log-sum-exp and value (n,) of the next states; see ``reference_isir``.
 
     Roofline on an H100: the schedulers, at 41.0 instructions for a warp's 32 (row, key) at d = 128, of rows with two
-    ids (33.5 without), counted in the code of Triton 3.9. ``contrastive_lse`` alone takes 18.8 (10.6), and noise and
+    ids (33.4 without), counted in the code of Triton 3.9. ``contrastive_lse`` alone takes 18.8 (10.6), and noise and
     race 21.2 (21.3), by what a second sample adds to ``gumbel_sample``. For 32,768 rows and keys in bfloat16 that
     predicts 1.53 ms; loads from the L2 0.78, products 0.35. Not measured.
     """
