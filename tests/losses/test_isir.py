@@ -284,3 +284,12 @@ def test_there_is_no_second_derivative_by_what_is_carried(transform):
     score = normal(2, 3).requires_grad_(not transform)
     with pytest.raises(NotImplementedError, match="second derivative"):
         penalty_on_a_gradient(score, transform)
+
+
+def test_a_second_derivative_of_the_loss_is_an_error():
+    loss, z0, z1 = make(), normal(0, B, DIM).requires_grad_(), normal(1, B, DIM)
+    for _ in range(2):  # with nothing carried, and with
+        value = loss(z0, z1, torch.arange(B))
+        (gradient,) = torch.autograd.grad(value, z0, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivative"):
+            (value + gradient.square().sum()).backward()
