@@ -17,7 +17,9 @@ from bench.gpu.oracle import (
     LATENT,
     Problem,
     gradient_error,
+    isir_gradients,
     judge_gumbel,
+    judge_isir,
     judge_walk,
     lse_and_gradients,
     lse_error,
@@ -205,19 +207,94 @@ def judge_lse(name: str, problem: Problem, weights: Tensor, found: list[Tensor |
     """Values row by row; gradients by the length of a row's error. Expected: autograd in float64."""
     (_, d), m = problem.queries.shape, problem.keys.shape[0]
     lse, d_queries, d_keys, d_temperature = lse_and_gradients(problem, weights)
+    temperature = problem.temperature.double() if isinstance(problem.temperature, Tensor) else problem.temperature
+    values = compare(f"{name} lse", found[0], lse, lse_error(d, temperature, m))
+    return [values, *compare_gradients(name, problem, found[1:], [d_queries, d_keys, d_temperature])]
+
+
+def compare_gradients(
+    name: str, problem: Problem, found: list[Tensor | None], expected: list[Tensor | None]
+) -> list[Case]:
+    """Of queries, keys and temperatures; None: there is none."""
+    (_, d), m = problem.queries.shape, problem.keys.shape[0]
     per_row = isinstance(problem.temperature, Tensor)
     temperature = problem.temperature.double() if per_row else problem.temperature
     of_gradient = gradient_error(d, float(temperature.min()) if per_row else temperature, m, problem.queries.dtype)
-    cases = [
-        compare(f"{name} lse", found[0], lse, lse_error(d, temperature, m)),
-        compare_rows(f"{name} d_queries", found[1], d_queries, of_gradient),
-    ]
+    d_queries, d_keys, d_temperature = expected
+    cases = [compare_rows(f"{name} d_queries", found[0], d_queries, of_gradient)]
     if d_keys is not None:
-        cases.append(compare_rows(f"{name} d_keys", found[2], d_keys, of_gradient))
+        cases.append(compare_rows(f"{name} d_keys", found[1], d_keys, of_gradient))
     if d_temperature is not None:  # -<q, dq> / temperature, and q has length 1
         allowed = of_gradient * d_queries.norm(dim=1) / temperature
-        cases.append(compare(f"{name} d_temperature", found[3], d_temperature, allowed))
+        cases.append(compare(f"{name} d_temperature", found[2], d_temperature, allowed))
     return cases
+
+
+def isirs(context: Context, backend: str, *, d: int, dtype: torch.dtype, full: bool) -> Iterator[Trial]:
+    """Steps over all keys. ``full``: every option, seed and step on the device, and the gradients of the sums."""
+    for kind, both in {"two": FILLS, "two split": SPLIT, "symmetric": ALIGNED}.items():
+        problem = move_problem(isir_problem(context.choose(*both), d, dtype, kind == "symmetric", full), context.device)
+        weights = (torch.arange(len(problem.queries)) % 5 - 2.5).to(context.device) if full else None
+        name = f"{kind} {len(problem.queries)}x{len(problem.keys)}"
+        call = partial(isir_with_gradients, problem, weights, backend)
+        yield Trial(name, call, partial(judge_isir_gradients, name, problem, weights))
+
+
+def isir_problem(shape: tuple[int, ...], d: int, dtype: torch.dtype, symmetric: bool, full: bool) -> Problem:
+    """A step of chains of which half have a state. ``symmetric``: queries are the keys, with one set of ids."""
+    n, m = shape
+    queries = spread_rows(n, d, 1, dtype)
+    keys = queries if symmetric else spread_rows(m, d, 2, dtype)
+    temperature, options = all_options(n, len(keys), 0.35) if full else (0.35, {})
+    if symmetric and full:  # and one temperature, for which a gradient is of both roles at once
+        temperature = 0.35
+        options["query_ids"] = options["key_ids"] = torch.arange(n) // 2
+    if full:
+        options["carried_ids"] = (7 * torch.arange(n) + 3) % 37
+    return Problem(queries, keys, temperature, SEED, STEP, incoming_state(n, 0.35), options)
+
+
+def isir_with_gradients(
+    problem: Problem, weights: Tensor | None, backend: str
+) -> tuple[emc2.ISIRResult, list[Tensor | None]]:
+    """A step, and as ``isir_gradients``, by the library; without ``weights`` no gradients."""
+    if weights is None:
+        return emc2.isir_step(
+            problem.queries, problem.keys, problem.state, temperature=problem.temperature, seed=problem.seed,
+            step=problem.step, backend=backend, **problem.options,
+        ), []  # fmt: skip
+    symmetric, per_row = problem.keys is problem.queries, isinstance(problem.temperature, Tensor)
+    queries = problem.queries.clone().requires_grad_()
+    keys = queries if symmetric else problem.keys.clone().requires_grad_()
+    temperature = problem.temperature.clone().requires_grad_() if per_row else problem.temperature
+    state = problem.state._replace(score=problem.state.score.clone().requires_grad_())
+    seed, step = (number_tensor(number, weights.device) for number in (problem.seed, problem.step))
+    options = dict(problem.options)
+    if symmetric:
+        options["key_ids"] = options["query_ids"]  # one tensor still, after its way to the device
+    result = emc2.isir_step(
+        queries, keys, state, temperature=temperature, seed=seed, step=step, backend=backend, **options
+    )
+    (result.lse * weights).sum().backward()
+    result = result._replace(lse=result.lse.detach())
+    d_keys, d_temperature = None if symmetric else keys.grad, temperature.grad if per_row else None
+    return result, [queries.grad, d_keys, d_temperature, state.score.grad]
+
+
+def judge_isir_gradients(
+    name: str, problem: Problem, weights: Tensor | None, found: tuple[emc2.ISIRResult, list[Tensor | None]]
+) -> list[Case]:
+    """Of a state's score, the gradient is its share of the sum."""
+    result, of_lse = found
+    cases = judge_isir(name, problem, result)
+    if weights is None:
+        return cases
+    *expected, d_score = isir_gradients(problem, weights)
+    (_, d), m = problem.queries.shape, problem.keys.shape[0]
+    temperature = problem.temperature.double() if isinstance(problem.temperature, Tensor) else problem.temperature
+    allowed = weights.double().abs() * lse_error(d, temperature, m)
+    cases += compare_gradients(name, problem, of_lse[:3], expected)
+    return [*cases, compare(f"{name} d_score", of_lse[3], d_score.nan_to_num(0.0), allowed)]
 
 
 def graphs(context: Context, backend: str) -> Iterator[Trial]:

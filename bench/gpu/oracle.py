@@ -20,7 +20,7 @@ ROWS_AT_ONCE = 4096  # of arrays that have several words an element
 
 
 class Problem(NamedTuple):
-    """One call of ``mh_step``, ``gumbel_sample`` or ``contrastive_lse``; all tensors on one device."""
+    """One call of ``mh_step``, ``gumbel_sample``, ``contrastive_lse`` or ``isir_step``; all tensors on one device."""
 
     queries: Tensor  # (n, d)
     keys: Tensor  # (m, d)
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     seed: int
     step: int
     state: emc2.MHState | None = None
-    options: dict[str, object] = {}  # ids, labels, log_proposal, proposal, schedule, as mh_step names them
+    options: dict[str, object] = {}  # ids, labels, log_proposal, proposal, schedule, as their arguments are named
 
     def column(self, values: float | Tensor) -> float | Tensor:
         """A number, or a value a row as (n, 1)."""
@@ -121,8 +121,9 @@ def similarities(problem: Problem) -> Tensor:
     dots = problem.queries.double() @ problem.keys.double().T
     scores = dots / problem.column(problem.temperature)
     counted = scores.isfinite()
-    if problem.options.get("query_ids") is not None:
-        counted &= problem.options["query_ids"][:, None] != problem.options["key_ids"]
+    for name in ("query_ids", "carried_ids"):
+        if problem.options.get(name) is not None:
+            counted &= problem.options[name][:, None] != problem.options["key_ids"]
     return torch.where(counted, scores, -torch.inf)
 
 
@@ -227,18 +228,78 @@ def judge_gumbel(name: str, problem: Problem, num_samples: int, drawn: Tensor) -
     return merge_cases(cases)
 
 
+def candidates(problem: Problem) -> Tensor:
+    """(n, 1 + m) float64 scores of what a step of i-SIR draws from, the chain's own state first; -inf: none."""
+    own = problem.state.score.double()
+    scores = similarities(problem)
+    if problem.options.get("log_proposal") is not None:
+        scores = scores - problem.options["log_proposal"].double()
+    return torch.cat((torch.where(own.isfinite(), own, -torch.inf)[:, None], scores), 1)
+
+
+def judge_isir(name: str, problem: Problem, result: emc2.ISIRResult) -> list[Case]:
+    """Position, key and score in rows clear of ties, as ``judge_gumbel`` has them; the sums in all rows."""
+    (_, d), m = problem.queries.shape, problem.keys.shape[0]
+    temperature = problem.temperature.double() if isinstance(problem.temperature, Tensor) else problem.temperature
+    scores, chains = candidates(problem), chain_ids(problem)
+    error = 2 * (score_error(d, temperature) + ROUNDING / temperature + 1e-5)
+    # A key's score is its value less its noise, of at most 23: four roundings.
+    of_score = score_error(d, temperature) + 4 * ROUNDING * (1 / temperature + 24)
+    draw = {"seed": problem.seed, "step": problem.step, "dtype": torch.float64}
+    best, column = [], []
+    for rows in torch.arange(len(chains), device=chains.device).split(ROWS_AT_ONCE):
+        own = rng.gumbel(chains[rows], range(1), stream=rng.CARRIED, **draw)
+        two = (scores[rows] + torch.cat((own, rng.gumbel(chains[rows], range(m), **draw)), 1)).topk(2)
+        best.append(two.values)
+        column.append(two.indices[:, 0])
+    (first, second), column = torch.cat(best).unbind(1), torch.cat(column)
+    clear, position = first - second > error, column - 1  # of the chain's own: -1
+    labels = problem.options.get("key_labels", problem.options.get("key_ids"))
+    numbers = position.clamp_min(0)
+    key = torch.where(position < 0, problem.state.key, numbers if labels is None else labels[numbers])
+    wrong = (result.position != position) | (result.state.key != key)
+    drawn = scores.gather(1, column[:, None])[:, 0]
+    found, expected = (torch.where(clear, score.double(), 0) for score in (result.state.score, drawn))
+    wrong |= (found - expected).abs() > of_score
+    score = compare("score", found, expected, of_score)
+    sizes = len(clear), int(clear.sum()), int((clear & wrong).sum())
+    lse, of_lse = torch.logsumexp(scores, 1), lse_error(d, temperature, m)
+    weight = torch.where(scores[:, 0] > -torch.inf, (scores[:, 0] - lse).exp(), 0)
+    return [
+        Case(f"{name} steps", *sizes, score.largest_error, score.bound),
+        compare(f"{name} lse", result.lse, lse, of_lse),
+        compare(f"{name} weight", result.carried_weight, weight, of_lse),
+    ]
+
+
 def lse_and_gradients(problem: Problem, weights: Tensor) -> list[Tensor | None]:
     """Log-sum-exp (n,) and, for ``weights`` (n,) on it, the gradients of queries, keys and temperatures, by autograd.
 
     Of queries that are the keys, one gradient, and None in the keys' place; None for a temperature that is a number.
     """
+    problem, leaves = differentiable(problem)
+    lse = torch.logsumexp(similarities(problem), 1)
+    return [lse.detach(), *gradients(lse, weights, leaves)]
+
+
+def isir_gradients(problem: Problem, weights: Tensor) -> list[Tensor | None]:
+    """The same gradients of a step's log-sum-exp, and that of the states' scores (n,)."""
+    problem, leaves = differentiable(problem)
+    problem = problem._replace(state=problem.state._replace(score=problem.state.score.double().requires_grad_()))
+    return gradients(torch.logsumexp(candidates(problem), 1), weights, [*leaves, problem.state.score])
+
+
+def differentiable(problem: Problem) -> tuple[Problem, list[Tensor | None]]:
+    """The problem in float64, and its queries, keys and temperatures as leaves; None as in ``lse_and_gradients``."""
     symmetric, per_row = problem.keys is problem.queries, isinstance(problem.temperature, Tensor)
     queries = problem.queries.double().requires_grad_()
     keys = queries if symmetric else problem.keys.double().requires_grad_()
     temperature = problem.temperature.double().requires_grad_() if per_row else problem.temperature
-    lse = torch.logsumexp(similarities(problem._replace(queries=queries, keys=keys, temperature=temperature)), 1)
-    inputs = [queries, *([] if symmetric else [keys]), *([temperature] if per_row else [])]
-    gradients = list(torch.autograd.grad((lse * weights.double()).sum(), inputs))
-    d_queries = gradients.pop(0)
-    d_keys = None if symmetric else gradients.pop(0)
-    return [lse.detach(), d_queries, d_keys, gradients.pop(0) if per_row else None]
+    leaves = [queries, None if symmetric else keys, temperature if per_row else None]
+    return problem._replace(queries=queries, keys=keys, temperature=temperature), leaves
+
+
+def gradients(values: Tensor, weights: Tensor, leaves: list[Tensor | None]) -> list[Tensor | None]:
+    """Of the weighted sum of values (n,), in the leaves' places."""
+    found = iter(torch.autograd.grad((values * weights.double()).sum(), [leaf for leaf in leaves if leaf is not None]))
+    return [None if leaf is None else next(found) for leaf in leaves]

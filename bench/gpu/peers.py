@@ -176,6 +176,24 @@ class LseStep:
         return torch.autograd.grad(self.lse, self.operands, self.grad, retain_graph=True)
 
 
+class IsirStep:
+    """`isir_step`, forward; another step at each call, of chains that walk on."""
+
+    def __init__(self, queries: Tensor, keys: Tensor, temperature: float, backend: str) -> None:
+        """`queries` (n, d), `keys` (m, d)."""
+        self.operands = queries, keys
+        self.options = {"temperature": temperature, "backend": backend, "seed": 0}
+        self.state = emc2.init_state(queries.shape[0], queries.device)
+        self.step = 0
+
+    def __call__(self) -> Tensor:
+        """(n,) float32."""
+        self.step += 1
+        result = emc2.isir_step(*self.operands, self.state, step=self.step, **self.options)
+        self.state = result.state
+        return result.lse
+
+
 def count_kernels(call: Callable[[], object], calls: int = 5) -> dict[str, float]:
     """Device activities (kernels, copies, fills) per call, by name, as torch's profiler sees them."""
     call()

@@ -21,6 +21,7 @@ PREDICTED: dict[str, dict[str, tuple[float, float]]] = {
     "lse-128": {"time, ms": (0.9, 1.1)},
     "lse-backward-128": {"one of two kernels, ms": (2.2, 2.8)},
     "lse-backward-512": {"one of two kernels, ms": (20, 25)},
+    "isir-128": {"time, ms": (1.35, 1.7)},
 }
 
 

@@ -13,6 +13,7 @@ from bench.gpu.peers import (
     Copy,
     DeviceStep,
     IndexSelect,
+    IsirStep,
     LseStep,
     Replay,
     StreamingNTXent,
@@ -20,7 +21,7 @@ from bench.gpu.peers import (
     count_kernels,
 )
 from bench.harness.timing import Call, figures, host_timer, ratios, summarize, wall_timer
-from bench.peers import ColumnLoop, LossStep, MatrixProduct, MHStep, item_ids, make_operands
+from bench.peers import ColumnLoop, GumbelDraws, LossStep, MatrixProduct, MHStep, item_ids, make_operands
 from emc2_kernels.losses import EMC2Loss
 
 TEMPERATURE = 0.07
@@ -246,6 +247,40 @@ def lse(context: Context, backend: str, d: int, backward: bool = False) -> Row:
     return row
 
 
+def isir_work(n: int, m: int, d: int) -> Work:
+    """What a bfloat16 `isir_step` cannot do without: of a (row, key) an exponential and two logarithms."""
+    tuning = triton_tuning()
+    l2_bytes = 0
+    if tuning is not None:
+        chosen = tuning.sweep(tuning.device(0)[0], True, d, n)
+        l2_bytes = sweep_l2_bytes(n, m, d, 2, chosen.block_m, chosen.block_d, ids=False)
+    return Work(2 * n * m * d, 2 * (n + m) * d, l2_bytes, exponentials=3 * n * m)
+
+
+def isir(context: Context, backend: str, d: int) -> Row:
+    """`isir_step` of a large batch, beside the two that it does in one: a log-sum-exp and a draw."""
+    n = context.size(32_768, 64)
+    queries, keys = make_operands(n, n, d, torch.bfloat16, context.device)
+    step = IsirStep(queries, keys, TEMPERATURE, backend)
+    measured = context.measure(
+        {
+            "isir_step": step,
+            "contrastive_lse": LseStep(queries, keys, TEMPERATURE, backend, backward=False),
+            "gumbel_sample": GumbelDraws(queries, keys, TEMPERATURE, 1),
+        }
+    )
+    row = Row({"n": n, "m": n, "d": d, "dtype": "bfloat16"})
+    row.add_times(measured)
+    own = measured.seconds["isir_step"]
+    row.add_reading("time, ms", own, context.limits.times(isir_work(n, n, d)))
+    # By rounds: a call that took no part in one has no time there.
+    alone = zip(measured.seconds["contrastive_lse"], measured.seconds["gumbel_sample"], strict=True)
+    both = [None if None in pair else sum(pair) for pair in alone]
+    row.add_goal("time / both alone", ratios(own, both), "<=", 1.0)
+    row.add_goal("peak extra MB", context.peak_megabytes(step), "<=", 100)
+    return row
+
+
 def split(context: Context, backend: str) -> Row:
     """Few rows and many keys: bound by the reading of the keys, once."""
     n, m, d = 64, context.size(1_000_000, 500), 128
@@ -297,6 +332,7 @@ ROWS: dict[str, RowFunction] = {  # in the order of their weight: what the time 
     "lse-128": partial(lse, d=128),
     "lse-backward-128": partial(lse, d=128, backward=True),
     "lse-backward-512": partial(lse, d=512, backward=True),
+    "isir-128": partial(isir, d=128),
     "small-32": partial(small, m=32),
     "split": split,
     "small-64-float32": partial(small, m=64, dtype=torch.float32),
@@ -304,7 +340,7 @@ ROWS: dict[str, RowFunction] = {  # in the order of their weight: what the time 
     "crossover": crossover,
 }
 OF_ALL_BACKENDS = ("crossover",)
-NONE_ON_CUDA = ("lse-128", "lse-backward-128", "lse-backward-512")
+NONE_ON_CUDA = ("lse-128", "lse-backward-128", "lse-backward-512", "isir-128")
 
 # What is measured first where a GPU is lent for minutes. No name begins another's: each can be asked for alone.
 HEADLINE = tuple(ROWS)[:11]

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from helpers import poisoned
+from helpers import assert_identical, normal, poisoned
 from oracle import unit
 from test_gumbel import KEYS, LAW, QUERY, assert_exact, chi_square, draw, everything
 
-from emc2_kernels import rng
+from emc2_kernels import ops, rng
 from emc2_kernels.backends import gpu
+from emc2_kernels.backends.params import DrawParams, ScoreParams
+from emc2_kernels.backends.reference.lse import masked_scores
 
 pytestmark = pytest.mark.skipif(not gpu.interpreting(), reason="in Triton's interpreter")
 pytest.importorskip("triton")
@@ -44,6 +46,25 @@ def test_everything_at_once(num_samples, splits, monkeypatch):
     monkeypatch.setattr(tuning, "splits", lambda *sizes: splits)
     queries, keys, options = everything(n=17, m=140, num_samples=num_samples)
     assert_exact("triton", queries, keys, **options)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("without", [None, "query_ids", "carried_ids", "log_proposal"])
+def test_second_ids_and_a_law_of_the_keys(without, splits, monkeypatch):
+    """As the operator takes them; against the scores of the reference and the contract's noise."""
+    monkeypatch.setattr(tuning, "splits", lambda *sizes: splits)
+    queries, keys, options = everything(n=17, m=140)
+    fields = {name: options[name] for name in ("temperature", "query_ids", "key_ids")}
+    fields |= {"carried_ids": options["query_ids"].roll(1), "log_proposal": normal(3, 140)}
+    scores = ScoreParams(queries, keys, **{name: None if name == without else fields[name] for name in fields})
+    draw = {name: options[name] for name in ("seed", "step")}
+    drawn = ops.gumbel_sample(scores, DrawParams(options["chain_ids"], **draw, num_samples=3), "triton")
+    for r in range(3):
+        noise = rng.gumbel(options["chain_ids"], range(140), sample=r, dtype=torch.float64, **draw)
+        two = (masked_scores(scores).double() + noise).topk(2)
+        clear = two.values[:, 0] - two.values[:, 1] > 3e-5  # the error of scores at the lowest temperature, and noise
+        assert clear.double().mean() >= 0.9
+        assert_identical(drawn[clear, r], two.indices[clear, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -55,7 +55,9 @@ def test_a_rehearsal_passes(name, rehearsal):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["sweep-128", "sweep-counts", "gumbel-1", "lse-128", "loss-32", "log2"])
+@pytest.mark.parametrize(
+    "name", ["sweep-128", "sweep-counts", "gumbel-1", "isir-128", "isir-options", "lse-128", "loss-32", "log2"]
+)
 def test_tritons_kernels_pass_in_the_interpreter(name):
     record = smoke.run_family(name, Context(CPU, "triton", "reference"))
     assert record["status"] == "PASS", record["why"]
@@ -64,8 +66,8 @@ def test_tritons_kernels_pass_in_the_interpreter(name):
 # What is wrong fails, and by as much as it is wrong.
 
 
-def perturb(field, amount, row=ROW):
-    """An mh_step with one number of one row off."""
+def perturb(field, amount, row=ROW, name="mh_step"):
+    """An mh_step, or another such function, with one number of one row off."""
 
     def broken(original):
         def call(*arguments, **options):
@@ -76,7 +78,7 @@ def perturb(field, amount, row=ROW):
 
         return call
 
-    return emc2, "mh_step", broken
+    return emc2, name, broken
 
 
 def changed(owner, name, change):
@@ -98,6 +100,19 @@ def one_hot(values, amount):
 def steeper(lse):
     """The same value, with one row's gradient 5 % too long."""
     return lse + one_hot(lse, 0.05) * (lse - lse.detach())
+
+
+def with_lse(result, more):
+    return result._replace(lse=result.lse + more)
+
+
+def steeper_step(result):
+    return result._replace(lse=steeper(result.lse))
+
+
+def steepest_step(result):
+    """In all rows: the broken one of the others has no state."""
+    return with_lse(result, 0.05 * (result.lse - result.lse.detach()))
 
 
 def ignored_tensor(original):
@@ -175,6 +190,14 @@ BROKEN = {
     "a sample with options": ("sweep-options", perturb("samples", 1), CHAINS),
     "a draw": ("gumbel-1", changed(emc2, "gumbel_sample", lambda p: nudge(p, ROW, 1)), ("draws", 1)),
     "no draw": ("gumbel-5", changed(emc2, "gumbel_sample", lambda p: nudge(p, (ROW, 2), -1000)), ("draws", 1)),
+    "a step's position": ("isir-128", perturb("position", 1, name="isir_step"), ("steps", 1)),
+    "a step's key": ("isir-options", perturb("key", 1, name="isir_step"), ("steps", 1)),
+    "a step's score": ("isir-float32", perturb("score", 1e-2, name="isir_step"), ("steps", 1)),
+    "a step's weight": ("isir-128", perturb("carried_weight", 1e-2, name="isir_step"), ("weight", 1)),
+    "a step's lse": ("isir-128", changed(emc2, "isir_step", lambda x: with_lse(x, one_hot(x.lse, 1e-2))), ("lse", 1)),
+    "a step's gradient": ("isir-options", changed(emc2, "isir_step", steeper_step), ("d_queries", 1)),
+    "its temperature's": ("isir-float32", changed(emc2, "isir_step", steeper_step), ("d_temperature", 1)),
+    "its state's": ("isir-float32", changed(emc2, "isir_step", steepest_step), ("d_score", None)),
     "the lse": ("lse-128", changed(emc2, "contrastive_lse", lambda x: x + one_hot(x, 1e-2)), ("lse", 1)),
     "its gradient": ("lse-512", changed(emc2, "contrastive_lse", steeper), ("d_queries", 1)),
     "its other gradient": ("lse-128", (emc2, "contrastive_lse", steeper_keys), ("d_keys", None)),
@@ -257,12 +280,14 @@ def test_a_logarithm_above_zero_is_counted_and_one_that_is_off_fails(error, wron
     assert notes["rises"] == 1 and 0 < notes["largest_rise"] < 1e-7
 
 
-@pytest.mark.parametrize("name", ["sweep-128", "cuda-gathered", "gumbel-5", "lse-512", "loss-32", "graph", "cuda-log2"])
+@pytest.mark.parametrize(
+    "name", ["sweep-128", "cuda-gathered", "gumbel-5", "isir-128", "lse-512", "loss-32", "graph", "cuda-log2"]
+)
 def test_an_exception_is_a_failure_with_its_type_and_message(name, rehearsal, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("CUDA error: an illegal memory access was encountered" + "." * 5000)
 
-    for owner, attribute in [(emc2, "mh_step"), (emc2, "mh_transition"), (emc2, "gumbel_sample"),
+    for owner, attribute in [(emc2, "mh_step"), (emc2, "mh_transition"), (emc2, "gumbel_sample"), (emc2, "isir_step"),
                              (emc2, "contrastive_lse"), (ops, "mh_step")]:  # fmt: skip
         monkeypatch.setattr(owner, attribute, broken)
     record = smoke.run_family(name, rehearsal)
