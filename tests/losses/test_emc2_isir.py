@@ -255,7 +255,7 @@ def test_at_fixed_parameters_the_statistic_and_the_mean_gradient_approach_those_
         value.backward()
         excess.append((stats["log_partition"] - stats["positive_similarity"] / temperature - expected).item())
     assert relative_rms(table.weight.grad[:items] / VISITS, z.grad) < 0.1
-    assert -0.05 < sum(excess[burn_in:]) / VISITS < 0.2
+    assert -0.05 < sum(excess[burn_in:]) / VISITS < 0.3
 
 
 def test_it_shows_what_it_has():
