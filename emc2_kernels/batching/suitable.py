@@ -25,8 +25,9 @@ def check_loss(loss: nn.Module) -> None:
     """
     for module in loss.modules():
         if isinstance(module, EMC2Loss) and module.proposals == "batch":
-            expected = 'proposals="bank", which makes its own uniform draws'
-            raise ValueError(f'EMC2Loss must have {expected}, where batches are chosen, got proposals="batch"')
+            expected = 'sampler="mh" with proposals="bank", which makes its own uniform draws,'
+            got = f'sampler="{module.sampler}" with proposals="batch"'
+            raise ValueError(f"EMC2Loss must have {expected} where batches are chosen, got {got}")
         if isinstance(module, SogCLRLoss):
             _warn("SogCLRLoss", "its denominators take the batch for uniform draws, and are too large")
         if isinstance(module, EMC2Loss | CachedSoftmaxLoss) and module.carry == "corrected":

@@ -183,7 +183,8 @@ class SogCLRLoss(SlotTable):
 
     def _denominators(self, of: Contrast, keys: Keys | None, slots: Tensor) -> Denominators:
         number, dtype = self._count_negatives(of.anchors, keys), of.lse.dtype
-        before, (log_gamma, log_rest) = self.log_u[slots].to(dtype), self._log_gammas(dtype)
+        (kept,), (log_gamma, log_rest) = self.rows(slots, "log_u"), self._log_gammas(dtype)
+        before = kept.to(dtype)
         if isinstance(number, int):
             log_mean = of.lse - math.log(number)
         else:
