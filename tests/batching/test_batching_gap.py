@@ -169,5 +169,5 @@ def test_losses_that_chosen_batches_bias_are_warned_of_where_check_loss_is_calle
 @pytest.mark.parametrize("wrap", [lambda loss: loss, nn.Sequential], ids=["", "wrapped"])
 @pytest.mark.parametrize("sampler", ["mh", "isir"])
 def test_emc2_with_proposals_from_the_batch_is_refused(sampler, wrap):
-    with pytest.raises(ValueError, match='^EMC2Loss must have sampler="mh" with proposals="bank".* got .*proposals="batch"'):
+    with pytest.raises(ValueError, match='^EMC2Loss must have sampler="mh" with.* got .*proposals="batch"'):
         check_loss(wrap(EMC2Loss(N, D, sampler=sampler)))
