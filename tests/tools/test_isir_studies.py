@@ -1,0 +1,71 @@
+"""Training short and long, and retrieval by each loss: the scripts run, go on where they were, and say what they found."""
+
+from __future__ import annotations
+
+import pytest
+
+from examples.study import cells, global_loss, gradient_bias, long_training
+from examples.two_towers import compare_losses
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def row(method, rate, seed, loss, step=100, size=4):
+    case = {"method": method, "batch_size": size, "temperature": 0.2, "steps": 100, "rate": rate, "seed": seed}
+    return case | {"step": step, "loss": loss, "mean_cosine": 0.0}
+
+
+def test_the_table_takes_each_methods_best_rate_at_the_end():
+    rows = [row(long_training.FLOOR, 1.0, 0, 2.0, size=400)]
+    rows += [row("NT-Xent", rate, seed, 3 + rate + 0.1 * seed) for rate in (0.1, 0.3) for seed in (0, 1)]
+    rows += [row("NT-Xent", 0.3, 0, 1.0, step=50)]  # before the end
+    printed = long_training.table(rows)
+    assert "floor 2.000" in printed and "3.150 ± 0.071 (0.1; 0.00)" in printed
+
+
+def test_runs_of_all_methods_are_of_equal_encodings():
+    """One that encodes its samples again makes fewer steps."""
+    plain = long_training.train("NT-Xent", 4, 0.2, 30, 0.1, 0)
+    again = long_training.train("i-SIR, recompute", 4, 0.2, 30, 0.1, 0)
+    assert [found["step"] for found in plain] == [found["step"] for found in again] == long_training.marks(30)
+    assert plain[-1]["loss"] < plain[0]["loss"] < 6.68  # all embeddings at one point
+    encoder = global_loss.Encoder(0)
+    exact = float(long_training.exact_loss(encoder, 0.2).detach())
+    assert exact == pytest.approx(global_loss.evaluate(encoder)[0])
+
+
+def test_long_training_runs_and_is_not_measured_again(tmp_path, capsys, monkeypatch):
+    arguments = ["--steps", "20", "40", "--batch-sizes", "4", "--seeds", "2", "--rates", "0.1", "--out", str(tmp_path)]
+    arguments += ["--methods", "NT-Xent", "i-SIR, cached"]
+    assert long_training.main([*arguments, "--jobs", "2"]) == 0
+    first = capsys.readouterr().out
+    assert "i-SIR, cached" in first and (tmp_path / "long_training.png").stat().st_size > 10_000
+    rows = cells.read(tmp_path / "long_training.csv")
+    assert {found["steps"] for found in rows if found["method"] != long_training.FLOOR} == {20, 40}
+    monkeypatch.setattr(long_training, "train", None)  # whoever measures again fails
+    assert long_training.main([*arguments, "--jobs", "1"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_retrieval_is_compared(tmp_path, capsys):
+    arguments = ["--losses", "CLIP", "i-SIR", "--batch-sizes", "64", "--larger", "128", "--epochs", "3", "--seeds", "2"]
+    assert compare_losses.main([*arguments, "--rates", "1e-3", "--jobs", "1", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("0.001") == 3 and "b = 128" in printed
+    rows = cells.read(tmp_path / "retrieval_digits-held-out.csv")
+    assert len(rows) == 6 and all(0 < found["train_mrr"] < 100 for found in rows)
+
+
+@pytest.mark.parametrize("main", [long_training.main, compare_losses.main])
+def test_a_study_of_no_seeds_is_refused(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--seeds", "0"])
+    assert "--seeds" in capsys.readouterr().err
+
+
+def test_isir_is_less_noisy_than_the_walk_at_fixed_parameters():
+    walk, resampled = (
+        gradient_bias.run(gradient_bias.METHODS[name], 16, 400, seed=2).variance
+        for name in ("EMC², recompute", "i-SIR, recompute")
+    )
+    assert resampled < 0.9 * walk  # 0.76 over 4,000 batches
