@@ -1,4 +1,4 @@
-"""Training short and long, and retrieval by each loss: the scripts run, go on where they were, and say what they found."""
+"""Training short and long, and retrieval by each loss: the scripts run, go on, and say what they found."""
 
 from __future__ import annotations
 
