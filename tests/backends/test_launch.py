@@ -258,6 +258,7 @@ def test_every_family_of_kernels_is_launched_as_on_a_gpu():
         "epilogue_kernel",
         "gathered_kernel",
         "gumbel_kernel",
+        "isir_kernel",
         "lse_kernel",
         "lse_gradient_kernel",
     }

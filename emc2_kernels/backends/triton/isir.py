@@ -40,7 +40,7 @@ from .race import (
     tile_operand,
     update_race,
 )
-from .scores import LOG2_E, SEGMENTS, TILE, Operand, load_resident, multiply, sixteen_steps
+from .scores import LOG2_E, SEGMENTS, TILE, Operand, larger, load_resident, multiply, sixteen_steps
 from .transition import NEG_INF
 
 BLOCK_ELEMENTS = 1024  # splits of rows that a program of isir_combine_kernel holds at a time
@@ -76,13 +76,13 @@ def _step_tile(race, sums, products, keys, tile, rows, generator):
         drawn = random_words(block[None, :], rows.chain_low[:, None], rows.tag[:, None], generator, zeros)
         for i in tl.static_range(4):
             race = update_race(race, four[i] - gumbel_log2(drawn[i]), tile, 4 * group + i)
-            new = tl.maximum(new, four[i])  # of a number and NaN the number
+            new = larger(new, four[i])
         scores = scores + (four,)
     origin = tl.where(new > NEG_INF, new, 0.0)
     total *= tl.exp2(largest - origin)
     for group in tl.static_range(4):
         for i in tl.static_range(4):
-            total += tl.exp2(tl.maximum(scores[group][i] - origin, NEG_INF))
+            total += tl.exp2(larger(scores[group][i] - origin, NEG_INF))
     return race, (new, total)
 
 

@@ -13,7 +13,7 @@ from .epilogue import LN_2
 from .launch import NUMBERS, Kernel, device_guard, dimensions, precision, score_arguments
 from .lse_backward import contrastive_lse_backward
 from .proposals import has_id, load_row_ids, load_temperature
-from .scores import LOG2_E, TILE, Operand, key_bias, key_operand, load_resident, multiply
+from .scores import LOG2_E, TILE, Operand, key_bias, key_operand, larger, load_resident, multiply
 from .transition import NEG_INF
 
 __all__ = ["contrastive_lse", "contrastive_lse_backward"]
@@ -56,7 +56,7 @@ def lse_kernel(
         if key_ids_ptr is not None:
             key_id = tl.load(key_ids_ptr + column + tile * TILE, there)  # where there is none it is never seen
             scores = tl.where(has_id(key_id, query_id, carried_id, HAS_QUERY, HAS_CARRIED), NEG_INF, scores)
-        scores = tl.maximum(scores, NEG_INF)  # of a number and NaN the number
+        scores = larger(scores, NEG_INF)
         new = tl.maximum(largest, tl.max(scores, 1))
         origin = tl.where(new > NEG_INF, new, 0.0)
         total = total * tl.exp2(largest - origin) + tl.sum(tl.exp2(scores - origin[:, None]), 1)

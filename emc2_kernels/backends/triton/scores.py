@@ -77,6 +77,15 @@ def key_bias(log_proposal_ptr, key, there):
 
 
 @triton.jit
+def larger(a, b):
+    """Of two numbers; of a number and NaN the number, for which a GPU has one instruction."""
+    if INTERPRETED:  # whose maximum is NaN there in Triton 3.6
+        return tl.where(a != a, b, tl.where(a < b, b, a))
+    else:
+        return tl.maximum(a, b)
+
+
+@triton.jit
 def load_rows(operand, begin, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
     """(rows, BLOCK_D) of a matrix with d columns, from column ``begin`` on; zeros where there is nothing."""
     dim = begin + tl.arange(0, BLOCK_D)
