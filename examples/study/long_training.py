@@ -6,7 +6,7 @@ The setting of global_loss.py: 400 real digits, two fixed views each, a small en
 schedule to zero, so that a run ends where its estimator takes it and not where its learning rate makes it tremble. All
 methods get the same learning rates, and each its best one. Methods that encode samples again are stopped, and their
 schedule with them, when they have encoded as much as the others. The floor is training by the exact gradient of all 800
-anchors.
+anchors. Table and figure are of all that the folder has, from earlier calls too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from examples.pretrain.processes import cpu_threads
-from examples.study.cells import Row, grouped, measure_missing
+from examples.study.cells import Row, grouped, measure_missing, read
 from examples.study.figures import learning_curves
 from examples.study.global_loss import Encoder
 from examples.study.gradient_bias import DIM, ITEMS, METHODS, PIXELS, global_loss, make_loss, mean_cosine, views
@@ -148,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     floors = [
         (FLOOR, ITEMS, temperature, longest, rate, 0) for temperature in given.temperatures for rate in (1.0, 3.0)
     ]
-    rows = measure_missing(given.out / FILE, NAMES, [*floors, *cells], train, jobs=given.jobs)
+    measure_missing(given.out / FILE, NAMES, [*floors, *cells], train, jobs=given.jobs)
+    rows = read(given.out / FILE)  # of earlier calls, too
     print(table(rows))
     pictures = given.figures or given.out
     pictures.mkdir(parents=True, exist_ok=True)
