@@ -140,6 +140,21 @@ def run(options: Mapping[str, Any], batch_size: int, batches: int, seed: int) ->
     return Stream(means, squares / batches - means[-1].square().sum().item())
 
 
+@torch.no_grad()
+def isir_statistics(batch_size: int, batches: int = 2000) -> tuple[float, float]:
+    """Mean carried weight, and the estimate of the global loss that comes with it, over the last two thirds."""
+    images, parameters = views(), weight()
+    loss = make_loss(METHODS["i-SIR, cached"], lambda *_: parameters, ITEMS, DIM, TEMPERATURE)
+    generator, found = torch.Generator().manual_seed(0), []
+    for t in range(batches):
+        index = torch.randperm(ITEMS, generator=generator)[:batch_size]
+        _, stats = loss(images[index, 0] @ parameters, images[index, 1] @ parameters, index, return_stats=True)
+        if t >= batches // 3:
+            found.append((stats["carried_weight"], stats["log_partition"] - stats["positive_similarity"] / TEMPERATURE))
+    weights, estimates = zip(*found, strict=True)
+    return float(sum(weights) / len(found)), float(sum(estimates) / len(found))
+
+
 @dataclass(frozen=True)
 class Found:
     """Relative to the norm of the exact gradient.
@@ -225,7 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/gradient_bias.png"), help="figure; a CSV goes beside it")
+    parser.add_argument(
+        "--statistics", action="store_true", help="only what i-SIR says of itself beside the exact loss"
+    )
     given = parser.parse_args(arguments)
+    if given.statistics:
+        print(f"exact global loss {global_loss(embeddings(weight().detach())).item():.2f}; i-SIR's estimate of it")
+        for size in given.batch_sizes:
+            carried, estimate = isir_statistics(size)
+            print(f"b = {size:<3} {estimate:.2f}, carried weight {100 * carried:.0f} %")
+        return 0
     if given.batches < 10:
         parser.error(f"--batches: expected at least 10, got {given.batches}")
     if any(not 2 <= size <= ITEMS for size in given.batch_sizes):

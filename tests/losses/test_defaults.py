@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ISIR, RUNNABLE, assert_identical, int64, normal
+from helpers import RUNNABLE, assert_identical, int64, normal
 from test_losses_common import NAMES, make, towers
 
 import emc2_kernels as emc2
@@ -103,7 +103,7 @@ def test_primitives(backend, default):
     assert_identical(found, plain)
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_steps_over_all_keys(backend, default):
     plain = resampled(backend)
     with other_default(default):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ISIR, ISIR_COMPILED, assert_identical, int64, named_error, normal, table, with_rows
+from helpers import COMPILED, RUNNABLE, assert_identical, int64, named_error, normal, table, with_rows
 from test_bad_input_ops import (
     BACKEND_ERRORS,
     CHAIN_ERRORS,
@@ -24,7 +24,7 @@ from test_bad_input_ops import (
 from emc2_kernels import MHState, init_state, isir_step, ops
 from emc2_kernels.backends.params import DrawParams, ScoreParams
 
-FASTEST = ISIR_COMPILED[0]
+FASTEST = COMPILED[0]
 
 
 def resample(change):
@@ -170,7 +170,7 @@ def assert_legal(result, state, labels):
         assert started or result.carried_weight[row] == 0
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("change", DEGENERATE.values(), ids=DEGENERATE)
 def test_degenerate_input_gives_a_legal_result(change, backend):
     call = {"queries": QUERIES, "keys": KEYS, "state": STATE} | change
@@ -185,7 +185,7 @@ def test_degenerate_input_gives_a_legal_result(change, backend):
     assert not any(gradient.isnan().any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_key_without_a_finite_score_is_one_that_is_excluded(value, backend):
     ids = {"key_ids": with_rows(torch.zeros(M, dtype=torch.int64), [1, 4], 9), "key_labels": torch.arange(M)}
@@ -195,7 +195,7 @@ def test_a_key_without_a_finite_score_is_one_that_is_excluded(value, backend):
         assert_identical(resample(ids | named | {"backend": backend}), found)
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_state_score_that_is_not_finite_has_not_started(value, backend):
     found = resample({"state": MHState(STATE.key, torch.full((N,), value)), "backend": backend})
@@ -238,7 +238,7 @@ WRONG_SHAPES = {
 }
 
 
-@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize(("changes", "name"), WRONG_SHAPES.values(), ids=WRONG_SHAPES)
 def test_the_operator_by_itself_names_what_does_not_fit(changes, name, backend):
     given = {"queries": QUERIES, "keys": KEYS, "temperature": 0.2, "symmetric": False, "key": OWN[0], "score": OWN[1]}
@@ -248,7 +248,7 @@ def test_the_operator_by_itself_names_what_does_not_fit(changes, name, backend):
         operator(*(given.get(argument.name) for argument in operator._schema.arguments))
 
 
-@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_sums_and_draws_by_themselves_name_a_law_that_is_not_finite(backend):
     scores = ScoreParams(QUERIES, KEYS, 0.2, None, None, log_proposal=with_rows(torch.zeros(M), 2, NAN))
     draw = DrawParams(None, 1, 2, 3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ISIR, RUNNABLE, normal, snapshot
+from helpers import RUNNABLE, normal, snapshot
 
 from emc2_kernels import MHState, contrastive_lse, isir_step
 from emc2_kernels.losses import TABLE, CachedSoftmaxLoss, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
@@ -149,7 +149,7 @@ def test_equal_operands_that_are_not_one(backend):
     assert_calls_are_the_eager_ones(several, (X, Y, IDS, OTHERS))
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_steps_over_equal_operands_that_are_not_one(backend):
     """Of which ids, labels and scores hold the same as others, too."""
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
-from helpers import ISIR, ISIR_COMPILED, assert_identical, named_error, normal
+from helpers import COMPILED, RUNNABLE, assert_identical, named_error, normal
 from oracle import unit
 from torch import Tensor
 
@@ -82,13 +82,13 @@ def everything(n=37, m=45):
     return queries, keys, chains_at(n), options
 
 
-@pytest.fixture(params=ISIR_COMPILED)
+@pytest.fixture(params=COMPILED)
 def backend(request):
     return request.param
 
 
 @pytest.mark.parametrize(("n", "m", "d"), SIZES)
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_steps_are_the_oracles(backend, n, m, d):
     queries, keys, state = unit(n, d, seed=1), unit(m, d, seed=2), chains_at(n)
     for step in range(2):  # carried on
@@ -116,7 +116,7 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("without", WITHOUT.values(), ids=WITHOUT)
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_everything_at_once(backend, without):
     queries, keys, state, options = everything()
     result = assert_steps(backend, queries, keys, state, **{k: v for k, v in options.items() if k not in without})
@@ -140,7 +140,7 @@ def test_what_a_row_excludes_is_no_candidate(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_dtypes(backend, dtype):
     queries, keys = unit(40, 50, seed=5, dtype=dtype), unit(60, 50, seed=6, dtype=dtype)
     assert_steps(backend, queries, keys, chains_at(40), temperature=0.07, log_proposal=normal(7, 60))
@@ -159,7 +159,7 @@ def test_float64_goes_to_the_reference():
         resample("cpu", queries, keys, state)
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_strided_operands(backend):
     """Rows may be any distance apart, vectors too; one query may stand for all rows."""
     wide_queries, wide_keys = unit(80, 3, 24, seed=7), unit(90, 40, seed=8)
@@ -337,7 +337,7 @@ def assert_drawn(drawn, expected, error):
 @pytest.mark.parametrize(
     ("count", "first_key"), [(0, 3), (1, 2**31 + 5), (2, 0), (3, 2**33 - 45), (4, 0)], ids=lambda number: f"{number}"
 )
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_several_candidates_of_a_chains_own(backend, count, first_key):
     queries, keys, _, options = everything()
     own = own_of(37, count)
@@ -371,7 +371,7 @@ def merged(parts):
 
 
 @pytest.mark.parametrize("cuts", [(1,), (8, 9), (3, 17, 18, 40), (0, 45)])
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_shards_of_the_keys_are_the_whole(backend, cuts):
     queries, keys, _, options = everything()
     queries[7:9] = NAN  # a row without keys, and one without anything
@@ -386,7 +386,7 @@ def test_shards_of_the_keys_are_the_whole(backend, cuts):
         assert_identical(merged(order).position, whole.position)
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_a_step_from_nowhere_is_the_draw_of_gumbel_sample(backend):
     """Of the same noise; both with all that scores can have."""
     queries, keys, _, options = everything()
@@ -401,7 +401,7 @@ def test_a_step_from_nowhere_is_the_draw_of_gumbel_sample(backend):
 # Little or nothing to draw from.
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 class TestDegenerate:
     STATE = MHState(torch.tensor([3, -1, 7, 8, 9]), torch.tensor([0.5, -INF, -2.0, NAN, INF]))
     STARTED = torch.tensor([True, False, True, False, False])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import ISIR_COMPILED, chi_square
+from helpers import COMPILED, chi_square
 from test_exact import CHAINS, assert_within_standard_errors, tiny_space
 
 import emc2_kernels as emc2
@@ -15,7 +15,7 @@ TEMPERATURE = 0.4
 LAW = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])  # of keys that are not drawn uniformly
 
 
-@pytest.fixture(params=ISIR_COMPILED)
+@pytest.fixture(params=COMPILED)
 def backend(request):
     return request.param
 

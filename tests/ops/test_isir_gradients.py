@@ -3,7 +3,7 @@ float64, and under torch's machinery."""
 
 import pytest
 import torch
-from helpers import ISIR, ISIR_COMPILED, Plain, assert_identical, normal, relative_rms, with_rows
+from helpers import COMPILED, RUNNABLE, Plain, assert_identical, normal, relative_rms, with_rows
 from oracle import unit
 
 import emc2_kernels as emc2
@@ -108,7 +108,7 @@ def assert_equals_formula(function, given):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("n", "m", "d"), SIZES)
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_values_and_gradients(backend, n, m, d, dtype):
     given = {"queries": unit(n, d, seed=1, dtype=dtype), "keys": unit(m, d, seed=2, dtype=dtype)}
     given |= {"temperature": temperatures(n, per_row=n % 2 == 1)} | options_of(n, m)
@@ -117,7 +117,7 @@ def test_values_and_gradients(backend, n, m, d, dtype):
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["", "temperatures"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_queries_that_are_the_keys(backend, dtype, per_row):
     """One operand with one set of ids: what else a score has, of rows or of keys, makes them no more symmetric."""
     n, ids = 150, torch.arange(150) % 75
@@ -130,7 +130,7 @@ def test_queries_that_are_the_keys(backend, dtype, per_row):
 
 
 @pytest.mark.parametrize(("n", "m"), [(300, 700), (130, 3001)])
-@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_many_keys_and_rows(backend, n, m):
     """Several blocks of rows and of keys, and some that are narrower; excluded keys are everywhere, or at one end."""
     given = {"queries": unit(n, 9, seed=1), "keys": unit(m, 9, seed=2), "temperature": 0.07}
@@ -140,7 +140,7 @@ def test_many_keys_and_rows(backend, n, m):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_log_sum_exp_of_scores_with_all_their_options(backend, dtype):
     n, m = 33, 140
     given = {"queries": unit(n, 20, seed=1, dtype=dtype), "keys": unit(m, 20, seed=2, dtype=dtype)}
@@ -152,7 +152,7 @@ def test_log_sum_exp_of_scores_with_all_their_options(backend, dtype):
             assert_equals_formula(lse_of_scores(backend), given | some)
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_mean_similarity_is_without_the_log_of_the_law(backend):
     queries, keys, options = unit(12, 6, seed=1), unit(9, 6, seed=2), options_of(12, 9)
     lse = lse_of_scores(backend)(queries, keys, 0.2, **options)
@@ -193,7 +193,7 @@ def test_gradcheck(temperature, options):
         assert torch.autograd.gradcheck(among_themselves, leaves)
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 class TestDegenerate:
     def test_rows_apart(self, backend):
         given = {"queries": unit(10, 24, seed=1)[:, 3:11], "keys": unit(40, 8, seed=2)[::3], "temperature": 0.1}
@@ -258,7 +258,7 @@ class TestDegenerate:
         assert relative_rms(found["keys"][columns], expected["keys"]) <= 1e-5
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_the_carried_weight_is_the_gradient_of_the_carried_score(backend):
     given = started({"queries": unit(20, 6, seed=1), "keys": unit(30, 6, seed=2), "temperature": 0.1})
     score = given.pop("score").requires_grad_()
@@ -268,7 +268,7 @@ def test_the_carried_weight_is_the_gradient_of_the_carried_score(backend):
     assert result.carried_weight.max() > 0.2 and result.carried_weight[2] == 0
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_several_candidates_of_a_chains_own(backend):
     n, m = 20, 30
     given = {"queries": unit(n, 6, seed=1), "keys": unit(m, 6, seed=2), "temperature": temperatures(n, True)}
@@ -300,7 +300,7 @@ def test_blocks_of_rows_are_the_whole(monkeypatch):
     assert_equals_formula(lse_of_step("reference"), started(given | options_of(17, 9)))
 
 
-@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_nothing_else_is_differentiable(backend):
     given = {"queries": unit(6, 3, seed=1), "keys": unit(5, 3, seed=2), "temperature": torch.full((6,), 0.2)}
     given |= {"log_proposal": normal(7, 5)}
@@ -325,7 +325,7 @@ def tensors_of(size, per_row=True):
 
 
 @pytest.mark.one_seed  # what moves seeds looks at the callers, which Dynamo does not trace
-@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_compiled_equals_eager(backend):
     options = options_of(6, 5)
 
@@ -353,7 +353,7 @@ def test_compiled_equals_eager(backend):
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["0-d", "rows"])
-@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_what_passes_through_torchs_dispatcher_is_the_same(backend, per_row):
     """As it does where a mode, a profiler or a subclass is there to see it."""
     given = tensors_of(12, per_row)
@@ -370,7 +370,7 @@ def test_what_passes_through_torchs_dispatcher_is_the_same(backend, per_row):
 
 
 @pytest.mark.parametrize("size", [6, 200])
-@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_autocast_and_inference_mode_change_nothing(backend, size):
     given = tensors_of(size) | options_of(size, size)
     expected = value_and_gradients(lse_of_step(backend), given, torch.ones(size))
@@ -381,7 +381,7 @@ def test_autocast_and_inference_mode_change_nothing(backend, size):
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["0-d", "rows"])
-@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("backend", COMPILED)
 def test_torch_func(backend, per_row):
     given, options, weights = tensors_of(12, per_row), options_of(12, 12), torch.linspace(-1, 2, 12)
 

@@ -3,7 +3,7 @@ depend on it, since a compiler may hand one over where it finds that they hold t
 
 import pytest
 import torch
-from helpers import ISIR, RUNNABLE, normal
+from helpers import RUNNABLE, normal
 from torch._subclasses.fake_utils import CrossRefFakeMode
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.testing._internal.optests import aot_autograd_check
@@ -200,7 +200,6 @@ ON_TRITON = ("rows apart", "one tensor", "everything", "drawn, ids", "positions,
         for backend in RUNNABLE
         for name, case in CASES
         if ((backend, name) != ("triton", "mh_transition") or case in ON_TRITON)
-        and (name != "isir_step" or backend in ISIR)
     ],
 )
 def test_arguments_as_they_lie_in_memory(backend, name, case):

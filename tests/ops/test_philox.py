@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import ISIR
+from helpers import RUNNABLE
 from scipy import stats
 
 from emc2_kernels import mh_transition, ops, rng
@@ -316,7 +316,7 @@ def noise_that_won(
     return value
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_noise_of_what_chains_carry(backend: str) -> None:
     """Word c of block 0 of a stream of its own, whatever else there is."""
     for own, chosen, num_keys in ((1, 0, 0), (1, 0, 5), (2, 1, 3), (3, 0, 0), (4, 3, 70), (4, 2, 0)):
@@ -326,7 +326,7 @@ def test_noise_of_what_chains_carry(backend: str) -> None:
             torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ISIR)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_noise_of_keys_goes_by_their_number_among_all(backend: str) -> None:
     for own, num_keys, first_key in ((0, 1, 0), (1, 7, 0), (4, 1, 6), (0, 3, 2**32 - 1), (2, 66, 2**33 - 66)):
         for seed, step in ((SEEDS[1], 0), (SEEDS[4], STEPS[2])):

@@ -11,7 +11,7 @@ from pathlib import Path
 import fuzz_core
 import pytest
 import torch
-from helpers import COMPILED, HOW, ISIR, ISIR_COMPILED, RUNNABLE, assert_identical, eager, int64, normal, with_rows
+from helpers import COMPILED, HOW, RUNNABLE, assert_identical, eager, int64, normal, with_rows
 
 from emc2_kernels import (
     MHState,
@@ -143,7 +143,6 @@ WHERE = [(RUNNABLE[0], eager), *((backend, how) for backend in COMPILED for how 
         pytest.param(*WRONG[name], backend, how, id=f"{name}, {backend}, {how.__name__}")
         for name in WRONG
         for backend, how in WHERE
-        if WRONG[name][0] is not resample or backend in ISIR
     ],
 )
 def test_wrong_values_are_named_wherever_they_are_first_seen(call, tensors, message, backend, how):
@@ -292,7 +291,7 @@ def test_views_with_the_negative_bit_are_what_they_look_like(name, backend):
         assert_identical(draw(**negated(name, given)), draw(**given))
 
 
-@pytest.mark.parametrize("backend", ISIR_COMPILED)
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("name", [*OF_STEPS, "carried_ids"])
 def test_what_is_resampled_from_views_with_the_negative_bit_is_what_it_looks_like(name, backend):
     given = OF_STEPS | {"carried_ids": torch.arange(N) - 1, "backend": backend}

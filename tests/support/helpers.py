@@ -1,7 +1,5 @@
 """What several test files share: seeded inputs, and module states compared bit by bit."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from scipy.stats import chi2
@@ -19,15 +17,6 @@ def _takes_cpu_tensors(name):
 # is slow, and serves one thread only.
 RUNNABLE = [name for name, status in backends().items() if status == "available" and _takes_cpu_tensors(name)]
 COMPILED = [name for name in RUNNABLE if name != "triton"]
-
-
-def _has(name, operation):
-    return operation in TABLE[name].operations and find_spec(f"emc2_kernels.backends.{name}.{operation}") is not None
-
-
-# Of these, the ones that have isir_step, and the fields of scores that came with it.
-ISIR = [name for name in RUNNABLE if _has(name, "isir")]
-ISIR_COMPILED = [name for name in ISIR if name in COMPILED]
 
 
 def normal(seed, *shape, dtype=torch.float32):

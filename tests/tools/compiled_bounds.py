@@ -98,7 +98,7 @@ BOUNDS = {
     ("isir d=128, no ids", 90, "isir_kernel"): Bound(184, 0, 90112, 34.5, 34.5),
     ("isir float32", 90, "isir_kernel"): Bound(184, 0, 22528, 40.5, 40.5),
     ("isir float32", 90, "isir_combine_kernel"): Bound(96, 0, 5120),
-    ("isir, split", 90, "isir_kernel"): Bound(255, 80, 90112, 43.5, 43.5),
+    ("isir, split", 90, "isir_kernel"): Bound(255, 16, 90112, 43.5, 43.5),
     ("isir, split", 90, "isir_combine_kernel"): Bound(40, 0, 1024),
 }
 

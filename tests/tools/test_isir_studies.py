@@ -63,6 +63,14 @@ def test_a_study_of_no_seeds_is_refused(main, capsys):
     assert "--seeds" in capsys.readouterr().err
 
 
+def test_what_isir_says_of_itself_is_printed_beside_the_exact_loss(capsys):
+    assert gradient_bias.main(["--statistics", "--batch-sizes", "64"]) == 0
+    exact, estimated = capsys.readouterr().out.splitlines()
+    loss, estimate = float(exact.split()[3].rstrip(";")), float(estimated.split()[3].rstrip(","))
+    assert loss == pytest.approx(4.61, abs=0.01)
+    assert loss < estimate < loss + 0.05  # too large by about half the variance of its inverse
+
+
 def test_isir_is_less_noisy_than_the_walk_at_fixed_parameters():
     walk, resampled = (
         gradient_bias.run(gradient_bias.METHODS[name], 16, 400, seed=2).variance

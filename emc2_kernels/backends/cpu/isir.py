@@ -17,11 +17,8 @@ def isir_step(scores: ScoreParams, carried: CarriedParams) -> tuple[Tensor, Tens
     position, score = (torch.empty(n, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float32))
     key, lse = torch.empty_like(position), torch.empty_like(score)
     value = torch.empty(n, dtype=torch.float64, device="cpu")
-    scores, chain_ids, key_labels = (
-        contiguous_scores(scores),
-        contiguous(carried.chain_ids),
-        contiguous(carried.key_labels),
-    )
+    scores = contiguous_scores(scores)
+    chain_ids, key_labels = contiguous(carried.chain_ids), contiguous(carried.key_labels)
     own_key, own_score = carried.key.contiguous(), carried.score.contiguous()
     (seed_value, _), (step_value, _) = seed_number(carried.seed), step_number(carried.step)
     core = library()
