@@ -23,15 +23,22 @@ def test_the_table_takes_each_methods_best_rate_at_the_end():
     assert "floor 2.000" in printed and "3.150 ± 0.071 (0.1; 0.00)" in printed
 
 
-def test_runs_of_all_methods_are_of_equal_encodings():
+@pytest.mark.parametrize("method", ["NT-Xent", "i-SIR, cached", "i-SIR, recompute"])
+def test_runs_of_all_methods_are_of_equal_encodings(method, monkeypatch):
     """One that encodes its samples again makes fewer steps."""
-    plain = long_training.train("NT-Xent", 4, 0.2, 30, 0.1, 0)
-    again = long_training.train("i-SIR, recompute", 4, 0.2, 30, 0.1, 0)
-    assert [found["step"] for found in plain] == [found["step"] for found in again] == long_training.marks(30)
-    assert plain[-1]["loss"] < plain[0]["loss"] < 6.68  # all embeddings at one point
-    encoder = global_loss.Encoder(0)
-    exact = float(long_training.exact_loss(encoder, 0.2).detach())
-    assert exact == pytest.approx(global_loss.evaluate(encoder)[0])
+    made = []
+
+    class Recorded(global_loss.Encoder):
+        def __init__(self, seed):
+            super().__init__(seed)
+            made.append(self)
+
+    monkeypatch.setattr(long_training, "Encoder", Recorded)
+    rows = long_training.train(method, 4, 0.2, 60, 0.1, 0)
+    assert [found["step"] for found in rows] == long_training.marks(60)
+    assert 480 <= made[0].encoded < 480 + 16  # a step encodes 8, and 8 at most again
+    assert rows[-1]["loss"] < rows[0]["loss"] < 6.68  # all embeddings at one point
+    assert rows[-1]["loss"] == pytest.approx(global_loss.evaluate(made[0])[0])
 
 
 def test_long_training_runs_and_is_not_measured_again(tmp_path, capsys, monkeypatch):
@@ -53,7 +60,9 @@ def test_retrieval_is_compared(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("0.001") == 3 and "b = 128" in printed
     rows = cells.read(tmp_path / "retrieval_digits-held-out.csv")
-    assert len(rows) == 6 and all(0 < found["train_mrr"] < 100 for found in rows)
+    assert len(rows) == 6 and all(
+        found["train_mrr"] > 4 and found["held_out_mrr"] > 4 for found in rows
+    )  # untrained: 1
 
 
 @pytest.mark.parametrize("main", [long_training.main, compare_losses.main])
