@@ -60,9 +60,9 @@ def test_retrieval_is_compared(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("0.001") == 3 and "b = 128" in printed
     rows = cells.read(tmp_path / "retrieval_digits-held-out.csv")
-    assert len(rows) == 6 and all(
-        found["train_mrr"] > 4 and found["held_out_mrr"] > 4 for found in rows
-    )  # untrained: 1
+    assert len(rows) == 6
+    # By chance 0.6 and 1.3.
+    assert all(found["train_mrr"] > 3 and found["held_out_mrr"] > 5 for found in rows)
 
 
 @pytest.mark.parametrize("main", [long_training.main, compare_losses.main])
