@@ -212,12 +212,15 @@ def look_within(value: Tensor, name: str, lowest: int, end: int, before: list[Te
     return value.clone()
 
 
-def finite(name: str, value: Tensor) -> None:
+def finite(name: str, value: Tensor, *, or_inf: bool = False) -> None:
     if not (value.numel() and values_visible(value)) or math.isfinite(value.detach().sum()):
         return
-    if not bool(torch.isfinite(value).all()):  # else large values have summed up to infinity
-        count = int((~torch.isfinite(value)).sum())
-        raise ValueError(f"{name} must be finite, got {count} values that are infinite or NaN, of {value.numel()}")
+    legal = torch.isfinite(value)
+    if or_inf:
+        legal |= value == torch.inf
+    if not bool(legal.all()):  # else large values have summed up to infinity
+        count, expected = int((~legal).sum()), "finite or +inf" if or_inf else "finite"
+        raise ValueError(f"{name} must be {expected}, got {count} values that are infinite or NaN, of {value.numel()}")
 
 
 def temperature(

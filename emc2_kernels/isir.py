@@ -3,6 +3,8 @@ log-sum-exp."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -57,8 +59,8 @@ def isir_step(
         query_ids, key_ids: (n,) and (m,) int64. A key with the row's id is no candidate of it (the positive, itself).
         key_labels: (m,) int64, what ``state.key`` holds; default: ``key_ids``, else the position in ``keys``.
         carried_ids: (n,) int64. A key with this id is no candidate either: the incoming state stands for it.
-        log_proposal: (m,) float32, finite: log g_j up to a constant, where the keys were not drawn uniformly but from
-            g.
+        log_proposal: (m,) float32: log g_j up to a constant, where the keys were not drawn uniformly but from g. +inf:
+            the key is no candidate of any row.
         backend: "auto" or a name from ``backends()``.
 
     Returns:
@@ -92,6 +94,23 @@ def isir_step(
     position, key, score_after, lse, _ = differentiable_step(scores, carried, backend)
     weight = carried_weights(carried.score.detach(), lse.detach())[:, 0]
     return ISIRResult(position.clamp_min(-1), MHState(key, score_after), lse, weight)
+
+
+class Drawn(NamedTuple):
+    """What ``ops.isir_step`` returns, of some of the candidates: those of several calls combine in any order."""
+
+    position: Tensor
+    key: Tensor
+    score: Tensor
+    lse: Tensor
+    value: Tensor
+
+    def or_better(self, other: Drawn) -> Drawn:
+        """Of these candidates and others; of equal values the lowest position's, as in one pass over all."""
+        wins = (other.value > self.value) | ((other.value == self.value) & (other.position < self.position))
+        drawn = (torch.where(wins, theirs, ours) for ours, theirs in zip(self[:3], other[:3], strict=True))
+        lse, value = torch.logaddexp(self.lse, other.lse), torch.maximum(self.value, other.value)
+        return Drawn(*drawn, lse, value)
 
 
 def carried_weights(score: Tensor, lse: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ inline void require_scores(const ScoreParams& scores) {
     legal &= value >= kMinTemperature && value <= kMaxTemperature;
   }
   require(legal, "temperature: a value that float32 cannot divide by");
-  const auto finite = [](float value) { return std::fabs(value) < INFINITY; };
-  require(!scores.log_proposal || all_of(scores.log_proposal, scores.num_keys, finite),
-          "log_proposal: a value not finite");
+  const auto legal_weight = [](float value) { return value > -INFINITY; };  // not NaN either
+  require(!scores.log_proposal || all_of(scores.log_proposal, scores.num_keys, legal_weight),
+          "log_proposal: a value that is NaN or -inf");
 }
 
 inline void require_schedule(const Schedule& schedule) {
@@ -58,6 +58,8 @@ inline void require_walk(const WalkParams& walk) {
   require_schedule(walk);
   require_within(walk.chain_ids, walk.num_rows, kChains, "chain_ids: a value outside [0, 2^40)");
   require_scores(walk);
+  const auto finite = [](float value) { return value < INFINITY; };
+  require(!walk.log_proposal || all_of(walk.log_proposal, walk.num_keys, finite), "log_proposal: a value not finite");
 }
 
 }  // namespace emc2

@@ -138,7 +138,8 @@ def sample_points(total: int, burn_in: int, num_samples: int) -> list[int]:
 
 class ScoreParams(NamedTuple):
     """The scores s_ij = <q_i, k_j> / temperature_i - log g_j of n rows and m keys, for the primitives that look at
-    every key. A key with one of the row's ids, or whose score is not finite, is left out."""
+    every key. A key with one of the row's ids, or whose score is not finite, is left out: with log g_j infinite, of all
+    rows."""
 
     queries: Tensor  # (n, d)
     keys: Tensor  # (m, d)
@@ -182,7 +183,7 @@ class ScoreParams(NamedTuple):
     def check_values(self) -> None:
         checks.temperature(self.temperature, self.queries.shape[0], self.queries.device)
         if self.log_proposal is not None:
-            checks.finite("log_proposal", self.log_proposal)
+            checks.finite("log_proposal", self.log_proposal, or_inf=True)
 
 
 class DrawParams(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..backends.params import CarriedParams, ScoreParams, WalkParams
 from ..checks import one_or_rows
+from ..isir import Drawn
 from ..lse import differentiable_lse, mean_similarity
 from ..transition import MHResult, MHState, Transition, apply
 from .ring import ring_bag, ring_lse, ring_lse_gradient, ring_resample, ring_similarity, ring_transition
@@ -52,6 +53,7 @@ class LocalKeys(NamedTuple):
     embeddings: Tensor  # (m, d) differentiable, view by view
     items: Tensor  # (m,) int64; of a batch without items, numbers of its pairs
     labels: Tensor | None  # (m,) int64  item * 2 + view
+    log_proposal: Tensor | None = None  # (m,) float32, see ``ScoreParams``: +inf where there is no key
 
     def select_view(self, view: int) -> LocalKeys:
         """Those of one of two views."""
@@ -62,7 +64,10 @@ class LocalKeys(NamedTuple):
         """One view of each item: ``coins`` (m / 2,) of 0 and 1."""
         b = coins.shape[0]
         rows = torch.arange(b, dtype=torch.int64, device=coins.device).add_(coins, alpha=b)
-        return LocalKeys(self.embeddings.index_select(0, rows), self.items[:b], self.labels.index_select(0, rows))
+        log_proposal = None if self.log_proposal is None else self.log_proposal[:b]  # an item's views have one
+        return LocalKeys(
+            self.embeddings.index_select(0, rows), self.items[:b], self.labels.index_select(0, rows), log_proposal
+        )
 
     def cast(self, dtype: torch.dtype) -> LocalKeys:
         return self._replace(embeddings=self.embeddings.to(dtype))
@@ -82,10 +87,10 @@ class LocalKeys(NamedTuple):
         temperature: float | Tensor,
         carried: CarriedParams,
         backend: str,
-    ) -> tuple[Tensor, ...]:
+    ) -> Drawn:
         """A step of n chains among all keys but those of the rows' items and of what they bring along: see
         ``ops.isir_step``. carried: its labels are these keys'."""
-        return ops.isir_step(self._scores(queries, items, temperature, carried_items), carried, backend)
+        return Drawn(*ops.isir_step(self._scores(queries, items, temperature, carried_items), carried, backend))
 
     def lse_gradient(
         self,
@@ -108,7 +113,8 @@ class LocalKeys(NamedTuple):
     ) -> ScoreParams:
         symmetric = queries is self.embeddings and items is self.items
         temperature = one_or_rows(temperature, queries)
-        return ScoreParams(queries, self.embeddings, temperature, items, self.items, symmetric, carried_items)
+        ids = items, self.items, symmetric, carried_items
+        return ScoreParams(queries, self.embeddings, temperature, *ids, self.log_proposal)
 
     def lse(self, queries: Tensor, items: Tensor, temperature: float | Tensor, backend: str) -> Tensor:
         """(n,) log-sum-exp of the scores of queries (n, d) and the keys of other items; see ``contrastive_lse``."""
@@ -177,7 +183,7 @@ class RingKeys(NamedTuple):
         temperature: float | Tensor,
         carried: CarriedParams,
         backend: str,
-    ) -> tuple[Tensor, ...]:
+    ) -> Drawn:
         ids = items, self.own_items, carried_items
         return ring_resample(queries, self.embeddings, temperature, ids, carried, self.shards, backend)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 from .. import checks, ops
 from ..autograd import no_double_backward
 from ..backends.params import CarriedParams, ScoreParams, WalkParams
+from ..isir import Drawn
 from ..lse import mean_similarity
 from ..transition import Transition, compose
 from .shards import Shards
@@ -166,23 +166,6 @@ def ring_lse(
     return _RingLse.apply(queries, keys, temperature, ids, shards, backend)
 
 
-class _Drawn(NamedTuple):
-    """What ``ops.isir_step`` returns, of some of the candidates."""
-
-    position: Tensor
-    key: Tensor
-    score: Tensor
-    lse: Tensor
-    value: Tensor
-
-    def or_better(self, other: _Drawn) -> _Drawn:
-        """Of these candidates and others; of equal values the lowest position's, as in one pass over all."""
-        wins = (other.value > self.value) | ((other.value == self.value) & (other.position < self.position))
-        drawn = (torch.where(wins, theirs, ours) for ours, theirs in zip(self[:3], other[:3], strict=True))
-        lse, value = torch.logaddexp(self.lse, other.lse), torch.maximum(self.value, other.value)
-        return _Drawn(*drawn, lse, value)
-
-
 def ring_resample(
     queries: Tensor,
     keys: Tensor,
@@ -191,7 +174,7 @@ def ring_resample(
     carried: CarriedParams,
     shards: Shards,
     backend: str,
-) -> tuple[Tensor, ...]:
+) -> Drawn:
     """``ops.isir_step`` of this rank's chains over the keys of all ranks, view by view and rank by rank.
 
     Args:
@@ -200,7 +183,7 @@ def ring_resample(
     rows, views = checks.one_or_rows(temperature, queries), keys.shape[0] // shards.sizes[shards.rank]
     # What the chains bring along are the candidates of a step without keys.
     own, nobody = carried._replace(key_labels=None), ScoreParams(queries, keys[:0], rows, None, None)
-    found = _Drawn(*ops.isir_step(nobody, own, backend))
+    found = Drawn(*ops.isir_step(nobody, own, backend))
     nothing = own._replace(key=own.key[:, :0], score=own.score[:, :0])
     for source, shard in rotate_shards([keys, ids[1]], shards):
         for view, (some, some_ids) in enumerate(zip(*(x.unflatten(0, (views, -1)) for x in shard), strict=True)):
@@ -208,8 +191,8 @@ def ring_resample(
             labels = carried.key_labels[first : first + len(some)]
             scores = ScoreParams(queries, some, rows, ids[0], some_ids, carried_ids=ids[2])
             part = ops.isir_step(scores, nothing._replace(key_labels=labels, first_key=first), backend)
-            found = found.or_better(_Drawn(*part))
-    return tuple(found)
+            found = found.or_better(Drawn(*part))
+    return found
 
 
 def ring_similarity(

@@ -111,6 +111,13 @@ def all_true(flag: Tensor, shards: Shards) -> Tensor:
     return every.bool()
 
 
+def sum_over_ranks(values: Tensor, shards: Shards) -> Tensor:
+    """(k,) -> (k,) summed in rank order, so to the same bits everywhere; a collective."""
+    found = values.new_empty(len(shards.sizes) * values.shape[0])
+    _all_gather(found, values.contiguous(), shards.group)
+    return found.view(-1, values.shape[0]).sum(0)
+
+
 def broadcast_in_turn(tensors: list[Tensor], shards: Shards) -> Iterator[list[Tensor]]:
     """Every rank's tensors, in rank order, one rank's at a time; each has a whole multiple of its shard's rows."""
     own = shards.sizes[shards.rank]

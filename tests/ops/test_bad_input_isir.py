@@ -76,7 +76,13 @@ RESAMPLING_ERRORS |= {
     "log_proposal is half": ({"log_proposal": torch.zeros(M).half()}, TypeError, "log_proposal"),
     "log_proposal is of rows and keys": ({"log_proposal": torch.zeros(N, M)}, ValueError, "log_proposal"),
     "log_proposal is elsewhere": ({"log_proposal": away(torch.zeros(M))}, ValueError, "log_proposal"),
-    "one log_proposal is infinite": ({"log_proposal": with_rows(torch.zeros(M), 3, INF)}, ValueError, "log_proposal"),
+    "one log_proposal is NaN": ({"log_proposal": with_rows(torch.zeros(M), 3, NAN)}, ValueError, "log_proposal"),
+    "one log_proposal is -inf": ({"log_proposal": with_rows(torch.zeros(M), 3, -INF)}, ValueError, "log_proposal"),
+    "one log_proposal is NaN beside +inf": (
+        {"log_proposal": with_rows(torch.full((M,), INF), 3, NAN)},
+        ValueError,
+        "log_proposal",
+    ),
     "log_proposal beside float64 operands is float64": (
         {
             "queries": QUERIES.double(),
@@ -147,6 +153,8 @@ DEGENERATE |= {
         "queries": QUERIES.abs(),
         "keys": -KEYS.abs() * 1e36,
     },
+    "keys that are left out": {"log_proposal": with_rows(torch.zeros(M), [1, 4], INF)},
+    "keys that are all left out": {"log_proposal": torch.full((M,), INF)},
     "weights that come to more than float32 has": {"log_proposal": torch.full((M,), -3e38), "keys": KEYS * 1e38},
     "a score that requires a gradient": {"state": MHState(STATE.key, torch.zeros(N).requires_grad_())},
     "float64 temperatures, for each row": {"temperature": torch.linspace(0.1, 1, N, dtype=torch.float64)},
@@ -249,13 +257,14 @@ def test_the_operator_by_itself_names_what_does_not_fit(changes, name, backend):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_sums_and_draws_by_themselves_name_a_law_that_is_not_finite(backend):
-    scores = ScoreParams(QUERIES, KEYS, 0.2, None, None, log_proposal=with_rows(torch.zeros(M), 2, NAN))
+@pytest.mark.parametrize("value", [NAN, -INF])
+def test_sums_and_draws_by_themselves_name_a_law_that_is_none(backend, value):
+    scores = ScoreParams(QUERIES, KEYS, 0.2, None, None, log_proposal=with_rows(torch.full((M,), INF), 2, value))
     draw = DrawParams(None, 1, 2, 3)
     calls = [lambda: ops.gumbel_sample(scores, draw, backend)]
     calls += [lambda: ops.contrastive_lse.overload(*ops.contrastive_lse.flatten((scores, backend)))]
     for call in calls:
-        with named_error(ValueError, "log_proposal must be finite, got 1 values"):
+        with named_error(ValueError, r"log_proposal must be finite or \+inf, got 1 values"):
             call()
 
 

@@ -116,6 +116,7 @@ LAW_ERRORS = {
 }
 WALK_ERRORS = OPERAND_ERRORS | COUNTER_ERRORS | CHAIN_ERRORS | BACKEND_ERRORS | LAW_ERRORS
 WALK_ERRORS |= {
+    "one log_proposal is +inf": ({"log_proposal": with_rows(torch.zeros(M), 2, INF)}, ValueError, "log_proposal"),
     "proposal is a typo": ({"proposal": "sweeps"}, ValueError, "proposal"),
     "proposal is None": ({"proposal": None}, ValueError, "proposal"),
     "proposal is a list": ({"proposal": [[0]] * N}, ValueError, "proposal"),

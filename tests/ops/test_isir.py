@@ -207,6 +207,27 @@ def test_log_proposal_is_taken_off_before_a_score_is_looked_at(backend):
     torch.testing.assert_close(result.lse, torch.full((2,), 1.5e38))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["some", "a block", "all but one", "all"])
+def test_a_key_with_an_infinite_log_proposal_is_one_that_is_excluded(backend, pattern, dtype):
+    n, m = 20, 150
+    queries, keys, state = unit(n, 9, seed=1, dtype=dtype), unit(m, 9, seed=2, dtype=dtype), chains_at(n)
+    out = (
+        torch.arange(m) % 3 == 0
+        if pattern == "some"
+        else torch.arange(m) < {"a block": 70, "all": m}.get(pattern, m - 1)
+    )
+    law, own = normal(9, m), {"key_labels": torch.arange(m), "chain_ids": torch.arange(n)}
+    ids = {"query_ids": torch.full((n,), 4), "key_ids": torch.where(out, 4, 5)}
+    found = resample(backend, queries, keys, state, **own, log_proposal=law.masked_fill(out, INF))
+    assert_identical(found, resample(backend, queries, keys, state, **own, **ids, log_proposal=law))
+    assert not out[found.position[found.position >= 0]].any()
+    left = resample(
+        backend, queries, keys[~out], state, **own | {"key_labels": torch.arange(m)[~out]}, log_proposal=law[~out]
+    )
+    torch.testing.assert_close((found.lse, found.carried_weight), (left.lse, left.carried_weight))
+
+
 def test_counters_may_be_tensors(backend):
     queries, keys, state, options = everything()
     expected = resample(backend, queries, keys, state, **options)

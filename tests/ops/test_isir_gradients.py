@@ -231,6 +231,25 @@ class TestDegenerate:
         assert score.grad[2] == 1 and 0 < score.grad[3] < 1 and not score.grad[(rows < 2) | (rows > 3)].any()
         assert keys.grad.isfinite().all() and keys.grad.any()
 
+    @pytest.mark.parametrize("pattern", ["some", "a block", "all but one", "all"])
+    def test_keys_with_an_infinite_log_proposal_are_left_out(self, backend, pattern):
+        n, m = 20, 150
+        out = torch.arange(m) < {"some": 3, "a block": 70, "all but one": m - 1, "all": m}[pattern]
+        out = out.roll(1)
+        given = {"queries": unit(n, 5, seed=1), "keys": unit(m, 5, seed=2), "temperature": torch.full((n,), 0.2)}
+        given |= {"log_proposal": normal(7, m), "score": torch.linspace(-1, 3, n)}
+        without = given | {"keys": given["keys"][~out], "log_proposal": given["log_proposal"][~out]}
+        weights = torch.linspace(-1, 2, n)
+        infinite = given | {"log_proposal": given["log_proposal"].masked_fill(out, INF)}
+        lse, found = value_and_gradients(lse_of_step(backend), infinite, weights)
+        wide = {name: value.double() for name, value in without.items()}
+        exact, expected = value_and_gradients(formula, wide, weights.double())
+        torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=1e-6)
+        assert not found["keys"][out].any()
+        expected["keys"] = torch.zeros(m, 5).double().index_copy(0, (~out).nonzero()[:, 0], expected["keys"])
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name].double(), gradient, rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("size", [6, 150])
     @pytest.mark.parametrize("bad", [INF, -INF, NAN])
     def test_what_is_not_finite_is_left_out(self, backend, bad, size):

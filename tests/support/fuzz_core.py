@@ -86,7 +86,10 @@ def with_all_of_scores(source: Source, given: dict) -> dict:
         if source.chance(0.3) and not given.get("symmetric"):
             del given["query_ids"]
     if source.chance(0.3):
-        given["log_proposal"] = source.laid_out(torch.randn(given["keys"].shape[0], generator=source.generator))
+        law = torch.randn(given["keys"].shape[0], generator=source.generator)
+        if source.chance(0.5):
+            law[torch.rand(law.shape, generator=source.generator) < 0.3] = torch.inf
+        given["log_proposal"] = source.laid_out(law)
     return given
 
 
@@ -205,8 +208,10 @@ def faults(source: Source, given: dict) -> list[tuple[str, object]]:
             wrong = [value for value in WILD if not given["lowest"] <= value < given["end"]]
         if name in ("chain_ids", "items"):
             wrong = [value for value in WILD if not 0 <= value < 2**40]
-        if name in ("temperature_tensor", "log_proposal"):
-            wrong = [torch.nan, torch.inf] + [0.0, -1.0] * (name == "temperature_tensor")
+        if name == "temperature_tensor":
+            wrong = [torch.nan, torch.inf, 0.0, -1.0]
+        if name == "log_proposal":
+            wrong = [torch.nan, -torch.inf] + [torch.inf] * ("burn_in" in given)
         if wrong and value.numel():
             changed = value.clone(memory_format=torch.contiguous_format)
             changed.view(-1)[source.below(changed.numel())] = source.one_of(tuple(wrong))
