@@ -12,17 +12,27 @@ from torch import Tensor
 from ..distributed.keys import Keys
 from ..distributed.shards import Shards, all_true, broadcast_in_turn, gather_views
 from ..stores.chains import ChainStore
+from ..stores.queue import ItemQueue
 from ..stores.strict_state import range_errors
 from ..stores.table import fitted_tables
 from ..transition import MHState
 from . import emc2_fused
 from .anchors import Anchors, check_call, check_finite, check_state_device, compute_dtype, finite_batch
-from .correction import batch_means
-from .emc2_isir import MeansThenAndNow, bring_along, lost_side, mean_loss, resample, resampled_stats
-from .emc2_options import BURN_IN, check_estimator, check_proposals, check_ranks, check_schedule, resolved_carry
+from .emc2_isir import bring_along, encode_along, mean_loss, resample, resampled_stats
+from .emc2_options import (
+    check_estimator,
+    check_proposals,
+    check_ranks,
+    check_schedule,
+    resolved_carry,
+    resolved_queue,
+    resolved_sampler,
+    resolved_views,
+)
 from .emc2_sampler import BankSlots, Walked, WalkOptions, count_proposals, draw_from_bank, sweep_batch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .sampled import Encode, SampledLoss
+from .staleness import Staleness
 from .temperature import warn_uniform_weights
 
 NUM_DRAWS = 64  # proposals of a visit with proposals="bank"
@@ -38,33 +48,37 @@ class EMC2Loss(SampledLoss):
     -<q, k+>/temperature + mean over samples of <q, k>/temperature. It is not the loss and does not fall like one; watch
     the ``ntxent`` statistic.
 
-    With sampler="isir" the value is a loss: mean over the anchors of -s+ + log sum exp(s) over the batch's keys and the
-    one that the chain brings along, and without that one at the first visit. The positive is no part of the sum, as it
-    is none of the global loss's.
+    With sampler="isir" the value is a loss: mean over the anchors of -s+ + log sum exp(s) over the batch's keys, kept
+    keys of ``queue`` items and the one that the chain brings along. The positive is no part of the sum, as it is none
+    of the global loss's. What is kept counts once embeddings have become steady: see the statistic ``staleness``.
 
     Args:
         num_items: items of the data set; ``index`` names them. dim: of the embeddings.
-        temperature: in [2^-63, 2^100]; the paper's beta is 1 / temperature. Not learnt: the value is a surrogate, whose
-            derivative in the temperature is not the loss's, and the kept scores are divided by it.
+        temperature: in [2^-63, 2^100]; the paper's beta is 1 / temperature. Not learnt: the walk's value is no
+            loss whose derivative in the temperature would mean something, and kept scores are divided by it.
         sampler: what moves the chains. "mh": the paper's Metropolis-Hastings walk over the proposals, whose states are
             the negatives. "isir": iterated sampling importance resampling (losses/emc2_isir.py), whose negatives are
-            all of the batch's keys and the chain's, weighted by their softmax; with proposals="batch".
+            all of the batch's keys, the queue's and the chain's, weighted by their softmax; with proposals="batch".
+            "auto": "isir", and "mh" where ``proposals``, ``burn_in`` or ``num_samples`` ask something of the walk.
         proposals: "batch": the keys of the mini-batch, which must then be drawn uniformly from the data set (a shuffled
             loader does). "bank": ``num_proposals`` uniform draws from the latest embeddings of the whole data set, so
             that mixing does not depend on the batch size, nor on how batches are made.
-        views: with proposals="batch": "one" view of each item is proposed, chosen by a coin per item and step. "both"
-            is the paper's choice: the scores of two views of an item are correlated, which biases the chains whatever
-            the size of the data set.
+        views: with proposals="batch": "one" view of each item is proposed, chosen by a coin per item and step; or
+            "both". The paper's walk proposes both, whose scores are correlated, which biases its chains whatever the
+            size of the data set; i-SIR's law is exact with either. "auto": "both" with sampler="isir" and one modality,
+            else "one".
+        queue: with sampler="isir": how many items of the latest batches are candidates beside the batch's, by their
+            embeddings from the bank. None: 16, and 0 with carry="recompute", which has none.
         num_proposals: with proposals="bank": draws per anchor and visit; None: 64.
         burn_in: with sampler="mh": share of the M proposals before the first sample, 0 <= burn_in < 1; P =
-            floor(burn_in * M).
+            floor(burn_in * M). None: 0.5.
         num_samples: with sampler="mh": R in 1 .. M - P; None: min(16, M - P).
         carry: what stands for a sample that is outside the batch: the key that a chain brought along or, with
             proposals="bank", nearly every sample. "auto": the first of the two that there are.
             "cached", with proposals="batch": its latest embedding from the bank, detached, so the key's side of the
-            gradient is lost.
-            "corrected", with proposals="bank" or sampler="isir": that, its drift and the lost side estimated from the
-            keys of the batch (losses/correction.py); keeps a second vector a view.
+            gradient is lost; with sampler="isir" the anchor has it in the key's place.
+            "corrected", with proposals="bank": that, its drift and the lost side estimated from the keys of the batch
+            (losses/correction.py); keeps a second vector a view.
             "recompute": encoded again, each distinct one once; the reference. Waits for a GPU to know what it has to
             encode, as nothing else here does.
         estimator: "states", the one that is left.
@@ -85,8 +99,8 @@ class EMC2Loss(SampledLoss):
         sharded: each process keeps chains and bank of a block of items only, and asks the others for the rest. For
             proposals="batch", and gather="all" or "ring".
 
-    State: ``chains``, ``bank``, ``step``, and with carry="corrected" ``batch_means``, are in ``state_dict``. They
-    change in training mode only.
+    State: ``chains``, ``bank``, ``step``, with carry="corrected" ``batch_means``, and with sampler="isir" and kept keys
+    ``drift`` and ``recent``, the queue, are in ``state_dict``. They change in training mode only.
 
     Warns:
         UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
@@ -103,11 +117,12 @@ class EMC2Loss(SampledLoss):
         dim: int,
         *,
         temperature: float = 0.07,
-        sampler: str = "mh",
+        sampler: str = "auto",
         proposals: str = "batch",
-        views: str = "one",
+        views: str = "auto",
+        queue: int | None = None,
         num_proposals: int | None = None,
-        burn_in: float = BURN_IN,
+        burn_in: float | None = None,
         num_samples: int | None = None,
         carry: str = "auto",
         estimator: str = "states",
@@ -121,22 +136,27 @@ class EMC2Loss(SampledLoss):
         bank_dtype: torch.dtype = torch.bfloat16,
         backend: str = "auto",
     ) -> None:
+        sampler = resolved_sampler(sampler, proposals, burn_in, num_samples)
         carry = resolved_carry(carry, proposals, sampler)
         check_estimator(estimator)
-        check_proposals(proposals, num_proposals, num_samples, views, bimodal)
-        check_ranks(gather, sharded, proposals, carry)
+        views = resolved_views(views, sampler, proposals, bimodal)
+        queue = resolved_queue(queue, sampler, carry)
+        check_proposals(proposals, num_proposals, num_samples)
+        check_ranks(gather, sharded, proposals)
         super().__init__(
             num_items, dim, temperature=temperature, carry=carry, encode=encode, gather=gather,
             process_group=process_group, seed=seed, bimodal=bimodal, normalize=normalize, bank_dtype=bank_dtype,
             backend=backend, sharded=sharded,
         )  # fmt: skip
         warn_uniform_weights(self.temperature, normalize)
-        self.sampler, self.proposals, self.views = sampler, proposals, views
+        self.sampler, self.proposals, self.views, self.queue = sampler, proposals, views, queue
         self.estimator, self.sharded = estimator, sharded
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
         self.burn_in = check_schedule(sampler, burn_in, num_samples)
         self.num_samples = num_samples
         self.chains = ChainStore(num_items, views=2, process_group=process_group, sharded=sharded)
+        self.recent = ItemQueue(num_items, queue) if queue else None
+        self.drift = Staleness() if sampler == "isir" and carry == "cached" else None
         form = sampler, proposals, carry, gather, bimodal
         self._fusable = form == ("mh", "batch", "cached", "none", False)
         if proposals == "bank":
@@ -152,7 +172,7 @@ class EMC2Loss(SampledLoss):
     def forward(
         self, z0: Tensor, z1: Tensor, index: Tensor, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The gradient surrogate of b pairs; in training mode their chains walk on.
+        """The loss of b pairs, with sampler="mh" its gradient surrogate; in training mode their chains move on.
 
         Args:
             z0, z1: (b, dim) embeddings of the two views, float32, bfloat16 or float16.
@@ -163,7 +183,10 @@ class EMC2Loss(SampledLoss):
                 chains that moved), carried_weight (of what chains brought along, in the softmax), negative_similarity
                 (under it), log_partition: the mean over anchors of the log of the estimate of sum exp(s) over all
                 negatives of the data set; too large by about half the relative variance of the estimate's inverse.
-                That less the mean s+ is the global loss.
+                That less the mean s+ is the global loss. And, but for carry="recompute", staleness: 0 where kept
+                embeddings of the anchors' positives score as high as fresh ones, 1 where no higher than the batch's
+                negatives, over the last ten batches or so; NaN before any item has come twice, and where positives are
+                no more alike than negatives. Below 0.2 what is kept is a candidate.
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; chains and bank are unchanged.
@@ -184,46 +207,46 @@ class EMC2Loss(SampledLoss):
         shards = batch_shards(self, z0, index, **form)
         keys = batch_keys(anchors, shards, self.gather)
         step = self._resample if self.sampler == "isir" else self._walk_and_average
-        loss, state, stats = step(anchors, keys, shards, options)
+        loss, state, stats, drift = step(anchors, keys, shards, options)
         if self.training:
-            self._update_all(anchors, keys, state, shards)
+            self._update_all(anchors, keys, state, drift, shards)
         return (loss, stats) if return_stats else loss
 
     def _walk_and_average(
         self, anchors: Anchors, keys: Keys, shards: Shards | None, options: WalkOptions
-    ) -> tuple[Tensor, MHState, dict[str, Tensor]]:
-        """The surrogate, the chains afterwards and, if asked for, statistics."""
+    ) -> tuple[Tensor, MHState, dict[str, Tensor], None]:
+        """The surrogate, the chains afterwards and, if asked for, statistics; and nothing more to keep."""
         walked = self._walk(anchors, keys, options)
         with confirm_on_all(self, anchors.embeddings, encodes=self.carry == "recompute"):
             loss, negatives = self._surrogate(anchors, keys, walked.samples, shards)
         if not options.return_accepts:
-            return loss, walked.state, {}
+            return loss, walked.state, {}, None
         stats = self._stats(anchors, (anchors.embeddings.detach() * negatives).sum(1))
-        return loss, walked.state, stats | {"acceptance": walked.acceptance, "carry_share": walked.carry_share}
+        stats |= {"acceptance": walked.acceptance, "carry_share": walked.carry_share}
+        return loss, walked.state, stats, None
 
     def _resample(
         self, anchors: Anchors, keys: Keys, shards: Shards | None, options: WalkOptions
-    ) -> tuple[Tensor, MHState, dict[str, Tensor]]:
-        """The same with all candidates at once."""
+    ) -> tuple[Tensor, MHState, dict[str, Tensor], Tensor | None]:
+        """The same with all candidates at once; and the drift to keep, see ``Kept``."""
         (key,) = self.chains.rows(anchors.labels, "key")
-        encode = self.encode if self.carry == "recompute" else None
-        means = None
-        if self.carry == "corrected":
-            means = MeansThenAndNow(self.batch_means, batch_means(keys, self.bimodal))
-        with confirm_on_all(self, anchors.embeddings, encodes=encode is not None):
-            carried = bring_along(anchors, key, self.bank, options, encode, self.normalize, means)
-            self._checked(carried.similarity)
-        resampled = resample(anchors, carried, keys, options)
+        of_chains = anchors, key, self.bank, options
+        if self.carry == "recompute":
+            with confirm_on_all(self, anchors.embeddings, encodes=True):
+                kept = encode_along(*of_chains, self.encode, self.normalize)
+                self._checked(kept.carried.similarity)
+        else:
+            kept = bring_along(*of_chains, self.recent, self.drift, _batch_items(keys), shards)
+            with confirm_on_all(self, anchors.embeddings):
+                self._checked(kept.carried.similarity)
+        resampled = resample(anchors, kept, keys, options)
         with confirm_on_all(self, anchors.embeddings):
             factor = 1.0 if shards is None else shards.ddp_factor
-            loss = mean_loss(anchors, carried, resampled, options, factor)
-            if means is not None:
-                loss = loss + factor * lost_side(resampled, carried, options)
-            loss = self._checked(loss)
+            loss = self._checked(mean_loss(anchors, kept, resampled, options, factor))
         if not options.return_accepts:
-            return loss, resampled.state, {}
-        stats, similarity = resampled_stats(resampled, carried, self.num_items, options)
-        return loss, resampled.state, self._stats(anchors, similarity) | stats
+            return loss, resampled.state, {}, kept.drift
+        stats, similarity = resampled_stats(resampled, kept, self.num_items, options)
+        return loss, resampled.state, self._stats(anchors, similarity) | stats, kept.drift
 
     def _walk(self, anchors: Anchors, keys: Keys, options: WalkOptions) -> Walked:
         """A step of the anchors' chains; changes nothing of what is kept."""
@@ -255,7 +278,9 @@ class EMC2Loss(SampledLoss):
         return made.value, stats | {"acceptance": acceptance, "carry_share": (result.samples < 0).float().mean()}
 
     @torch.no_grad()
-    def _update_all(self, anchors: Anchors, keys: Keys, state: MHState, shards: Shards | None) -> None:
+    def _update_all(
+        self, anchors: Anchors, keys: Keys, state: MHState, drift: Tensor | None, shards: Shards | None
+    ) -> None:
         """Writes what all ranks have found, in the order in which one process would: the last duplicate wins.
 
         Args:
@@ -276,6 +301,10 @@ class EMC2Loss(SampledLoss):
         else:
             known = {"distinct": anchors.distinct, "finite": anchors.finite}
             self._update(anchors.labels, anchors.embeddings, state, only=finite, **known)
+        if drift is not None:
+            self.drift.put_sums(drift, finite)
+        if self.recent is not None:
+            self.recent.push(_batch_items(keys), only=finite)
         if self.carry == "corrected":
             self.batch_means.update(keys.labels, keys, self.bimodal, self.bank, self.step, **known)
         self.step.add_(1 if finite is None else finite)
@@ -312,7 +341,13 @@ class EMC2Loss(SampledLoss):
     def extra_repr(self) -> str:
         samples = "min(16, M - P)" if self.num_samples is None else self.num_samples
         schedule = f"burn_in={self.burn_in}, num_samples={samples}, " if self.sampler == "mh" else ""
+        queue = f"queue={self.queue}, " if self.sampler == "isir" else ""
         return (
             f"temperature={self.temperature}, sampler={self.sampler!r}, proposals={self.proposals!r}, "
-            f"views={self.views!r}, {schedule}carry={self.carry!r}, bimodal={self.bimodal}, seed={self.seed}"
+            f"views={self.views!r}, {schedule}{queue}carry={self.carry!r}, bimodal={self.bimodal}, seed={self.seed}"
         )
+
+
+def _batch_items(keys: Keys) -> Tensor:
+    """(B,) of the whole batch, of all ranks."""
+    return keys.items[: keys.items.shape[0] // 2]

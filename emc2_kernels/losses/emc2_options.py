@@ -12,8 +12,10 @@ SAMPLERS = ("mh", "isir")
 CARRIES = {
     ("mh", "batch"): ("cached", "recompute"),
     ("mh", "bank"): ("corrected", "recompute"),
-    ("isir", "batch"): ("cached", "recompute", "corrected"),
+    ("isir", "batch"): ("cached", "recompute"),
 }
+QUEUE = 16  # items; in docs/choosing.md more of them gain at batches of 4 and cost at 32
+MAX_QUEUE = 2**24
 PROPOSALS = ("batch", "bank")
 BURN_IN = 0.5
 
@@ -25,13 +27,21 @@ DELETED_CARRIES = {
 DELETED_PAIRS = {
     ("mh", "bank", "cached"): "training from scratch collapses, all embeddings to one point",
     ("mh", "batch", "corrected"): "it trains no better than carry='cached', which keeps half as much",
+    ("isir", "batch", "corrected"): "carry='cached' has less bias and less noise, and keeps half as much",
 }
 
 
-def resolved_carry(carry: Any, proposals: Any, sampler: Any) -> str:
-    """ "auto" is what trains best of those that encode nothing again."""
-    checks.one_of("sampler", sampler, SAMPLERS)
+def resolved_sampler(sampler: Any, proposals: Any, burn_in: Any, num_samples: Any) -> str:
+    """ "auto" is what trains best, and the walk where something is asked of it."""
+    checks.one_of("sampler", sampler, ("auto", *SAMPLERS))
     checks.one_of("proposals", proposals, PROPOSALS)
+    if sampler != "auto":
+        return sampler
+    return "isir" if proposals == "batch" and burn_in is None and num_samples is None else "mh"
+
+
+def resolved_carry(carry: Any, proposals: str, sampler: str) -> str:
+    """ "auto" is what trains best of those that encode nothing again."""
     if (sampler, proposals) not in CARRIES:
         raise ValueError(f'proposals must be "batch" with sampler="{sampler}", got {proposals!r}')
     legal = CARRIES[sampler, proposals]
@@ -49,12 +59,13 @@ def resolved_carry(carry: Any, proposals: Any, sampler: Any) -> str:
 
 def check_schedule(sampler: str, burn_in: Any, num_samples: Any) -> float:
     """The share of burn-in; i-SIR has no walk that it could be one of."""
-    burn_in = checks.number_in("burn_in", burn_in, 0, 1, open_high=True)
-    for name, value, default in (("burn_in", burn_in, BURN_IN), ("num_samples", num_samples, None)):
-        if sampler != "mh" and value != default:
+    if burn_in is not None:
+        burn_in = checks.number_in("burn_in", burn_in, 0, 1, open_high=True)
+    for name, value in (("burn_in", burn_in), ("num_samples", num_samples)):
+        if sampler != "mh" and value is not None:
             expected = f'left out with sampler="{sampler}", which walks over no proposals'
             raise ValueError(f"{name} must be {expected}, got {checks.shown(value)}")
-    return burn_in
+    return BURN_IN if burn_in is None else burn_in
 
 
 def check_estimator(estimator: Any) -> None:
@@ -65,8 +76,32 @@ def check_estimator(estimator: Any) -> None:
     checks.one_of("estimator", estimator, ("states",))
 
 
-def check_proposals(proposals: str, num_proposals: Any, num_samples: Any, views: Any, bimodal: bool) -> None:
-    checks.one_of("views", views, ("one", "both"))
+def resolved_views(views: Any, sampler: str, proposals: str, bimodal: bool) -> str:
+    """ "auto" is both where the law is exact with both."""
+    checks.one_of("views", views, ("auto", "one", "both"))
+    alone = 'proposals="bank", which draws from both' if proposals == "bank" else "bimodal=True" if bimodal else None
+    if views == "both" and alone:
+        raise ValueError(f'views must be "one" with {alone}, got {views!r}')
+    if views == "auto":
+        return "both" if sampler == "isir" and alone is None else "one"
+    return views
+
+
+def resolved_queue(queue: Any, sampler: str, carry: str) -> int:
+    """How many items of the latest batches are candidates."""
+    kept = sampler == "isir" and carry == "cached"
+    if queue is None:
+        return QUEUE if kept else 0
+    queue = checks.at_least("queue", queue, 0)
+    if queue > MAX_QUEUE:
+        raise ValueError(f"queue must be at most 2^24, got {queue}")
+    if queue > 0 and not kept:
+        expected = '0 with carry="recompute"' if sampler == "isir" else 'left out with sampler="mh"'
+        raise ValueError(f"queue must be {expected}, got {queue}")
+    return queue
+
+
+def check_proposals(proposals: str, num_proposals: Any, num_samples: Any) -> None:
     if num_samples is not None:
         checks.at_least("num_samples", num_samples, 1)
     if proposals == "batch" and num_proposals is not None:
@@ -74,12 +109,9 @@ def check_proposals(proposals: str, num_proposals: Any, num_samples: Any, views:
         raise ValueError(f'num_proposals must be None with proposals="batch", whose keys are it, got {got}')
     if num_proposals is not None:
         checks.at_least("num_proposals", num_proposals, 1)
-    if views == "both" and (proposals == "bank" or bimodal):
-        case = 'proposals="bank", which draws from both' if proposals == "bank" else "bimodal=True"
-        raise ValueError(f'views must be "one" with {case}, got {views!r}')
 
 
-def check_ranks(gather: Any, sharded: Any, proposals: str, carry: str) -> None:
+def check_ranks(gather: Any, sharded: Any, proposals: str) -> None:
     """A ring has keys one rank after another; a sharded store has a few rows of other ranks' and no whole table."""
     checks.one_of("gather", gather, GATHERS)
     checks.boolean("sharded", sharded)
@@ -88,5 +120,3 @@ def check_ranks(gather: Any, sharded: Any, proposals: str, carry: str) -> None:
     if sharded and (proposals != "batch" or gather == "none"):
         expected = 'proposals="batch" and gather="all" or "ring"'
         raise ValueError(f"sharded=True needs {expected}, got {proposals!r} and {gather!r}")
-    if carry == "corrected" and (gather == "ring" or sharded):  # whose keys' means no rank has
-        raise ValueError(f'carry must not be "corrected" with gather="ring" or sharded=True, got {carry!r}')
