@@ -16,6 +16,7 @@ from typing import NamedTuple
 AGREED = 4 * 8  # rows of a rank, and what ranks make sure to have in common
 ID, KEY, SCORE = 8, 8, 4
 WRITTEN_AT = 8
+QUEUE = 16  # items that i-SIR has beside a batch's
 LOSSES = ("ntxent", "clip", "emc2")
 
 
@@ -52,10 +53,12 @@ def bytes_sent(loss: str, gather: str, batch: Batch, *, sharded: bool = False, k
         forward = batch.others * (AGREED + batch.embeddings + ids)
         return Bytes(forward, batch.others * (batch.embeddings + ids) + sums)
     states = 2 * batch.pairs * (KEY + SCORE)
-    keys = batch.embeddings  # a ring: one view's, twice
-    if loss == "isir" and gather == "ring":  # once, with their ids
-        keys = batch.embeddings // 2 + ids // 2
+    keys, sums = batch.embeddings, batch.embeddings // 2  # a ring: one view's, twice
+    if loss == "isir" and gather == "ring":  # both views', once, with their ids
+        keys, sums = batch.embeddings + ids, batch.embeddings
     forward = batch.others * (AGREED + ids // 2 + keys)
+    if loss == "isir":
+        forward += batch.others * (2 * batch.dim + 3) * 4  # of how stale is what is kept
     if sharded:
         forward += bytes_exchanged(loss, batch, kept)
     elif gather == "all":
@@ -65,21 +68,24 @@ def bytes_sent(loss: str, gather: str, batch: Batch, *, sharded: bool = False, k
     if gather == "all":
         return Bytes(forward, batch.others * batch.embeddings)
     again = batch.others * keys if loss == "isir" else 0  # EMC2's gradient of what was sampled needs no keys
-    return Bytes(forward, again + batch.ranks * batch.embeddings // 2 if batch.others else 0)
+    return Bytes(forward, again + batch.ranks * sums if batch.others else 0)
 
 
 def bytes_exchanged(loss: str, batch: Batch, kept: int) -> float:
     """Bytes to and from owners of items that are uniform draws, in the mean over ranks: 2b anchors' chains and what
-    they sit on are read, and chains and embeddings are written.
+    they sit on are read, and chains and embeddings are written. i-SIR reads both views of that, the anchors' own and
+    the queue's.
 
     Args:
         kept: bytes of a number in the bank.
     """
     row = kept * batch.dim + WRITTEN_AT
-    read = ID + KEY + (SCORE if loss == "emc2" else 0) + ID + row
+    read, queue = ID + KEY + SCORE + ID + row, 0
+    if loss == "isir":
+        read, queue = ID + KEY + 3 * (ID + row), 2 * QUEUE * (ID + row)
     written = ID + KEY + SCORE + ID + row
     counts = 4 * 2 * 8 * batch.others  # with what ranks make sure of
-    return 2 * batch.pairs * batch.others / batch.ranks * (read + written) + counts
+    return batch.others / batch.ranks * (2 * batch.pairs * (read + written) + queue) + counts
 
 
 def bytes_stored(items: float, dim: int, ranks: int = 1, kept: int = 2) -> float:
@@ -106,7 +112,7 @@ class Machine:
     def compute(self, loss: str, batch: Batch) -> float:
         """Seconds of a rank's products: NT-Xent's and CLIP's forward pass has one, and their backward pass three."""
         rows, keys = 2 * batch.pairs, 2 * batch.pairs * batch.ranks
-        products = {"ntxent": 4, "clip": 2, "emc2": 0.5, "isir": 2}[loss]  # of all rows with all keys, of two views
+        products = {"ntxent": 4, "clip": 2, "emc2": 0.5, "isir": 4}[loss]  # of all rows with all keys, of two views
         return products * 2 * rows * keys * batch.dim / self.flops
 
     def seconds(self, loss: str, gather: str, batch: Batch, **options: float) -> float:

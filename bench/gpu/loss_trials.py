@@ -80,7 +80,7 @@ def snapshot(loss: EMC2Loss) -> dict[str, Tensor]:
 
 def make_loss(items: int, d: int, backend: str, device: torch.device) -> EMC2Loss:
     """With defaults but for the seed, whose highest bits count, too."""
-    return EMC2Loss(items, d, temperature=TEMPERATURE, seed=SEED, backend=backend).to(device)
+    return EMC2Loss(items, d, sampler="mh", temperature=TEMPERATURE, seed=SEED, backend=backend).to(device)
 
 
 def check_fused(loss: EMC2Loss, batch: Batch) -> None:

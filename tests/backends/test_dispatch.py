@@ -149,10 +149,10 @@ def test_draws_from_the_softmax_go_to_triton_on_a_gpu_and_to_the_core_on_a_cpu(o
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_backend_of_another_device_says_nothing_of_dtypes_that_nobody_has_passed(dtype):
-    """EMC2's first call is for the coin of the items, which are int64."""
+    """The first call of EMC2's walk is for the coin of the items, which are int64."""
     z0, z1 = torch.randn(2, 3, 4).to(dtype)
     with pytest.raises(ValueError, match="^backend 'cuda' takes cuda tensors of [^:]*, got tensors on cpu:"):
-        losses.EMC2Loss(5, 4, backend="cuda")(z0, z1, torch.arange(3))
+        losses.EMC2Loss(5, 4, sampler="mh", backend="cuda")(z0, z1, torch.arange(3))
 
 
 def test_a_dtype_that_a_backend_does_not_take_is_named():

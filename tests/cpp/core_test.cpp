@@ -465,9 +465,14 @@ void bad_values_are_refused() {
     params.num_keys = 2, params.num_carried = own, params.first_key = first_key;
     CHECK(refuses([&] { emc2::isir_step(params); }), "%lld candidates, first key %lld are taken", own, first_key);
   }
-  const float law[] = {0.0f, kInfinity};
-  const emc2::ScoreParams infinite{1, 2, 1.0f, nullptr, 0, nullptr, nullptr, nullptr, law};
-  CHECK(refuses([&] { emc2::require_scores(infinite); }), "an infinite law is taken");
+  for (const float value : {0.0f, kInfinity, -kInfinity, std::nanf("")}) {
+    const float law[] = {0.0f, value};
+    const emc2::ScoreParams scores{1, 2, 1.0f, nullptr, 0, nullptr, nullptr, nullptr, law};
+    CHECK(refuses([&] { emc2::require_scores(scores); }) == !(value >= 0), "a law of %g", value);
+    emc2::Walk walk{};
+    static_cast<emc2::Schedule&>(walk) = legal, static_cast<emc2::ScoreParams&>(walk) = scores;
+    CHECK(refuses([&] { emc2::require_walk(walk); }) == !(value == 0), "a walk's law of %g", value);
+  }
 }
 
 }  // namespace

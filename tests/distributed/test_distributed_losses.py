@@ -27,6 +27,8 @@ def assert_equal_to_one_process(found, case):
             assert errors[what] <= 1e-6, (rank, what)
         assert not (case.exact and errors["others"]), f"rank {rank}: other bits in {errors['others']}"
         assert errors["unchanged"], f"rank {rank}: an evaluation wrote"
+        assert errors["alike"], f"rank {rank}: another staleness"
+        assert errors["carried"] is None or errors["carried"] > 0
 
 
 @pytest.mark.parametrize(("size", "case"), [(size, case) for size in ranks.SIZES for case in rank_losses.cases(size)])
@@ -66,7 +68,7 @@ def test_every_combination_of_options_matches_one_process_or_is_refused(over_ran
 def test_wrapped_models_train_as_one_process(over_ranks, size, case):
     for errors in over_ranks(size, case):
         assert errors["gradient"] <= 1e-6
-        assert errors["state"] <= 1e-6
+        assert errors["state"] <= (3e-6 if "isir" in case else 1e-6)  # staleness is of small differences
 
 
 @SEVERAL

@@ -26,7 +26,8 @@ IDS = ("query_ids", "carried_ids")
 
 
 def problem(n, m, d, dtype, count=1):
-    """Operands and what rows bring along, a fifth of it nothing; ids exclude some keys, and keys have a law."""
+    """Operands and what rows bring along, a fifth of it nothing; ids exclude some keys, and keys have a law, by which
+    some are none."""
     options = {
         "chain_ids": torch.randint(0, 2**40, (n,), generator=generator(1)),
         "query_ids": torch.randint(0, 9, (n,), generator=generator(2)),
@@ -35,6 +36,7 @@ def problem(n, m, d, dtype, count=1):
         "key_labels": torch.randint(0, 2**60, (m,), generator=generator(5)),
         "log_proposal": torch.randn(m, generator=generator(6)),
     }
+    options["log_proposal"][5::13] = torch.inf
     score = torch.randn(n, count, generator=generator(7)) + 4
     for place, nothing in zip(range(3, n * count, 5), itertools.cycle((torch.nan, torch.inf, -torch.inf))):
         score.view(-1)[place] = nothing

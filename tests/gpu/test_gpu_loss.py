@@ -22,9 +22,11 @@ def test_equals_the_cpu(device, backend, options):
             assert_equal_bits(kept[name], wanted_kept[name])
         torch.testing.assert_close(kept["chains.score"], wanted_kept["chains.score"], rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(kept["bank.embeddings"], wanted_kept["bank.embeddings"], rtol=1e-5, atol=1e-6)
+        if "drift.sums" in kept:
+            torch.testing.assert_close(kept["drift.sums"], wanted_kept["drift.sums"], rtol=1e-4, atol=1e-3)
         assert relative_rms(gradient, wanted_gradient) <= 1e-5
         assert value == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-        assert stats == pytest.approx(wanted_stats, rel=1e-4, abs=1e-5)
+        assert stats == pytest.approx(wanted_stats, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
 @EACH_SAMPLER

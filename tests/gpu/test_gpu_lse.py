@@ -67,7 +67,7 @@ LOSSES = {
     "ntxent": NTXentLoss,
     "sogclr": lambda **o: SogCLRLoss(100, **o),
     "emc2 from the bank": lambda **o: EMC2Loss(100, 64, proposals="bank", carry="corrected", **o),
-    "emc2 by i-SIR": lambda **o: EMC2Loss(100, 64, sampler="isir", views="both", carry="corrected", **o),
+    "emc2 by i-SIR": lambda **o: EMC2Loss(100, 64, sampler="isir", **o),
 }
 
 

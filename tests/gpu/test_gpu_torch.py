@@ -220,7 +220,7 @@ device = torch.device("cuda")
 four = torch.ones(4, dtype=torch.int64, device=device)
 queries, keys = torch.randn(64, 16, device=device), torch.randn(32, 16, device=device)
 state = emc2.init_state(64, device)
-loss = emc2.losses.EMC2Loss(100, 16, backend={backend!r}).to(device)
+loss = emc2.losses.EMC2Loss(100, 16, sampler="mh", backend={backend!r}).to(device)
 def step(**changes):
     options = {{"temperature": 1.0, "seed": 0, "step": 0, "backend": {backend!r}}} | changes
     return emc2.mh_step(queries, keys, state, **options)

@@ -2,13 +2,33 @@
 
 import pytest
 import torch
-from helpers import assert_identical, assert_unchanged, named_error, normal, relative_rms, snapshot
-from slow_isir import SlowISIR
+from helpers import RUNNABLE, assert_identical, assert_unchanged, named_error, normal, relative_rms, snapshot
+from slow_isir import MEMORY, SlowISIR
 from slow_losses import DIM, DTYPES, ITEMS, B, assert_statistics, value_and_gradients
 from test_losses import Table, shuffled_batches
 
 from emc2_kernels import MHState, isir_step, rng
-from emc2_kernels.losses import EMC2Loss
+from emc2_kernels.losses import EMC2Loss, staleness
+
+
+class Pairs(Table):
+    """Whose two views of an item are alike; each row is augmented a little. After some steps, all of it is another."""
+
+    def __init__(self, dtype=torch.float32, jumps=()):
+        super().__init__(dtype)
+        self.jumps = jumps
+        with torch.no_grad():
+            self.weight[:, 1] = self.weight[:, 0] + 0.5 * self.weight[:, 1]
+
+    def pair(self, index):
+        scales = torch.ones(len(index), DIM, dtype=self.weight.dtype)
+        scales[range(len(index)), [row % DIM for row in range(len(index))]] = 0.5  # exact in half precision
+        return tuple(self.weight[index, view] * scales for view in (0, 1))
+
+    def drift(self, seed):
+        with torch.no_grad():
+            change = normal(100 + seed, ITEMS, 1, DIM, dtype=self.weight.dtype)
+            self.weight += change - self.weight[:, :1] if seed in self.jumps else 0.1 * change
 
 
 def make(encode=None, **options):
@@ -16,13 +36,13 @@ def make(encode=None, **options):
     return EMC2Loss(ITEMS, DIM, sampler="isir", **(sizes | options), encode=encode)
 
 
-def assert_equals_the_slow_one(batches, dtype=torch.float32, **options):
+def assert_equals_the_slow_one(batches, dtype=torch.float32, jumps=(), memory=MEMORY, backend="auto", **options):
     """Value, gradient of the table, statistics and what is kept, at every step of a table that drifts. Returns the slow
     loss and the largest share that anything carried had."""
-    table, exact = Table(dtype), Table(torch.float64)
+    table, exact = Pairs(dtype, jumps), Pairs(torch.float64)
     recompute = options.get("carry") == "recompute"
-    fast = make(table if recompute else None, **options)
-    slow = SlowISIR(num_items=ITEMS, **options, encode=lambda item, view: exact.weight[item, view])
+    fast = make(table if recompute else None, backend=backend, **options)
+    slow = SlowISIR(num_items=ITEMS, **options, memory=memory, encode=lambda item, view: exact.weight[item, view])
     heaviest = 0.0
     for step, index in enumerate(batches):
         exact.load_state_dict(table.state_dict())
@@ -49,58 +69,91 @@ def assert_equals_the_slow_one(batches, dtype=torch.float32, **options):
 
 
 FORMS = [{"views": "one"}, {"views": "both"}, {"bimodal": True}]
+KEEPS = [{"queue": 0}, {"queue": 4}, {"queue": 2 * ITEMS}, {"carry": "recompute"}]  # the third has room for all items
+KEPT = KEEPS[:3]
 
 
-@pytest.mark.parametrize("carry", ["cached", "recompute", "corrected"])
+def has_queue(keeps):
+    return keeps.get("queue", 0) > 0
+
+
+@pytest.mark.parametrize("keeps", KEEPS, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_it_is_the_slow_one(form, carry):
-    slow, heaviest = assert_equals_the_slow_one(shuffled_batches(), carry=carry, **form)
+def test_it_is_the_slow_one(form, keeps):
+    slow, heaviest = assert_equals_the_slow_one(shuffled_batches(), **form, **keeps)
     assert slow.replaced > 20 and heaviest > 0.1  # else replacement and carry were hardly tried
+    assert (slow.queued > 100) == (slow.replaced_of_queue > 20) == has_queue(keeps)
+    assert all(slow.steady[3:])
+
+
+# A memory, steps after which all is another, and how often the gate shuts and opens again.
+TURNS = [(0.5, range(4, 36, 5), 4), (MEMORY, (*range(6, 10), *range(28, 32)), 2)]
+
+
+@pytest.mark.parametrize(("memory", "jumps", "times"), TURNS, ids=["short", "long"])
+@pytest.mark.parametrize("keeps", KEPT, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_where_what_is_kept_becomes_stale_it_is_the_slow_one(form, keeps, memory, jumps, times, monkeypatch):
+    """And where it is steady again."""
+    monkeypatch.setattr(staleness, "MEMORY", memory)
+    slow, _ = assert_equals_the_slow_one(shuffled_batches(), jumps=jumps, memory=memory, **form, **keeps)
+    turns = [now for before, now in zip(slow.steady, slow.steady[1:], strict=False) if before != now]
+    assert turns.count(True) >= times and turns.count(False) >= times
+    assert (slow.queued > 0) == has_queue(keeps)
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_on_every_backend_it_is_the_slow_one(backend):
+    slow, _ = assert_equals_the_slow_one(shuffled_batches(5, steps=6), backend=backend, queue=5)
+    assert slow.queued > 50 and slow.replaced_of_queue > 0
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("form", "carry"), [(FORMS[0], "cached"), (FORMS[1], "recompute"), (FORMS[2], "corrected")], ids=str
+    ("form", "keeps"), [(FORMS[0], KEEPS[1]), (FORMS[1], KEEPS[3]), (FORMS[1], KEEPS[2]), (FORMS[2], KEEPS[0])], ids=str
 )
-def test_in_half_precision_it_is_the_slow_one(form, carry, dtype):
-    assert_equals_the_slow_one(shuffled_batches(4), dtype, carry=carry, **form)
+def test_in_half_precision_it_is_the_slow_one(form, keeps, dtype):
+    assert_equals_the_slow_one(shuffled_batches(4), dtype, **form, **keeps)
 
 
 @pytest.mark.parametrize(
     "options",
     [
+        {},
         {"seed": 2**64 - 1},
         {"temperature": 0.05},
         {"temperature": 2.0, "views": "both"},
-        {"temperature": 0.05, "bimodal": True, "carry": "corrected"},
+        {"temperature": 0.05, "bimodal": True, "queue": 3},
         {"bank_dtype": torch.bfloat16},
-        {"bank_dtype": torch.float16, "views": "both", "carry": "corrected"},
+        {"bank_dtype": torch.float16, "views": "one", "queue": 1},
         {"bank_dtype": torch.bfloat16, "bimodal": True, "carry": "recompute"},
     ],
     ids=str,
 )
 def test_options_mean_what_they_say(options):
     slow, _ = assert_equals_the_slow_one(shuffled_batches(1), **options)
-    assert slow.replaced > 0
+    assert slow.replaced > 0 and (slow.queued > 0) == (options.get("carry") != "recompute")
 
 
-@pytest.mark.parametrize("carry", ["cached", "recompute", "corrected"])
+@pytest.mark.parametrize("keeps", KEEPS, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_items_that_come_twice(form, carry):
-    """All rows of an item are its own, all keys of the carried item are replaced, and the last row is kept."""
+def test_items_that_come_twice(form, keeps):
+    """All rows of an item are its own, all keys of the carried item are replaced, and the last row is kept; in the
+    queue an item is once."""
     batches = [torch.tensor(batch) for batch in ([3, 1, 3, 0], [1, 1, 2, 3], [5, 3, 5, 3], [0, 1, 0, 2], [3, 3, 3, 1])]
-    slow, _ = assert_equals_the_slow_one(batches * 7, carry=carry, **form)
-    assert slow.replaced > 20
+    slow, _ = assert_equals_the_slow_one(batches * 7, **form, **keeps)
+    assert slow.replaced > 20 and (slow.queued > 20) == has_queue(keeps)
 
 
+@pytest.mark.parametrize("keeps", KEPT, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_batches_of_other_sizes_follow_each_other(form):
-    """One item alone among them, first before it has been seen and then with nothing but what it carries."""
+def test_batches_of_other_sizes_follow_each_other(form, keeps):
+    """One item alone among them, first before it has been seen and then with nothing but what is kept."""
     sizes = [1, 2, 9, 1, 5, 12, 3, 1] * 4
-    slow, heaviest = assert_equals_the_slow_one(
-        [shuffled_batches(step, size, 1)[0] for step, size in enumerate(sizes)], **form
-    )
-    assert heaviest == pytest.approx(1)
+    batches = [shuffled_batches(step, size, 1)[0] for step, size in enumerate(sizes)]
+    slow, heaviest = assert_equals_the_slow_one(batches, **form, **keeps)
+    assert (slow.queued > 0) == has_queue(keeps)
+    assert (heaviest == pytest.approx(1)) == (not has_queue(keeps))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -137,11 +190,11 @@ def test_at_the_first_visit_the_value_is_the_log_sum_exp_over_the_batch_less_the
     assert relative_rms(gradient, expected_gradient) <= 1e-5
 
 
-@pytest.mark.parametrize("carry", ["cached", "corrected", "recompute"])
+@pytest.mark.parametrize("keeps", KEEPS, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_evaluation_changes_nothing_and_gives_the_value_of_the_next_training_call(form, carry):
-    table = Table()
-    loss = make(table, carry=carry, **form)
+def test_evaluation_changes_nothing_and_gives_the_value_of_the_next_training_call(form, keeps):
+    table = Pairs()
+    loss = make(table, **form, **keeps)
     for index in shuffled_batches(2, steps=8):
         loss(*table.pair(index), index)
     before, index = snapshot(loss), shuffled_batches(3, steps=1)[0]
@@ -150,6 +203,7 @@ def test_evaluation_changes_nothing_and_gives_the_value_of_the_next_training_cal
     assert_unchanged(loss, before)
     assert_identical(loss.train()(*table.pair(index), index, return_stats=True), evaluated[0])
     assert loss.step == before["step"] + 1 and not torch.equal(loss.chains.key, before["chains.key"])
+    assert loss.recent is None or not torch.equal(loss.recent.items, before["recent.items"])
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -184,6 +238,36 @@ def test_a_similarity_with_what_is_carried_that_overflows_is_an_error(views):
     with named_error(ValueError, "the similarities of z0 and z1 must be finite"):
         loss(z0, z1, index)
     assert_unchanged(loss, before)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_similarity_with_what_is_kept_that_overflows_is_no_error_where_that_is_stale(form):
+    """What is no candidate has no similarity: value, statistics and what is kept are those without chains and queue."""
+    loss, index = make(normalize=False, **form), torch.arange(4)
+    small = normal(0, 1, 8, DIM) + 0.3 * normal(1, 2, 8, DIM)
+    for some in (index, index + 4):
+        loss(*small[:, some], some)
+    assert (loss.chains.key.view(-1, 2)[:4] >= 0).all()
+    loss.bank.embeddings[8:16] *= 1e30  # the queue's
+    loss.chains.key.view(-1, 2)[:4, 0], loss.chains.key.view(-1, 2)[:4, 1] = 9, 10  # the other view's, of items 4 and 5
+    big = small[:, index] * 1e10
+    before = snapshot(loss)
+    without = make(normalize=False, **form)
+    without.load_state_dict(before)
+    without.chains.key.fill_(-1)
+    without.chains.score.fill_(-torch.inf)
+    without.recent.items.fill_(-1)
+    for each in (loss, without):
+        each.drift.sums.copy_(torch.tensor([1e30, 1.0]))
+    found, expected = (each.eval()(*big, index, return_stats=True) for each in (loss, without))
+    assert found[0].isfinite() and found[1]["carried_weight"] == 0
+    assert_identical(found, expected)
+    loss.train()(*big, index)
+    assert loss.step == before["step"] + 1
+    loss.load_state_dict(before)
+    loss.drift.sums.copy_(torch.tensor([-1e30, 1.0]))
+    with named_error(ValueError, "the similarities of z0 and z1 must be finite"):
+        loss(*big, index)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -260,8 +344,9 @@ def test_at_fixed_parameters_the_statistic_and_the_mean_gradient_approach_those_
 
 def test_it_shows_what_it_has():
     """A sampler without a walk has no burn-in and no samples."""
-    shown = repr(make(views="both", carry="corrected"))
-    assert "sampler='isir'" in shown and "carry='corrected'" in shown
+    shown = repr(make(queue=5))
+    assert "sampler='isir', proposals='batch', views='both', queue=5, carry='cached', " in shown
+    assert "(recent): ItemQueue(size=5)" in shown and "queue=0" in repr(make(queue=0))
     assert "burn_in" not in shown and "num_samples" not in shown
 
 

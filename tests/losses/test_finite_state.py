@@ -11,6 +11,7 @@ from emc2_kernels.stores import table
 
 ITEMS, B, D = 12, 4, 6
 CODE = normal(9, 2 * ITEMS, D)
+HOME = normal(8, ITEMS, D)
 INF, NAN = torch.inf, torch.nan
 
 
@@ -23,12 +24,12 @@ def encode(items, views):
 
 
 LOSSES = {
-    "EMC2": lambda: EMC2Loss(ITEMS, D, carry="cached"),
-    "EMC2, bimodal": lambda: EMC2Loss(ITEMS, D, bimodal=True),
+    "EMC2": lambda: EMC2Loss(ITEMS, D, sampler="mh", carry="cached"),
+    "EMC2, bimodal": lambda: EMC2Loss(ITEMS, D, sampler="mh", bimodal=True),
     "EMC2, both views": lambda: EMC2Loss(ITEMS, D, views="both", burn_in=0.0, bank_dtype=torch.float32),
     "EMC2, i-SIR": lambda: EMC2Loss(ITEMS, D, sampler="isir"),
     "EMC2, i-SIR, bimodal": lambda: EMC2Loss(ITEMS, D, sampler="isir", bimodal=True, bank_dtype=torch.float32),
-    "EMC2, i-SIR, both views, corrected": lambda: EMC2Loss(ITEMS, D, sampler="isir", views="both", carry="corrected"),
+    "EMC2, i-SIR, one view": lambda: EMC2Loss(ITEMS, D, sampler="isir", views="one", queue=5),
     "EMC2, bank": lambda: EMC2Loss(ITEMS, D, proposals="bank", num_proposals=8),
     "EMC2, bank, bimodal": lambda: EMC2Loss(ITEMS, D, proposals="bank", bimodal=True),
     "SogCLR": lambda: SogCLRLoss(ITEMS),
@@ -38,12 +39,14 @@ LOSSES = {
     "cache, refreshed": lambda: CachedSoftmaxLoss(ITEMS, D, encode=encode, refresh=0.1),
     "cache, bimodal": lambda: CachedSoftmaxLoss(ITEMS, D, bimodal=True),
 }
-COMPILED = ["EMC2", "EMC2, i-SIR", "EMC2, i-SIR, both views, corrected", "EMC2, bank", "iSogCLR", "cache"]
+COMPILED = ["EMC2", "EMC2, i-SIR", "EMC2, i-SIR, one view", "EMC2, bank", "iSogCLR", "cache"]
 
 
 def batch(step, cls=torch.Tensor):
-    z = (normal(10 * step + view, B, D).as_subclass(cls).requires_grad_() for view in (0, 1))
-    return *z, torch.randperm(ITEMS, generator=torch.Generator().manual_seed(step))[:B]
+    """Of embeddings that barely move, so that what is kept counts."""
+    index = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(step))[:B]
+    z = (HOME[index] + 0.3 * normal(10 * step + view, B, D) for view in (0, 1))
+    return *(rows.as_subclass(cls).requires_grad_() for rows in z), index
 
 
 def spoilt(step, value, view=0, cls=torch.Tensor):
@@ -74,8 +77,8 @@ def test_a_batch_that_is_not_finite_is_forgotten(name, value):
 
 
 LONG = {
-    "EMC2": lambda: EMC2Loss(ITEMS, D, carry="cached", normalize=False, bank_dtype=torch.float32),
-    "EMC2, i-SIR": lambda: EMC2Loss(ITEMS, D, sampler="isir", views="both", carry="corrected", normalize=False),
+    "EMC2": lambda: EMC2Loss(ITEMS, D, sampler="mh", carry="cached", normalize=False, bank_dtype=torch.float32),
+    "EMC2, i-SIR": lambda: EMC2Loss(ITEMS, D, sampler="isir", normalize=False),
     "EMC2, bank": lambda: EMC2Loss(ITEMS, D, proposals="bank", num_proposals=8, normalize=False),
     "iSogCLR": lambda: SogCLRLoss(ITEMS, individual_temperature=True, normalize=False),
     "cache": lambda: CachedSoftmaxLoss(ITEMS, D, normalize=False),
@@ -133,7 +136,7 @@ def test_the_fused_kernels_forget_it(views, value, monkeypatch):
     surrogate = fused.surrogate
     monkeypatch.setattr(checks, "values_visible", lambda _: False)
     monkeypatch.setattr(fused, "surrogate", lambda *arguments: calls.append(1) or surrogate(*arguments))
-    loss = EMC2Loss(ITEMS, D, views=views, backend="triton")
+    loss = EMC2Loss(ITEMS, D, sampler="mh", views=views, backend="triton")
     for step in range(2):
         loss(*batch(step))
     before = snapshot(loss)
@@ -146,7 +149,7 @@ def test_the_fused_kernels_forget_it(views, value, monkeypatch):
 @pytest.mark.skipif("triton" not in RUNNABLE, reason="Triton cannot run here")
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_an_embedding_that_overflows_in_the_bank_is_not_kept(backend):
-    loss = EMC2Loss(ITEMS, D, temperature=1e6, normalize=False, bank_dtype=torch.float16, backend=backend)
+    loss = EMC2Loss(ITEMS, D, sampler="mh", temperature=1e6, normalize=False, bank_dtype=torch.float16, backend=backend)
     z0, z1, index = (x.detach() for x in batch(0))
     loss(z0, z1, index)
     before = snapshot(loss)

@@ -22,7 +22,9 @@ GRADIENT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 5e-4
 
 
 def make(backend="triton", dim=D, **options):
-    return EMC2Loss(ITEMS, dim, backend=backend, **({"temperature": 0.2, "burn_in": 0.0} | options)).to(DEVICE)
+    return EMC2Loss(
+        ITEMS, dim, backend=backend, **({"temperature": 0.2, "sampler": "mh", "burn_in": 0.0} | options)
+    ).to(DEVICE)
 
 
 def batches(steps=STEPS, b=B, dim=D, dtype=torch.float32):
@@ -285,7 +287,7 @@ def test_which_calls_are_made_here():
     for options in (
         {"carry": "recompute", "encode": encode},
         {"bimodal": True},
-        {"sampler": "isir", "burn_in": 0.5},
+        {"sampler": "isir", "burn_in": None},
         {"proposals": "bank"},
         {"gather": "all"},
     ):

@@ -1,5 +1,5 @@
-"""i-SIR's law, by enumeration: transition matrices over all batches and coins, in float64, whose candidates and weights
-are the library's own; what follows from their detailed balance; and the bugs that would break it.
+"""i-SIR's law, by enumeration: transition matrices over all batches, queues and coins, in float64, whose candidates and
+weights are the library's own; what follows from their detailed balance; and the bugs that would break it.
 
 Candidates and their scores are those that the library gives to its operator, whose draws have tests of
 their own (tests/ops/test_isir_exact.py).
@@ -26,13 +26,24 @@ from emc2_kernels.backends.reference.lse import masked_scores
 from emc2_kernels.distributed.keys import LocalKeys
 from emc2_kernels.losses import EMC2Loss, emc2, emc2_isir
 from emc2_kernels.losses.anchors import Anchors
-from emc2_kernels.losses.emc2_isir import Carried, Resampled
+from emc2_kernels.losses.emc2_isir import Carried, Kept, Resampled
+from emc2_kernels.stores.bank import EmbeddingBank
+from emc2_kernels.stores.queue import ItemQueue
 
 ITEMS, BATCH, DIM, TEMPERATURE = 5, 3, 6, 0.5
 LABELS = torch.arange(2 * ITEMS)
-SETTINGS = {"one": {"views": "one"}, "both": {"views": "both"}, "bimodal": {"bimodal": True}}
+ALONE = {"one": {"views": "one"}, "both": {"views": "both"}, "bimodal": {"bimodal": True}}
+QUEUED = {f"{name}, queue": form | {"queue": 1} for name, form in ALONE.items()}
+SETTINGS = ALONE | QUEUED
+FEW = [*ALONE, "both, queue", "bimodal, queue"]  # where what takes long is tried
 CHAINS, VISITS = 100_000, 16
 ISIR_STEP = ops.isir_step
+
+
+@pytest.fixture(autouse=True)
+def what_is_kept_counts(monkeypatch):
+    """It is as fresh as can be, but views of an item are no more alike than others, which leaves no measure of that."""
+    monkeypatch.setattr(emc2_isir, "is_fresh", lambda sums: torch.ones((), dtype=torch.bool))
 
 
 def unit_table() -> Tensor:
@@ -40,11 +51,21 @@ def unit_table() -> Tensor:
     return functional.normalize(torch.arange(1, 2 * ITEMS * DIM + 1).double().square().sin().view(-1, DIM))
 
 
-def make_loss(setting: str, dtype: torch.dtype = torch.float64, **options) -> EMC2Loss:
+def symmetric_table() -> Tensor:
+    """The same, of items that are alike: any two may be exchanged, and so may the two views, by a rotation of all. So
+    all partition functions are equal."""
+    corners = torch.linalg.svd(torch.eye(ITEMS, dtype=torch.float64) - 1 / ITEMS).U[:, : ITEMS - 1]
+    views = torch.tensor([[1.0, 0.5], [1.0, -0.5]], dtype=torch.float64)
+    both = torch.cat((views.expand(ITEMS, 2, 2), corners[:, None].expand(ITEMS, 2, ITEMS - 1)), 2)
+    return functional.normalize(both.flatten(0, 1))
+
+
+def make_loss(setting: str, dtype: torch.dtype = torch.float64, table: Tensor | None = None, **options) -> EMC2Loss:
     """Its bank holds the table."""
-    options |= {"temperature": TEMPERATURE, "sampler": "isir", "bank_dtype": dtype, **SETTINGS[setting]}
+    table = unit_table() if table is None else table
+    options |= {"temperature": TEMPERATURE, "sampler": "isir", "bank_dtype": dtype, "queue": 0, **SETTINGS[setting]}
     loss = EMC2Loss(ITEMS, DIM, backend="reference" if dtype == torch.float64 else "auto", **options)
-    loss.bank.update(LABELS // 2, LABELS % 2, unit_table(), 0)
+    loss.bank.update(LABELS // 2, LABELS % 2, table, 0)
     return loss
 
 
@@ -60,14 +81,17 @@ def negative_scores(loss: EMC2Loss, anchor: int, table: Tensor) -> Tensor:
 
 class Visit(NamedTuple):
     items: Tensor  # (BATCH,)
+    queue: Tensor  # (loss.queue,)
     step: int  # at which their coins are the ones that are meant
 
 
 def possible_visits(loss: EMC2Loss, item: int | None = None) -> list[Visit]:
-    """All batches, or those that hold an item, with all outcomes of their items' coins: equally likely, all of them."""
+    """All batches, or those that hold an item, with all that a queue of one may have beside them, or an item of theirs;
+    with all outcomes of their items' coins: equally likely, all of them."""
     batches = [some for some in combinations(range(ITEMS), BATCH) if item is None or item in some]
+    pairs = [(batch, queue) for batch in batches for queue in possible_queues(loss, batch)]
     if loss.views == "both" or loss.bimodal:
-        return [Visit(torch.tensor(batch), 0) for batch in batches]
+        return [Visit(torch.tensor(batch), torch.tensor(queue), 0) for batch, queue in pairs]
     step_of: dict[tuple[int, ...], int] = {}
     for step in count():
         coins = ops.view_coin(torch.arange(ITEMS), loss.seed, torch.tensor(step), "auto")
@@ -75,21 +99,44 @@ def possible_visits(loss: EMC2Loss, item: int | None = None) -> list[Visit]:
         if len(step_of) == 2**ITEMS:
             break
     visits = []
-    for batch, wanted in product(batches, product((0, 1), repeat=BATCH)):
-        step = next(step for coins, step in step_of.items() if tuple(coins[item] for item in batch) == wanted)
-        visits.append(Visit(torch.tensor(batch), step))
+    for (batch, queue), wanted in product(pairs, product((0, 1), repeat=BATCH + loss.queue)):
+        tossed = (*batch, *beside(batch)[:1]) if set(queue) <= set(batch) else (*batch, *queue)  # as many coins for all
+        coins = wanted[: BATCH + len(queue)]
+        step = next(step for found, step in step_of.items() if [found[i] for i in tossed[: len(coins)]] == [*coins])
+        visits.append(Visit(torch.tensor(batch), torch.tensor(queue, dtype=torch.int64), step))
     return visits
 
 
-def step_chains(loss: EMC2Loss, visit: Visit, start: Tensor, ids: Tensor) -> tuple[Carried, Resampled]:
+def beside(batch: tuple[int, ...]) -> list[int]:
+    return [item for item in range(ITEMS) if item not in batch]
+
+
+def possible_queues(loss: EMC2Loss, batch: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [(item,) for item in (*beside(batch), batch[-1])] if loss.queue else [()]
+
+
+class OfAnyLabel:
+    """A bank for chains of ids that it has not: their own embeddings do not matter."""
+
+    def __init__(self, bank: EmbeddingBank) -> None:
+        self.bank = bank
+
+    def read(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.bank.read(torch.where(labels < 2 * ITEMS, labels, 0))
+
+
+def step_chains(loss: EMC2Loss, visit: Visit, start: Tensor, ids: Tensor) -> tuple[Kept, Resampled]:
     """A visit of chains at labels (2, n) of item 0's two views; row by row, those of view 0 first."""
     table = loss.bank.embeddings
     anchors = Anchors(table[:2].repeat_interleave(start.shape[1], 0), torch.zeros_like(ids), ids)
     labels = torch.cat((visit.items * 2, visit.items * 2 + 1))
     keys = LocalKeys(table[labels], visit.items.repeat(2), labels)
     options = loss._walk_options(table, True)._replace(step=torch.tensor(visit.step))
-    carried = emc2_isir.bring_along(anchors, start.flatten(), loss.bank, options, None, True, None)
-    return carried, emc2_isir.resample(anchors, carried, keys, options)
+    if loss.recent is not None:
+        loss.recent.items.copy_(visit.queue)
+    others = OfAnyLabel(loss.bank), options, loss.recent, loss.drift, visit.items, None
+    kept = emc2_isir.bring_along(anchors, start.flatten(), *others)
+    return kept, emc2_isir.resample(anchors, kept, keys, options)
 
 
 @contextmanager
@@ -129,20 +176,23 @@ def enumerated(loss: EMC2Loss) -> list[Law]:
     shares, inverse = torch.zeros(2 * n, 2 * ITEMS, dtype=torch.float64), torch.zeros(2 * n, dtype=torch.float64)
     for visit in visits:
         with recorded_steps() as steps:
-            carried, resampled = step_chains(loss, visit, states, torch.arange(2 * n))
-        for own, (scores, brought) in zip(shares.chunk(len(steps)), steps, strict=True):
-            labels = torch.cat((brought.key, brought.key_labels.expand(len(own), -1)), 1)
-            probabilities = torch.cat((brought.score, masked_scores(scores)), 1).softmax(1)
-            own.scatter_add_(1, labels.clamp_min(0), probabilities)  # of label -1 it is 0
+            kept, resampled = step_chains(loss, visit, states, torch.arange(2 * n))
+        sides = len(resampled.sides)
+        for side, own in enumerate(shares.chunk(sides)):
+            of_side = steps[side * len(steps) // sides : (side + 1) * len(steps) // sides]  # of batch and queue
+            labels = [some for _, brought in of_side for some in (brought.key, brought.key_labels.expand(len(own), -1))]
+            scores = [some for keys, brought in of_side for some in (brought.score, masked_scores(keys))]
+            probabilities = torch.cat(scores, 1).softmax(1)
+            own.scatter_add_(1, torch.cat(labels, 1).clamp_min(0), probabilities)  # of label -1 it is 0
         for row in range(2 * n):
-            inverse[row] += (-log_partition(loss, carried, resampled, row)).exp()
+            inverse[row] += (-log_partition(loss, kept, resampled, row)).exp()
     shares, inverse = shares / len(visits), inverse / len(visits)
     scores = [negative_scores(loss, anchor, unit_table()) for anchor in (0, 1)]
     of_views = zip(scores, states, shares.chunk(2), inverse.chunk(2), strict=True)
     return [Law(own, rows[:, labels], estimates) for own, labels, rows, estimates in of_views]
 
 
-def log_partition(loss: EMC2Loss, carried: Carried, resampled: Resampled, row: int) -> Tensor:
+def log_partition(loss: EMC2Loss, kept: Kept, resampled: Resampled, row: int) -> Tensor:
     """() the statistic of that name, of one row."""
     per_side = len(resampled.lse) // len(resampled.sides)
     own, one = slice(row, row + 1), slice(row % per_side, row % per_side + 1)
@@ -151,7 +201,8 @@ def log_partition(loss: EMC2Loss, carried: Carried, resampled: Resampled, row: i
     state = MHState(*(field[own] for field in resampled.state))
     alone = Resampled(resampled.lse[own], state, resampled.position[own], [side._replace(**of_row)])
     options = loss._walk_options(side.queries, True)
-    stats, _ = emc2_isir.resampled_stats(alone, Carried(*(field[own] for field in carried)), ITEMS, options)
+    kept = kept._replace(carried=Carried(*(field[own] for field in kept.carried)))
+    stats, _ = emc2_isir.resampled_stats(alone, kept, ITEMS, options)
     return stats["log_partition"]
 
 
@@ -168,14 +219,13 @@ def test_transitions_are_in_detailed_balance_with_the_softmax_over_all_negatives
         torch.testing.assert_close(estimate, (law.target * function).sum(), rtol=0, atol=1e-12)
 
 
-def started_at_target(loss: EMC2Loss, anchors: Tensor) -> list[tuple[float, Tensor]]:
+def started_at_target(loss: EMC2Loss, anchors: Tensor, table: Tensor) -> list[tuple[float, Tensor]]:
     """Weights and (anchors,) states of their chains, each of which follows its own target under the weights.
 
     All are one function of a uniform number each, its quantiles, so that a few dozen joint starts are all there are.
     """
-    table = unit_table()
     laws = [negative_scores(loss, int(anchor), table).softmax(0).cumsum(0) for anchor in anchors]
-    ends = torch.cat([law[:-1] for law in laws]).sort().values
+    ends = torch.cat([law[:-1] for law in laws]).round(decimals=12).unique()
     ends = torch.cat((ends.new_zeros(1), ends, ends.new_ones(1)))
     middles = (ends[1:] + ends[:-1]) / 2
     places = [torch.searchsorted(law, middles).clamp_max(len(law) - 1) for law in laws]
@@ -183,24 +233,27 @@ def started_at_target(loss: EMC2Loss, anchors: Tensor) -> list[tuple[float, Tens
     return list(zip(ends.diff().tolist(), torch.stack(states, 1), strict=True))
 
 
-def expected_gradient(setting: str) -> Tensor:
-    """Of EMC2Loss by the encoder's table: over all batches, coins and starts, these from the target."""
-    table = unit_table().requires_grad_()
-    loss = make_loss(setting, carry="recompute", encode=lambda items, views: table[items * 2 + views]).eval()
+def expected_gradient(setting: str, table: Tensor, carry: str = "recompute") -> Tensor:
+    """Of EMC2Loss by the encoder's table: over all batches, queues, coins and starts, these from the target."""
+    table = table.clone().requires_grad_()
+    options = {"carry": carry, "encode": lambda items, views: table[items * 2 + views]}
+    loss = make_loss(setting, table=table.detach(), **options).eval()
     visits = possible_visits(loss)
     for visit in visits:
         first = visit.items * 2
         anchors = torch.cat((first, first + 1))
         loss.step.fill_(visit.step)
-        for weight, states in started_at_target(loss, anchors):
+        if loss.recent is not None:
+            loss.recent.items.copy_(visit.queue)
+        for weight, states in started_at_target(loss, anchors, table.detach()):
             loss.chains.key[anchors] = states
             (loss(table[first], table[first + 1], visit.items) * (weight / len(visits))).backward()
     return table.grad
 
 
-def global_gradient(setting: str) -> Tensor:
+def global_gradient(setting: str, table: Tensor) -> Tensor:
     """Of the mean over all anchors of log sum exp(s) over all negatives, less s+."""
-    table, loss = unit_table().requires_grad_(), make_loss(setting)
+    table, loss = table.clone().requires_grad_(), make_loss(setting)
     unit = functional.normalize(table)
     terms = [
         negative_scores(loss, anchor, unit).logsumexp(0) - unit[anchor] @ unit[anchor ^ 1] / TEMPERATURE
@@ -210,25 +263,58 @@ def global_gradient(setting: str) -> Tensor:
     return table.grad
 
 
-def gradient_error(setting: str) -> float:
-    exact = global_gradient(setting)
-    return float((expected_gradient(setting) - exact).norm() / exact.norm())
+def gradient_error(setting: str, table: Tensor | None = None, carry: str = "recompute") -> float:
+    table = unit_table() if table is None else table
+    exact = global_gradient(setting, table)
+    return float((expected_gradient(setting, table, carry) - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", ALONE)
 def test_the_mean_gradient_is_that_of_the_global_loss(setting):
     assert gradient_error(setting) < 1e-10
 
 
+def counted_once(original, anchors, kept, *rest):
+    """The keys' side of what is kept is lost."""
+    return original(anchors, kept._replace(drift=None), *rest)
+
+
+@pytest.mark.parametrize("setting", FEW[1:])
+def test_where_partition_functions_are_equal_kept_keys_lose_nothing(setting, monkeypatch):
+    """The anchor's side of their gradient, twice, is that of both sides."""
+    assert gradient_error(setting, symmetric_table(), "cached") < 1e-10
+    plant(monkeypatch, ("mean_loss", counted_once))
+    assert gradient_error(setting, symmetric_table(), "cached") > 0.1
+
+
+def test_where_they_are_not_kept_keys_lose_less_than_their_side(monkeypatch):
+    twice = gradient_error("both", carry="cached")
+    plant(monkeypatch, ("mean_loss", counted_once))
+    assert 0.01 < twice < 0.8 * gradient_error("both", carry="cached")
+
+
 def batch_keys_left_in(original, keys, queries, items, carried_items, *rest):
     """The batch's keys of the carried item are candidates, too."""
-    return original(keys, queries, items, torch.full_like(carried_items, -1), *rest)
+    of_queue = keys.log_proposal is not None
+    return original(keys, queries, items, carried_items if of_queue else torch.full_like(carried_items, -1), *rest)
+
+
+def queue_keys_left_in(original, keys, queries, items, carried_items, *rest):
+    """The queue's are."""
+    of_queue = keys.log_proposal is not None
+    return original(keys, queries, items, torch.full_like(carried_items, -1) if of_queue else carried_items, *rest)
+
+
+def batch_items_left_in(original, queue, batch):
+    """The queue's keys of the batch's items are candidates, too."""
+    items, _ = original(queue, batch)
+    return items, items >= 0
 
 
 def same_key_left_out(original, keys, queries, items, carried_items, temperature, carried, backend):
     """Of these only the carried key itself is none, which would be one twice. All rows are of one item."""
     others = keys.items != items[0]
-    keys = LocalKeys(*(field[others] for field in keys))._replace(items=keys.labels[others])
+    keys = LocalKeys(*(field[others] for field in keys[:3]))._replace(items=keys.labels[others])
     carried = carried._replace(key_labels=keys.labels)
     return original(keys, queries, torch.full_like(items, -1), carried.key[:, 0], temperature, carried, backend)
 
@@ -246,19 +332,36 @@ def replaced_keys_counted(original, side):
     return original(side._replace(carried_items=side.items))
 
 
+def queue_not_counted(original, side):
+    return original(side._replace(queue=None))
+
+
+def replaced_keys_of_queue_counted(original, side):
+    return original(side._replace(queue=None)) + (side.queue.log_proposal == 0).sum()
+
+
+def whole_queue_counted(original, side):
+    usable = torch.zeros_like(side.queue.log_proposal)
+    return original(side._replace(queue=side.queue._replace(log_proposal=usable)))
+
+
+OWNERS = dict.fromkeys(("bring_along", "encode_along", "mean_loss"), [emc2_isir, emc2])
+OWNERS |= {"resample": [LocalKeys], "lse_gradient": [LocalKeys], "outside": [ItemQueue], "_count_keys": [emc2_isir]}
+
+
 def plant(monkeypatch, *bugs):
     for name, bug in bugs:
-        owners = [emc2_isir, emc2] if name == "bring_along" else [emc2_isir]
-        owners = [LocalKeys] if name in ("resample", "lse_gradient") else owners
-        for owner in owners:
+        for owner in OWNERS[name]:
             original = getattr(owner, name)
             monkeypatch.setattr(owner, name, lambda *args, original=original, bug=bug: bug(original, *args))
 
 
 LEFT_IN = (("resample", batch_keys_left_in), ("lse_gradient", batch_keys_left_in))
 ONLY_SAME = (("resample", same_key_left_out),)
-FORGOTTEN = (("bring_along", other_view_forgotten),)
-NOTHING = (("bring_along", nothing_brought_along),)
+FORGOTTEN = (("bring_along", other_view_forgotten), ("encode_along", other_view_forgotten))
+NOTHING = (("bring_along", nothing_brought_along), ("encode_along", nothing_brought_along))
+QUEUE_LEFT_IN = (("resample", queue_keys_left_in), ("lse_gradient", queue_keys_left_in))
+TWICE = (("outside", batch_items_left_in),)
 BUGS = {
     "one, keys left in": ("one", LEFT_IN),
     "one, same key left out": ("one", ONLY_SAME),
@@ -271,8 +374,13 @@ BUGS = {
     "bimodal, keys left in": ("bimodal", LEFT_IN),
     "bimodal, nothing brought along": ("bimodal", NOTHING),
 }
+OF_QUEUE = {f"{setting}, the queue's left in": (setting, QUEUE_LEFT_IN) for setting in FEW[3:]}
+OF_QUEUE |= {f"{setting}, the batch's items too": (setting, TWICE) for setting in FEW[3:]}
+OF_QUEUE |= {"both, queue, keys left in": ("both, queue", LEFT_IN)}
 WHOLE_LOSS = [name for name, (setting, bugs) in BUGS.items() if setting != "one" and ONLY_SAME[0] not in bugs]
 CHAINED = [name for name, (_, bugs) in BUGS.items() if bugs != NOTHING]
+CHAINED += [name for name, (setting, _) in OF_QUEUE.items() if setting == "both, queue"]
+BUGS |= OF_QUEUE
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -285,12 +393,17 @@ def test_bugs_break_the_law(name, monkeypatch):
     assert worst["balance"] > 1e-3 and worst["law"] > 5e-3 and worst["partition"] > 1e-2, worst
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_wrong_count_of_candidates_breaks_the_partition_function_alone(setting, monkeypatch):
-    plant(monkeypatch, ("_count_keys", replaced_keys_counted))
+COUNTS = [(setting, replaced_keys_counted) for setting in FEW]
+COUNTS += [(setting, queue_not_counted) for setting in FEW[3:]]
+COUNTS += [("both, queue", replaced_keys_of_queue_counted), ("both, queue", whole_queue_counted)]
+
+
+@pytest.mark.parametrize(("setting", "bug"), COUNTS)
+def test_a_wrong_count_of_candidates_breaks_the_partition_function_alone(setting, bug, monkeypatch):
+    plant(monkeypatch, ("_count_keys", bug))
     for law in enumerated(make_loss(setting)):
         errors = law.errors()
-        assert errors.pop("partition") > 0.1 and max(errors.values()) < 1e-12, errors
+        assert errors.pop("partition") > 0.05 and max(errors.values()) < 1e-12, errors
 
 
 @pytest.mark.parametrize("name", WHOLE_LOSS)
@@ -314,9 +427,9 @@ def simulated(setting: str, chains: int = CHAINS, visits: int = VISITS) -> tuple
         for number, visit in enumerate(possible):
             who = drawn == number
             present, start, some_ids = (chosen(field, who) for field in (who, key, ids))
-            carried, resampled = step_chains(loss, visit, torch.where(present, start, -1), some_ids.flatten())
+            kept, resampled = step_chains(loss, visit, torch.where(present, start, -1), some_ids.flatten())
             key[who] = resampled.state.key.view(2, -1)[present]
-            estimates = (candidates(carried, resampled).log() - resampled.lse).exp()
+            estimates = (candidates(kept, resampled).log() - resampled.lse).exp()
             inverse[who] = estimates.view(2, -1)[present]
     return key, inverse
 
@@ -326,13 +439,15 @@ def chosen(field: Tensor, who: Tensor) -> Tensor:
     return pad_sequence([row[some] for row, some in zip(field, who, strict=True)], batch_first=True)
 
 
-def candidates(carried: Carried, resampled: Resampled) -> Tensor:
+def candidates(kept: Kept, resampled: Resampled) -> Tensor:
     """(rows,) how many there are."""
-    keys = [
-        ((keys.items != items[:, None]) & (keys.items != own[:, None])).sum(1)
-        for _, items, own, keys, _ in resampled.sides
-    ]
-    return carried.scores.isfinite().sum(1) + torch.cat(keys)
+    counts = []
+    for _, items, own, keys, queue, _ in resampled.sides:
+        ids = keys.items
+        if queue is not None:
+            ids = torch.cat((ids, queue.items[~torch.isin(queue.items, keys.items)]))
+        counts.append(((ids != items[:, None]) & (ids != own[:, None])).sum(1))
+    return kept.carried.scores.isfinite().sum(1) + torch.cat(counts)
 
 
 def p_value(setting: str, key: Tensor) -> float:
@@ -344,7 +459,7 @@ def p_value(setting: str, key: Tensor) -> float:
     return chi_square(torch.cat(counts).double(), torch.cat(targets) / 2)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", FEW)
 def test_final_states_of_independent_chains_follow_the_softmax(setting):
     """And the mean of their estimates is that of 1 / mean of exp(score)."""
     check_simulation(setting, CHAINS, VISITS)
@@ -379,6 +494,8 @@ def smallest_p_value(setting: str, steps: int, gap: int = 8) -> float:
     table, visits, found = unit_table().float(), torch.zeros(ITEMS, dtype=torch.int64), [[] for _ in LABELS]
     for _ in range(steps):
         items = torch.randperm(ITEMS, generator=generator)[:BATCH]
+        if loss.recent is not None:  # of a data set so small, the latest items are those that chains have just met
+            loss.recent.items.random_(ITEMS, generator=generator)
         loss(table[items * 2], table[items * 2 + 1], items)
         visits[items] += 1
         for item in items[visits[items] % gap == 0].tolist():
@@ -391,7 +508,7 @@ def smallest_p_value(setting: str, steps: int, gap: int = 8) -> float:
     return min(values)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", FEW[:4])
 def test_chains_that_the_loss_keeps_follow_the_softmax(setting):
     assert smallest_p_value(setting, 4_000) > 1e-5  # of ten
 

@@ -52,7 +52,11 @@ def run_beside_the_slow_one(batches, dtype=torch.float32, **options):
     table, exact = Table(dtype), Table(torch.float64)
     recompute = options.get("carry") == "recompute"
     fast = EMC2Loss(
-        ITEMS, DIM, **({"temperature": 0.2, "bank_dtype": torch.float32} | options), encode=table if recompute else None
+        ITEMS,
+        DIM,
+        sampler="mh",
+        **({"temperature": 0.2, "bank_dtype": torch.float32} | options),
+        encode=table if recompute else None,
     )
     slow = SlowEMC2(**options, walk_dtype=dtype, encode=lambda item, view: exact.weight[item, view])
     for step, index in enumerate(batches):
@@ -139,7 +143,7 @@ def test_samples_of_a_row(monkeypatch, options, size, expected):
         return result
 
     monkeypatch.setattr(LocalKeys, "walk", recorded)
-    EMC2Loss(ITEMS, DIM, **options)(normal(0, size, DIM), normal(1, size, DIM), torch.arange(size))
+    EMC2Loss(ITEMS, DIM, sampler="mh", **options)(normal(0, size, DIM), normal(1, size, DIM), torch.arange(size))
     assert shapes == [(2 * size, expected)]
 
 
@@ -174,7 +178,7 @@ def test_a_chain_that_has_not_started_contributes_only_what_it_has_moved_to():
     """Three rows of item 0 can move to the fourth row's key alone, at the last proposal."""
     z0, z1, index = normal(0, 4, DIM), normal(1, 4, DIM), torch.tensor([0, 0, 0, 1])
     for size in (3, 4):  # without the fourth row there is no key to move to
-        loss = EMC2Loss(ITEMS, DIM, temperature=0.2, burn_in=0.0, views="one")
+        loss = EMC2Loss(ITEMS, DIM, sampler="mh", temperature=0.2, burn_in=0.0, views="one")
         _, gradient = value_and_gradients(loss, z0[:size], z1[:size], index[:size])
         a, c = z0[:size].double().requires_grad_(), z1[:size].double().requires_grad_()
         rows, coin = [unit(row) for row in (*a, *c)], rng.view_coin(index, seed=0, step=0)[-1].item()
@@ -211,16 +215,18 @@ def trained(loss, batches, first=0):
 
 def test_seeds_and_steps_make_other_chains():
     batches = shuffled_batches(4)
-    (_, first), (_, again), (_, other) = (trained(EMC2Loss(ITEMS, DIM, seed=seed), batches) for seed in (1, 1, 2))
+    (_, first), (_, again), (_, other) = (
+        trained(EMC2Loss(ITEMS, DIM, sampler="mh", seed=seed), batches) for seed in (1, 1, 2)
+    )
     assert_identical(first, again)
     assert not torch.equal(first[-1]["chains.key"], other[-1]["chains.key"])
-    late = EMC2Loss(ITEMS, DIM, seed=1)
+    late = EMC2Loss(ITEMS, DIM, sampler="mh", seed=1)
     late.step.fill_(1000)
     assert not torch.equal(trained(late, batches)[1][-1]["chains.key"], first[-1]["chains.key"])
 
 
 def test_nothing_but_the_batchs_slots_is_written():
-    loss, index = EMC2Loss(ITEMS, DIM), torch.tensor([4, 7])
+    loss, index = EMC2Loss(ITEMS, DIM, sampler="mh"), torch.tensor([4, 7])
     trained(loss, shuffled_batches(6))
     before = snapshot(loss)
     loss(normal(1, 2, DIM), normal(2, 2, DIM), index)
@@ -235,7 +241,7 @@ def test_nothing_but_the_batchs_slots_is_written():
 def test_a_tiny_temperature_makes_chains_that_do_not_depend_on_the_rows_order():
     """Acceptance is then decided by the scores alone, so the order of the proposals does not matter either."""
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    options = {"temperature": 1e-5, "num_samples": 1, "bank_dtype": torch.float32, "views": "one"}
+    options = {"sampler": "mh", "temperature": 1e-5, "num_samples": 1, "bank_dtype": torch.float32, "views": "one"}
     straight, permuted = EMC2Loss(ITEMS, DIM, **options), EMC2Loss(ITEMS, DIM, **options)
     for step, index in enumerate(shuffled_batches(7)):
         z0, z1 = normal(10 + step, B, DIM), normal(50 + step, B, DIM)
@@ -272,7 +278,7 @@ def test_the_view_coin_is_fair_and_depends_on_item_step_and_seed(backend):
 
 
 def test_only_the_view_that_the_coin_chose_is_proposed():
-    loss, seen = EMC2Loss(ITEMS, DIM, seed=3), set()
+    loss, seen = EMC2Loss(ITEMS, DIM, sampler="mh", seed=3), set()
     for step, index in enumerate(shuffled_batches(8, steps=12)):
         chosen = set((index * 2 + rng.view_coin(index, seed=3, step=step)).tolist())
         before = loss.chains.key.clone()
@@ -286,7 +292,7 @@ def test_only_the_view_that_the_coin_chose_is_proposed():
 
 def test_no_chain_sits_on_its_own_item():
     for views in ("one", "both"):
-        loss = EMC2Loss(ITEMS, DIM, temperature=0.02, views=views)
+        loss = EMC2Loss(ITEMS, DIM, sampler="mh", temperature=0.02, views=views)
         same = normal(0, ITEMS, DIM)
         for _ in range(3):  # the positive is by far the best key
             loss(same, same, torch.arange(ITEMS))
@@ -295,7 +301,13 @@ def test_no_chain_sits_on_its_own_item():
 
 
 @pytest.mark.parametrize(
-    "build", [NTXentLoss, lambda **options: EMC2Loss(ITEMS, DIM, **options)], ids=["NT-Xent", "EMC2"]
+    "build",
+    [
+        NTXentLoss,
+        lambda **options: EMC2Loss(ITEMS, DIM, sampler="mh", **options),
+        lambda **options: EMC2Loss(ITEMS, DIM, sampler="isir", **options),
+    ],
+    ids=["NT-Xent", "EMC2", "i-SIR"],
 )
 def test_normalisation_makes_a_loss_blind_to_lengths_and_without_it_unit_rows_are_taken_as_they_are(build):
     z0, z1, index = normal(0, B, DIM), normal(1, B, DIM), torch.arange(B)
@@ -308,7 +320,8 @@ def test_normalisation_makes_a_loss_blind_to_lengths_and_without_it_unit_rows_ar
 
 
 def test_both_backends_make_the_same_loss():
-    states = [trained(EMC2Loss(ITEMS, DIM, backend=name), shuffled_batches(4, steps=6))[1][-1] for name in RUNNABLE]
+    losses = [EMC2Loss(ITEMS, DIM, sampler="mh", backend=name) for name in RUNNABLE]
+    states = [trained(loss, shuffled_batches(4, steps=6))[1][-1] for loss in losses]
     for state in states[1:]:
         assert_identical(state["chains.key"], states[0]["chains.key"])
         torch.testing.assert_close(state["chains.score"], states[0]["chains.score"])
@@ -319,7 +332,7 @@ def test_an_encoder_given_to_the_loss_does_not_become_a_part_of_it():
         def forward(self, items, views):
             return super().forward(torch.ones(len(items), 3))
 
-    loss = EMC2Loss(ITEMS, DIM, carry="recompute", encode=Encoder(3, DIM))
+    loss = EMC2Loss(ITEMS, DIM, sampler="mh", carry="recompute", encode=Encoder(3, DIM))
     assert not list(loss.parameters()) and not any("encode" in name for name in loss.state_dict())
     for index in shuffled_batches():
         loss(normal(0, B, DIM), normal(1, B, DIM), index)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_identical, int64, named_error, normal, snapshot
+from helpers import assert_identical, certain, int64, named_error, normal, snapshot
 from torch.nn import functional
 
 from emc2_kernels import losses
@@ -14,7 +14,7 @@ from emc2_kernels import losses
 ITEMS, DIM, B = 10, 8, 4
 Z0, Z1, INDEX = normal(0, B, DIM), normal(1, B, DIM), int64(1, 4, 6, 9)
 COMMON_STATS = {"ntxent", "positive_similarity", "negative_similarity", "mean_cosine"}
-EVERY = [*losses.TABLE, "emc2 isir"]  # the name of a loss, and of its sampler where it is not the first
+EVERY = [*losses.TABLE, "emc2 isir"]  # the name of a loss, and of its sampler where it is not the walk
 NAMES = pytest.mark.parametrize("name", EVERY)
 STATELESS = [name for name, method in losses.TABLE.items() if "num_items" not in method.options()]
 
@@ -22,7 +22,7 @@ STATELESS = [name for name, method in losses.TABLE.items() if "num_items" not in
 def make(name, **options):
     """One of EVERY, with what the loss must know of the data set, where it must know anything."""
     name, *sampler = name.split()
-    needed = {"num_items": ITEMS, "dim": DIM} | ({"sampler": sampler[0]} if sampler else {})
+    needed = {"num_items": ITEMS, "dim": DIM, "sampler": sampler[0] if sampler else "mh"}
     takes = losses.TABLE[name].options()
     return losses.get(name, **{option: value for option, value in needed.items() if option in takes}, **options)
 
@@ -69,7 +69,8 @@ def test_statistics_are_comparable_and_detached(name):
             value, stats = loss(*batch(step), return_stats=True)
             assert set(stats) >= COMMON_STATS
             for stat, found in stats.items():
-                assert found.shape == () and not found.requires_grad and found.isfinite(), stat
+                assert found.shape == () and not found.requires_grad, stat
+            assert all(found.isfinite() for found in certain(stats).values()), stats
             assert_identical(other(*batch(step)), value)  # asking for them changes nothing
         if not options and name != "clip":
             reference = losses.NTXentLoss(temperature=0.2)
@@ -89,7 +90,7 @@ def test_without_an_index_every_row_is_an_item(name):
 def test_values_and_gradients_are_finite(name, dtype, autocast):
     others = {
         "emc2": [{"views": "both", "burn_in": 0.0}],
-        "emc2 isir": [{"views": "both"}, {"views": "both", "carry": "corrected"}],
+        "emc2 isir": [{"views": "one"}, {"queue": 3}],
     }.get(name, [])
     for options, temperature in itertools.product([*towers(name), *others], (0.2, 0.07, 0.01)):
         loss = make(name, temperature=temperature, **options)
@@ -100,7 +101,7 @@ def test_values_and_gradients_are_finite(name, dtype, autocast):
                 value, stats = loss(z0, z1, index, return_stats=True)
             value.backward()
             assert value.dtype == torch.float32 and value.isfinite()
-            assert all(stat.isfinite() for stat in stats.values())
+            assert all(stat.isfinite() for stat in certain(stats).values())
             for z in (z0, z1):
                 assert z.grad.dtype == dtype and z.grad.isfinite().all() and z.grad.any()
 

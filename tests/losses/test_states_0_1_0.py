@@ -12,8 +12,8 @@ ITEMS, DIM, ROWS = 12, 8, 6
 SAVED = torch.load(Path(__file__).parent / "states_0_1_0.pt", weights_only=True)
 # Made there after four steps; "next" is the value of the fifth.
 MAKE = {
-    "emc2": ("emc2", {}),
-    "emc2, bimodal": ("emc2", {"bimodal": True}),
+    "emc2": ("emc2", {"sampler": "mh"}),
+    "emc2, bimodal": ("emc2", {"sampler": "mh", "bimodal": True}),
     "emc2, bank": ("emc2", {"proposals": "bank", "num_proposals": 8}),
     "cached": ("cached", {}),
     "sogclr": ("sogclr", {}),

@@ -32,7 +32,7 @@ def encode(items, views):
 
 
 def emc2(**options):
-    return lambda backend: EMC2Loss(ITEMS, D, temperature=0.2, backend=backend, **options)
+    return lambda backend: EMC2Loss(ITEMS, D, **{"sampler": "mh"} | options, temperature=0.2, backend=backend)
 
 
 def isir(**options):
@@ -60,7 +60,7 @@ LOSSES = {
     "EMC2, both views": emc2(views="both"),
     "EMC2, i-SIR": isir(),
     "EMC2, i-SIR, bimodal": isir(bimodal=True),
-    "EMC2, i-SIR, both views, corrected": isir(views="both", carry="corrected"),
+    "EMC2, i-SIR, one view": isir(views="one", queue=5),
     "EMC2, bank": emc2(proposals="bank", num_proposals=8),
     "EMC2, bank, bimodal": emc2(proposals="bank", bimodal=True),
     "EMC2, bank, recompute": emc2(proposals="bank", carry="recompute", encode=encode),

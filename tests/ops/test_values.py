@@ -120,7 +120,7 @@ WRONG = {
     "a resampling's law": (
         resample,
         {"log_proposal": with_rows(torch.zeros(M), [1, 4], -torch.inf)},
-        "log_proposal must be finite, got 2 values",
+        "log_proposal must be finite or +inf, got 2 values",
     ),
     "a resampling's temperature": (
         resample,

@@ -236,9 +236,9 @@ ITEMS, DIM, STEPS, BATCH = 44, 6, 12, 8  # an epoch is 5 batches, and 4 items th
 LOSSES = {
     "emc2": lambda encode: EMC2Loss(ITEMS, DIM, temperature=0.2, burn_in=0.0),
     "emc2 from the bank, corrected": lambda encode: EMC2Loss(ITEMS, DIM, temperature=0.2, proposals="bank"),
-    "emc2 by i-SIR": lambda encode: EMC2Loss(ITEMS, DIM, temperature=0.2, sampler="isir", views="both"),
-    "emc2 by i-SIR, corrected": lambda encode: EMC2Loss(
-        ITEMS, DIM, temperature=0.2, sampler="isir", carry="corrected", bank_dtype=torch.float32
+    "emc2 by i-SIR": lambda encode: EMC2Loss(ITEMS, DIM, temperature=0.2, sampler="isir"),
+    "emc2 by i-SIR, one view": lambda encode: EMC2Loss(
+        ITEMS, DIM, temperature=0.2, sampler="isir", views="one", queue=3, bank_dtype=torch.float32
     ),
     "emc2 by i-SIR, recomputed": lambda encode: EMC2Loss(
         ITEMS, DIM, temperature=0.2, sampler="isir", bimodal=True, carry="recompute", encode=encode

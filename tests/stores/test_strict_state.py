@@ -14,9 +14,9 @@ from emc2_kernels import ChainStore, EmbeddingBank, losses
 
 ITEMS, DIM, B = 10, 8, 4
 LOSSES = {
-    "emc2": ("emc2", {}),
-    "emc2 bimodal": ("emc2", {"bimodal": True}),
-    "emc2 isir corrected": ("emc2", {"sampler": "isir", "carry": "corrected"}),
+    "emc2": ("emc2", {"sampler": "mh"}),
+    "emc2 bimodal": ("emc2", {"sampler": "mh", "bimodal": True}),
+    "emc2 isir": ("emc2", {"sampler": "isir", "queue": 6}),
     "emc2 corrected": ("emc2", {"proposals": "bank"}),
     "emc2 bank bimodal": ("emc2", {"proposals": "bank", "bimodal": True}),
     "cached": ("cached", {}),
@@ -75,6 +75,12 @@ WRONG = {
         (lambda t: t > 0, "must hold integers, got bool"),
         (nothing, "must be a tensor, got 'nothing'"),
     ],
+    "items": [
+        (with_value(-2), "must hold values in [-1, 9], got values from -2 to"),
+        (with_value(ITEMS), "must hold values in [-1, 9], got values from"),
+        (lambda t: t.double(), "must hold integers, got float64"),
+        (nothing, "must be a tensor, got 'nothing'"),
+    ],
     "score": [
         (with_value(torch.nan), "must hold values in [-inf, "),
         (with_value(torch.inf), "must hold values in [-inf, "),
@@ -90,7 +96,13 @@ WRONG = {
         (lambda t: t.float(), "must hold integers, got float32"),
     ],
     "means": [(with_value(torch.nan), "must hold values in [-1.7")],
-    "sums": [(with_value(-torch.inf, 3), "must hold values in [-1.7")],
+    "sums": [
+        (with_value(-torch.inf, -1), "must hold values in [-1.7"),
+        (with_value(torch.inf), "must hold values in [-1.7"),
+        (with_value(torch.nan), "must hold values in [-1.7"),
+        (lambda t: t.long(), "must hold floating-point numbers, got int64"),
+        (nothing, "must be a tensor, got 'nothing'"),
+    ],
     "log_u": [
         (with_value(torch.nan), "must hold values in [-inf, "),
         (with_value(torch.inf), "must hold values in [-inf, "),

@@ -12,7 +12,7 @@ ITEMS, D, B = 96, 64, 32
 
 def batches(steps, dtype=torch.float32, b=B):
     """Embeddings of a data set in which they barely move, so that chains meet keys that they have met."""
-    home = normal(0, ITEMS, 2, D)
+    home = normal(0, ITEMS, 1, D) + 0.5 * normal(1, ITEMS, 2, D)
     for number in range(steps):
         index = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(number))[:b]
         z = (home + 0.1 * normal(number, ITEMS, 2, D))[index].to(dtype)
@@ -25,7 +25,8 @@ def leaf(z, device):
 
 
 def make(device, backend, **options):
-    walk = {"burn_in": 0.0} if options.get("sampler", "mh") == "mh" else {}
+    options = {"sampler": "mh"} | options
+    walk = {"burn_in": 0.0} if options["sampler"] == "mh" else {}
     usual = {"temperature": 0.05, "bank_dtype": torch.float32, "seed": 2**64 - 9} | walk
     return EMC2Loss(ITEMS, D, backend=backend, **usual | options).to(device)
 
@@ -61,7 +62,7 @@ OPTIONS = {
     "another burn-in": {"burn_in": 0.25},
     "not normalised": {"normalize": False, "temperature": 5.0},
     "i-SIR": {"sampler": "isir"},
-    "i-SIR, both views, corrected": {"sampler": "isir", "views": "both", "carry": "corrected"},
+    "i-SIR, one view": {"sampler": "isir", "views": "one", "queue": 7},
     "i-SIR, two modalities": {"sampler": "isir", "bimodal": True},
 }
 SAMPLERS = {name: OPTIONS[name] for name in ("one view", "i-SIR")}

@@ -24,7 +24,8 @@ OTHERS = {
     "bank_dtype": (torch.float16, {}),
     "learn_temperature": (True, {}),
     "max_scale": (50.0, {}),
-    "sampler": ("isir", {}),
+    "sampler": ("isir", {}),  # of the walk, unless another is said
+    "queue": (9, {"sampler": "isir"}),
     "proposals": ("bank", {}),
     "views": ("both", {}),
     "num_proposals": (9, {"proposals": "bank", "num_proposals": 8}),
@@ -79,7 +80,8 @@ def unlike(case, rank, last):
     different = {option: other} | ({"gamma_steps": 4} if option == "gamma_schedule" else {})
     sizes = {"num_items": ITEMS, "dim": DIM, "temperature": 0.25, "gather": "all"}
     takes = losses.TABLE[name].options()
-    given = {size: value for size, value in sizes.items() if size in takes} | both | (different if last else {})
+    given = {size: value for size, value in ({"sampler": "mh"} | sizes).items() if size in takes}
+    given |= both | (different if last else {})
     loss = losses.get(name, **given)
     before = local(loss)
     error = met(lambda: call(loss, rank))

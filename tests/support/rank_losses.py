@@ -17,6 +17,7 @@ from emc2_kernels import losses
 ITEMS, INPUTS, DIM = 25, 8, 16
 # Over rows.
 MEANS = ("positive_similarity", "negative_similarity", "carry_share", "carried_weight", "weight_sum", "temperature")
+OF_ISIR = ("acceptance", "log_partition", "staleness")
 
 FLOORS = (1, 0, 1)  # a value and a temperature's gradient are what is left of parts of this size
 
@@ -50,6 +51,8 @@ class Case(NamedTuple):
         options = self.options | ({"normalize": False, "bank_dtype": torch.float32} if self.exact else {})
         if options.get("carry") == "recompute" or options.get("refresh"):
             options["encode"] = encoder.encode
+        if self.loss == "emc2":
+            options = {"sampler": "mh"} | options
         takes = losses.TABLE[self.loss].options()
         sizes = {name: value for name, value in {"num_items": ITEMS, "dim": DIM}.items() if name in takes}
         return losses.get(self.loss, **sizes, temperature=0.25, **options, **gather).to(self.wide)
@@ -85,16 +88,17 @@ def _cases():
 
 
 def _isir_cases():
-    """EMC2 by i-SIR, in all ways in which keys and chains lie over ranks."""
-    for (gather, sharded), carry in product((("all", False), ("all", True), ("ring", False), ("ring", True)), CARRIES):
-        if carry == "corrected" and (gather, sharded) != ("all", False):
-            continue  # which is refused
-        for form in ({"views": "one"}, {"views": "both"}, {"bimodal": True}):
+    """EMC2 by i-SIR, in all ways in which keys and chains lie over ranks; with and without a queue."""
+    for gather, sharded in product(("all", "ring"), (False, True)):
+        for carry, form in product(("cached", "recompute"), ({"views": "one"}, {"views": "both"}, {"bimodal": True})):
             options = {"sampler": "isir", "carry": carry} | form
             yield Case("emc2", options, gather, exact=True, sharded=sharded)
-        yield Case("emc2", {"sampler": "isir", "carry": carry}, gather, sharded=sharded)  # normalised, in bfloat16
+        for carry in ("cached", "recompute"):  # normalised, in bfloat16
+            yield Case("emc2", {"sampler": "isir", "carry": carry}, gather, sharded=sharded)
+        for queue, form in ((0, {"views": "both"}), (3, {"views": "one"}), (5, {"bimodal": True})):
+            yield Case("emc2", {"sampler": "isir", "queue": queue} | form, gather, exact=True, sharded=sharded)
     for gather in ("all", "ring"):
-        options = {"sampler": "isir", "views": "both", "bank_dtype": torch.float64}
+        options = {"sampler": "isir", "bank_dtype": torch.float64}
         yield Case("emc2", options, gather, dtype=torch.float64)
 
 
@@ -105,8 +109,8 @@ IN_HALF_PRECISION = [
     ("isogclr", "all", {}),
     ("emc2", "all", {"proposals": "bank"}),
     ("emc2", "ring", {}),
-    ("emc2", "all", {"sampler": "isir", "carry": "corrected"}),
-    ("emc2", "ring", {"sampler": "isir", "views": "both"}),
+    ("emc2", "all", {"sampler": "isir", "views": "one", "queue": 5}),
+    ("emc2", "ring", {"sampler": "isir"}),
     ("cached", "all", {}),
 ]
 CASES = {case.name: case for case in _cases()}
@@ -138,16 +142,18 @@ class Encoder:
 
     def __init__(self, dtype, seed):
         self._draw = torch.Generator().manual_seed(seed)
-        self._inputs = torch.randint(-1, 2, (ITEMS, 2, INPUTS), generator=self._draw).to(dtype)
+        draw = torch.randint(-1, 2, (ITEMS, 2, INPUTS), generator=self._draw)
+        draw[:, 1, 1:] = draw[:, 0, 1:]  # alike, so that what is kept of a view stands for it
+        self._inputs = draw.to(dtype)
         self.weight = (self._small(3) / 16).to(dtype).requires_grad_()
 
     def _small(self, most):
         return torch.randint(-most, most + 1, (DIM, INPUTS), generator=self._draw)
 
     def move(self):
-        """As an optimizer would, and exactly."""
+        """As an optimizer would, and exactly; so little that what is kept still counts."""
         with torch.no_grad():
-            self.weight += self._small(1) / 16
+            self.weight += (self._small(4) / 4).trunc() / 16
 
     def encode(self, items, views, noise=0):
         return (self._inputs[items, views] + noise) @ self.weight.T
@@ -158,7 +164,7 @@ def batches(size, seed):
     draw = torch.Generator().manual_seed(seed)
 
     def batch(sizes, items):
-        return sizes, items, torch.randint(-1, 2, (2, len(items), INPUTS), generator=draw)
+        return sizes, items, torch.randint(-1, 2, (2, len(items), INPUTS), generator=draw) / 4
 
     uneven = torch.randint(ITEMS, (sum([4, 2, 5, 3][:size]),), generator=draw)
     uneven[-1] = uneven[0]  # on the first rank and on the last
@@ -228,7 +234,16 @@ def compare(case, group=None, seed=0):
         others |= set(changed)
         encoder.move()
     evaluated = evaluate(case, whole, part, encoder, items, own, group, sizes[rank] / sum(sizes))
-    return worst | evaluated | {"others": sorted(others)}
+    return worst | evaluated | {"others": sorted(others), "alike": drift_is_alike(part, group)}
+
+
+def drift_is_alike(loss, group):
+    """Whether all ranks have the same measure of how stale is what is kept, to the bit, and have measured something."""
+    if getattr(loss, "drift", None) is None:
+        return True
+    of_ranks = [torch.empty_like(loss.drift.sums) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_ranks, loss.drift.sums, group)
+    return bool(loss.drift.sums.all()) and all(torch.equal(sums, loss.drift.sums) for sums in of_ranks)
 
 
 @torch.no_grad()
@@ -240,7 +255,7 @@ def evaluate(case, whole, part, encoder, items, own, group, share):
         z = [encoder.encode(rows, view).to(case.dtype) for view in (0, 1)]
         results.append(loss(*z, rows if case.index else None, return_stats=True))
     (expected, expected_stats), (value, stats) = results
-    of_rows = (*MEANS, "acceptance", "log_partition") if case.options.get("sampler") == "isir" else MEANS
+    of_rows = (*MEANS, *OF_ISIR) if case.options.get("sampler") == "isir" else MEANS
     names = [name for name in of_rows if name in stats]
     # A rank's value is its share of the whole mean already; the others are means over its rows.
     weighted = [stats[name] * share * dist.get_world_size(group) for name in names]
@@ -250,8 +265,10 @@ def evaluate(case, whole, part, encoder, items, own, group, share):
     return {
         "evaluation": relative(mean_value, expected, 1),
         "statistics": max(
-            relative(mean, expected_stats[name].double(), 1e-2) for name, mean in zip(names, means, strict=True)
+            relative(mean, expected_stats[name].double(), 1.0 if name == "staleness" else 1e-2)
+            for name, mean in zip(names, means, strict=True)
         ),
+        "carried": expected_stats["carried_weight"].item() if case.options.get("sampler") == "isir" else None,
         "unchanged": all(torch.equal(table, before[name]) for name, table in snapshot(part).items()),
     }
 

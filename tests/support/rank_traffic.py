@@ -71,7 +71,7 @@ def sharded(loss, gather, rank, size):
     """[forward, backward] bytes with chains and embeddings at their owners. All chains sit on items drawn uniformly,
     and what is outside the batch is left out, so that reads and writes are all that is asked of others."""
     draw = torch.Generator().manual_seed(0)
-    walk = {"num_samples": 1, "burn_in": 0.0} if loss == "emc2" else {"sampler": "isir"}
+    walk = {"num_samples": 1, "burn_in": 0.0} if loss == "emc2" else {}
     options = {"num_items": OF, "dim": DIM} | walk
     whole, part = EMC2Loss(**options), EMC2Loss(**options, gather=gather, sharded=True)
     whole.chains.key.copy_(torch.randint(2 * OF, (2 * OF,), generator=draw))

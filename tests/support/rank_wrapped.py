@@ -22,8 +22,8 @@ LOSSES = {  # name, options, gather
     "emc2 all": ("emc2", {"bank_dtype": torch.float32}, "all"),
     "emc2 ring": ("emc2", {"bank_dtype": torch.float32}, "ring"),
     "emc2 sharded": ("emc2", {"bank_dtype": torch.float32}, "all"),
-    "isir all": ("isir", {"bank_dtype": torch.float32, "carry": "corrected"}, "all"),
-    "isir ring": ("isir", {"bank_dtype": torch.float32, "views": "both"}, "ring"),
+    "isir all": ("isir", {"bank_dtype": torch.float32, "views": "one", "queue": 5}, "all"),
+    "isir ring": ("isir", {"bank_dtype": torch.float32}, "ring"),
     "isir sharded": ("isir", {"bank_dtype": torch.float32}, "all"),
     "isogclr all": ("isogclr", {}, "all"),
     "cached all": ("cached", {"bank_dtype": torch.float32}, "all"),
@@ -38,7 +38,7 @@ ALONE = (
     "cached all",
 )  # without parameters of their own, which would not be averaged
 WRAPPED = [f"encoder: {name}" for name in ALONE] + [f"encoder and loss: {name}" for name in LOSSES]
-SHARDED = [f"fully sharded: {name}" for name in ("ntxent all", "clip ring", "emc2 all")]
+SHARDED = [f"fully sharded: {name}" for name in ("ntxent all", "clip ring", "emc2 all", "isir all")]
 KEEPING = [*ALONE, "isogclr all"]
 LOCAL = ["emc2", "isir", "isogclr", "cached"]  # those that keep something
 
@@ -57,9 +57,9 @@ class Model(nn.Module):
 
 
 def make(name, options, **gather):
-    """A loss by its name; "isir" is EMC2 with that sampler."""
-    if name == "isir":
-        name, options = "emc2", options | {"sampler": "isir"}
+    """A loss by its name; "emc2" is the walk, unless an option says otherwise, and "isir" is EMC2 with that sampler."""
+    if name in ("emc2", "isir"):
+        name, options = "emc2", {"sampler": "mh" if name == "emc2" else name} | options
     takes = losses.TABLE[name].options()
     sizes = {size: value for size, value in {"num_items": ITEMS, "dim": DIM}.items() if size in takes}
     return losses.get(name, **sizes, temperature=0.25, **options, **gather)

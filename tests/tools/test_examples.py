@@ -28,8 +28,11 @@ TINY = config.Config(batch_size=64, epochs=3, dim=16, device="cpu", quiet=True)
 # In the second epoch chains carry states from the first; with small batches and no burn-in some of these are samples.
 CARRYING = replace(TINY, batch_size=32, epochs=2, burn_in=0.0, temperature=0.05)
 OWN_COLUMNS = {
-    "acceptance": ("emc2",),
-    "carry_share": ("emc2", "cached"),
+    "acceptance": ("emc2", "emc2, walk"),
+    "carry_share": ("emc2, walk", "cached"),
+    "carried_weight": ("emc2",),
+    "staleness": ("emc2",),
+    "log_partition": ("emc2",),
     "cache_age": ("cached",),
     "weight_sum": ("sogclr", "isogclr"),
     "temperature": ("isogclr",),
@@ -43,6 +46,11 @@ RUNS += [{"method": "emc2", "proposals": "bank", "carry": "corrected"}]
 RUNS += [{"method": "simclr", "batching": "gcbs"}]
 RUNS += [{"method": "emc2", "proposals": "bank", "batching": "gcbs", "quantile": 0.9, "scope": "row"}]
 RUNS += [{"method": "emc2", "proposals": "bank", "num_proposals": 12, "num_samples": 3}]
+RUNS += [{"method": "emc2", "burn_in": None, **options} for options in ({}, {"sampler": "isir", "queue": 3})]
+RUNS += [{"method": "emc2", "burn_in": None, "sampler": name, "carry": "recompute"} for name in ("isir", "mh")]
+# Each method, and EMC2 by the walk as well.
+LEARNERS: dict[str, dict[str, Any]] = {name: {"method": name} for name in config.METHODS}
+LEARNERS["emc2, walk"] = {"method": "emc2", "sampler": "mh"}
 CLOCK_COLUMN = "images_per_second"
 
 
@@ -67,10 +75,10 @@ def flags(run: config.Config) -> list[str]:
     return [*switches, *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
 
 
-@pytest.mark.parametrize("method", config.METHODS)
-def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split: images.Split) -> None:
+@pytest.mark.parametrize("name", LEARNERS)
+def test_training_helps_and_writes_its_files(name: str, tmp_path: Path, split: images.Split) -> None:
     epochs = 4
-    run = config.Config(method=method, epochs=epochs, device="cpu", quiet=True, out=str(tmp_path / "run"))
+    run = config.Config(**LEARNERS[name], epochs=epochs, device="cpu", quiet=True, out=str(tmp_path / "run"))
     random_state = torch.get_rng_state()
     results = training.train(run)
     assert torch.equal(random_state, torch.get_rng_state()), "a draw from the global generator: not in the checkpoint"
@@ -92,10 +100,11 @@ def test_training_helps_and_writes_its_files(method: str, tmp_path: Path, split:
     assert [row["epoch"] for row in rows] == [str(epoch + 1) for epoch in range(epochs)]
     for row in rows:
         for column in report.COLUMNS:
-            if method not in OWN_COLUMNS.get(column, (method,)):
+            if name not in OWN_COLUMNS.get(column, (name,)):
                 assert row[column] == ""
             else:
-                assert math.isfinite(float(row[column])), column
+                unseen = column == "staleness" and row["epoch"] == "1"  # no image has come twice
+                assert math.isfinite(float(row[column])) != unseen, column
     assert float(rows[-1]["ntxent"]) < float(rows[0]["ntxent"])
 
 
@@ -226,8 +235,23 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
             ["--method=cached", "--carry=cached"],
             "--carry: expected one of auto, corrected, recompute with --method cached, got 'cached'",
         ),
-        (["--views=two"], "--views: expected one of one, both, got 'two'"),
+        (["--views=two"], "--views: expected one of auto, one, both, got 'two'"),
         (["--method=simclr", "--burn-in=0.5"], "--burn-in: expected only with --method emc2, got --method simclr"),
+        (["--sampler=gibbs"], "--sampler: expected one of auto, isir, mh, got 'gibbs'"),
+        (["--method=simclr", "--sampler=isir"], "--sampler: expected only with --method emc2, got --method simclr"),
+        (["--sampler=isir", "--burn-in=0.5"], "--burn-in: expected only with --sampler auto or mh, got --sampler isir"),
+        (["--sampler=isir", "--proposals=bank"], "--proposals: expected only with --sampler auto or mh, got --sampler"),
+        (
+            ["--sampler=isir", "--num-samples=4"],
+            "--num-samples: expected none with --sampler isir, which weighs all candidates, got 4",
+        ),
+        (["--sampler=mh", "--queue=3"], "--queue: expected 0 with --carry recompute and with --sampler mh, which"),
+        (["--method=sogclr", "--queue=3"], "--queue: expected only with --method emc2, got --method sogclr"),
+        (["--queue=-1"], "--queue: expected an integer of at least 0, got -1"),
+        (["--queue=3", "--carry=recompute"], "--queue: expected 0 with --carry recompute and with --sampler mh, which"),
+        (["--queue=3", "--burn-in=0"], "--proposals bank, --burn-in and --num-samples mean, got 3"),
+        (["--queue=3", "--proposals=bank"], "--proposals bank, --burn-in and --num-samples mean, got 3"),
+        (["--queue=3", "--num-samples=2"], "--proposals bank, --burn-in and --num-samples mean, got 3"),
         (["--gamma=0.5"], "--gamma: expected only with --method sogclr or isogclr, got --method emc2"),
         (["--method=sogclr", "--rho=0.5"], "--rho: expected only with --method isogclr, got --method sogclr"),
         (["--method=isogclr", "--carry=cached"], "--carry: expected only with --method emc2 or cached, got"),
@@ -378,6 +402,29 @@ def test_recompute_encodes_again_and_cached_does_not(split: images.Split, monkey
         assert (sum(encoded) > 0) == happens
 
 
+@pytest.mark.parametrize(
+    ("options", "sampler", "queue"),
+    [
+        ({}, "isir", 16),
+        ({"sampler": "isir"}, "isir", 16),
+        ({"queue": 0}, "isir", 0),
+        ({"sampler": "isir", "queue": 7}, "isir", 7),
+        ({"carry": "recompute"}, "isir", 0),
+        ({"sampler": "mh"}, "mh", 0),
+        ({"burn_in": 0.25}, "mh", 0),
+        ({"num_samples": 4}, "mh", 0),
+        ({"proposals": "bank"}, "mh", 0),
+        ({"proposals": "bank", "queue": 0}, "mh", 0),
+    ],
+    ids=str,
+)
+def test_the_sampler_is_the_one_that_the_options_ask_for(options: dict[str, Any], sampler: str, queue: int) -> None:
+    run = replace(TINY, **options)
+    loss = build_loss(run, 100, lambda items, views: items)
+    assert (loss.sampler, loss.queue) == (sampler, queue) and run.walks == (sampler == "mh")
+    assert loss.burn_in == options.get("burn_in", 0.5)
+
+
 def test_initial_weights_follow_the_seed() -> None:
     states = [encoders.build_encoder(16, seed).state_dict() for seed in (0, 0, 1)]
     assert differences(states[0], states[1]) == []
@@ -482,6 +529,13 @@ def test_compare_prints_a_row_for_each_method_and_batch_size(tmp_path, capsys):
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["seed"] for row in rows] == ["0", "1"] and all(float(row["few_probe"]) > 10 for row in rows)
+
+
+@pytest.mark.parametrize("options", compare_methods.VARIANTS.values(), ids=compare_methods.VARIANTS)
+def test_options_of_a_variant_that_is_compared_reach_the_loss(options: dict[str, Any]) -> None:
+    loss = build_loss(replace(TINY, **options), 100, lambda items, views: items)
+    for name in options.keys() - {"method", "batching"}:
+        assert getattr(loss, name) == options[name], name
 
 
 def test_every_variant_that_is_compared_is_a_legal_run():

@@ -81,7 +81,7 @@ def test_the_global_loss_table(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_bias_in_long_runs(capsys, monkeypatch):
     """With one view per item the error keeps falling; with both it stays."""
-    both = {"name": "emc2", "carry": "recompute", "views": "both"}
+    both = {"name": "emc2", "sampler": "mh", "carry": "recompute", "views": "both"}
     monkeypatch.setitem(gradient_bias.METHODS, "EMC², both views", both)
     names = ("EMC², recompute", "EMC², both views", "EMC², cached", "NT-Xent")
     found = {name: errors(name, 60_000) for name in (*names, "EMC² from the bank, recompute")}

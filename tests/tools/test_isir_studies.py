@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from examples.study import cells, global_loss, gradient_bias, long_training
+from examples.study import accuracy, cells, features, global_loss, gradient_bias, long_training
 from examples.two_towers import compare_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ def test_the_table_takes_each_methods_best_rate_at_the_end():
     assert "floor 2.000" in printed and "3.150 ± 0.071 (0.1; 0.00)" in printed
 
 
-@pytest.mark.parametrize("method", ["NT-Xent", "i-SIR, cached", "i-SIR, recompute"])
+@pytest.mark.parametrize("method", ["NT-Xent", "i-SIR", "i-SIR, recompute"])
 def test_runs_of_all_methods_are_of_equal_encodings(method, monkeypatch):
     """One that encodes its samples again makes fewer steps."""
     made = []
@@ -43,15 +43,33 @@ def test_runs_of_all_methods_are_of_equal_encodings(method, monkeypatch):
 
 def test_long_training_runs_and_is_not_measured_again(tmp_path, capsys, monkeypatch):
     arguments = ["--steps", "20", "40", "--batch-sizes", "4", "--seeds", "2", "--rates", "0.1", "--out", str(tmp_path)]
-    arguments += ["--methods", "NT-Xent", "i-SIR, cached"]
+    arguments += ["--methods", "NT-Xent", "i-SIR"]
     assert long_training.main([*arguments, "--jobs", "2"]) == 0
     first = capsys.readouterr().out
-    assert "i-SIR, cached" in first and (tmp_path / "long_training.png").stat().st_size > 10_000
+    assert "i-SIR" in first and (tmp_path / "long_training.png").stat().st_size > 10_000
     rows = cells.read(tmp_path / "long_training.csv")
     assert {found["steps"] for found in rows if found["method"] != long_training.FLOOR} == {20, 40}
     monkeypatch.setattr(long_training, "train", None)  # whoever measures again fails
     assert long_training.main([*arguments, "--jobs", "1"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_features_are_compared_and_not_measured_again(tmp_path, capsys, monkeypatch):
+    arguments = ["--epochs", "1", "--batch-sizes", "128", "--methods", "i-SIR", "--rates", "1e-3", "--seeds", "1"]
+    arguments += ["--first-seed", "3", "--out", str(tmp_path)]
+    assert features.main([*arguments, "--jobs", "1"]) == 0
+    first = capsys.readouterr().out
+    assert "i-SIR" in first and f"written: {tmp_path / 'features.csv'}" in first
+    rows = cells.read(tmp_path / "features.csv")
+    assert {(found["seed"], found["epochs"], found["batch_size"], found["lr"]) for found in rows} == {(3, 1, 128, 1e-3)}
+    assert all(10 < found["few_probe"] <= 100 for found in rows)
+    monkeypatch.setattr(features, "measure", None)  # whoever measures again fails
+    assert features.main([*arguments, "--jobs", "2"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_every_method_of_features_is_one_of_accuracy():
+    assert set(features.SHOWN) | set(accuracy.SHOWN) <= set(accuracy.METHODS)
 
 
 def test_retrieval_is_compared(tmp_path, capsys):
@@ -65,7 +83,7 @@ def test_retrieval_is_compared(tmp_path, capsys):
     assert all(found["train_mrr"] > 3 and found["held_out_mrr"] > 5 for found in rows)
 
 
-@pytest.mark.parametrize("main", [long_training.main, compare_losses.main])
+@pytest.mark.parametrize("main", [long_training.main, compare_losses.main, features.main])
 def test_a_study_of_no_seeds_is_refused(main, capsys):
     with pytest.raises(SystemExit):
         main(["--seeds", "0"])

@@ -57,11 +57,13 @@ def test_views_are_fixed_and_differ():
         finite.fixed_views("digits", 2000)
 
 
-@pytest.mark.parametrize("name", ["sogclr", "isogclr", "ntxent", "emc2"])
+@pytest.mark.parametrize("name", ["sogclr", "isogclr", "ntxent", "emc2", "emc2 isir"])
 def test_gradients_of_all_methods_have_the_scale_of_the_exact_one(name):
     """With the whole data set in one batch: SogCLR's is the exact gradient, NT-Xent's differs by the positive in its
     sum, EMC2's by its samples."""
-    run = finite.Finite({"name": name}, "digits", 60, 60, seed=0)
+    name, *sampler = name.split()
+    options = {"sampler": sampler[0] if sampler else "mh"} if name == "emc2" else {}
+    run = finite.Finite({"name": name} | options, "digits", 60, 60, seed=0)
     target = run.exact().gradient
     state = {key: value.clone() for key, value in run.loss.state_dict().items()}
     error = run.error(target)
@@ -188,6 +190,7 @@ def small(monkeypatch):
     methods = {name: accuracy.METHODS[name] for name in ("SimCLR", "EMC², both views")}
     for module in (accuracy, speed):
         monkeypatch.setattr(module, "METHODS", methods)
+    monkeypatch.setattr(accuracy, "SHOWN", tuple(methods))
     monkeypatch.setattr(accuracy, "QUICK", (("digits", 1, 1e-3, (160,), 2), ("digits", 1, 3e-4, (160,), 1)))
     monkeypatch.setattr(speed, "QUICK", (("digits", (160,), 1),))
     monkeypatch.setattr(subset, "METHODS", {name: subset.METHODS[name] for name in ("SimCLR", "EMC², re-encoded")})

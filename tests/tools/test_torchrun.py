@@ -50,8 +50,9 @@ def test_two_processes_agree_with_one_and_survive_one_kill(tmp_path):
 
 
 RUNS = {
-    "emc2": ["--method=emc2"],
-    "emc2, a chain in each process": ["--method=emc2", "--gather=none"],
+    "emc2": ["--method=emc2", "--sampler=mh"],
+    "emc2, a chain in each process": ["--method=emc2", "--sampler=mh", "--gather=none"],
+    "emc2, i-SIR": ["--method=emc2"],
     "simclr, chosen batches": ["--method=simclr", "--batching=gcbs"],
     "cached": ["--method=cached", "--carry=recompute"],
 }
