@@ -54,11 +54,15 @@ HELP = {
     "clip_grad": "gradients are scaled down to this norm where theirs is above it",
     "amp": "precision of PyTorch's autocast for the encoder: bfloat16, float16 (gradients are scaled then), or none",
     "temperature": "similarities are divided by this",
-    "burn_in": "emc2 only: share of a visit's proposals that give no sample",
-    "proposals": "emc2 only: what is proposed to the chains, the batch or draws from the bank of all embeddings",
+    "sampler": "emc2 only: what moves the chains, importance resampling among all candidates (isir) or the paper's "
+    "Metropolis-Hastings walk (mh); auto is isir, and mh where an option of the walk is given",
+    "burn_in": "emc2's walk only: share of a visit's proposals that give no sample",
+    "queue": "emc2 with --sampler isir only: images of the latest batches whose kept embeddings are negatives as well",
+    "proposals": "emc2's walk only: what is proposed to the chains, the batch or draws from the bank of all embeddings",
     "carry": "emc2 and cached only: what stands for samples outside the batch: kept embeddings (cached for emc2 with "
     "proposals from the batch, else corrected), or new encodings (recompute); auto is the kept ones",
-    "views": "emc2 only: views of an image that are proposed, one or both (both is the paper's choice, biased)",
+    "views": "emc2 only: views of an image that are negatives, one or both (both is the paper's choice, biased with "
+    "its walk); auto is one with the walk",
     "gamma": "sogclr and isogclr only: weight of the present batch in an image's running denominator",
     "rho": "isogclr only: divergence of the negatives' weights from uniform ones (nats) that temperatures settle at",
     "refresh": "cached only: share of the cache that is encoded again at each step",
@@ -95,6 +99,8 @@ UNSET = {
     "clip_grad": "no limit",
     "num_samples": "16; emc2 with proposals from the batch: as many as it has after burn-in, up to 16",
     "num_proposals": "64",
+    "queue": "16, and 0 with --carry recompute",
+    "burn_in": "0.5",
 }
 
 

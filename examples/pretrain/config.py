@@ -12,6 +12,7 @@ import torch
 from emc2_kernels.batching import SCOPES
 from emc2_kernels.distributed.shards import GATHERS
 from emc2_kernels.losses.emc2 import NUM_DRAWS
+from emc2_kernels.losses.emc2_options import BURN_IN, resolved_sampler
 from examples.pretrain.data import CHOICES, READERS, is_known, view_size
 from examples.pretrain.encoders import ENCODERS, NORMS, STEMS
 from examples.pretrain.evaluate import PROBES
@@ -22,15 +23,18 @@ from examples.pretrain.processes import Processes
 METHODS = ("emc2", "simclr", "sogclr", "isogclr", "cached")
 CARRIES = ("auto", "cached", "corrected", "recompute")
 PROPOSALS = ("batch", "bank")
-VIEWS = ("one", "both")
+SAMPLERS = ("auto", "isir", "mh")
+VIEWS = ("auto", "one", "both")
 BATCHINGS = ("shuffle", "gcbs")
 AMP = ("none", "bfloat16", "float16")
-# Options that mean something with some values of another option only. Where that is the method or the proposals, their
-# names are those of the loss's arguments; where it is the batching, the sampler's. Of --data, what is in front of the
-# path counts.
+# Options that mean something with some values of another option only. Where that is the method, the sampler or the
+# proposals, their names are those of the loss's arguments; where it is the batching, those of the batches' sampler. Of
+# --data, what is in front of the path counts.
 ONLY_WITH = {
-    "proposals": ("method", ("emc2",)),
-    "burn_in": ("method", ("emc2",)),
+    "sampler": ("method", ("emc2",)),
+    "proposals": ("sampler", ("auto", "mh")),
+    "burn_in": ("sampler", ("auto", "mh")),
+    "queue": ("sampler", ("auto", "isir")),
     "carry": ("method", ("emc2", "cached")),
     "views": ("method", ("emc2",)),
     "gamma": ("method", ("sogclr", "isogclr")),
@@ -76,10 +80,12 @@ class Config:
     clip_grad: float | None = None
     amp: str = "none"
     temperature: float = 0.2
-    burn_in: float = 0.5
+    sampler: str = "auto"
+    burn_in: float | None = None
     proposals: str = "batch"
+    queue: int | None = None
     carry: str = "auto"
-    views: str = "one"
+    views: str = "auto"
     gamma: float = 0.9
     rho: float = 1.0
     refresh: float = 0.01
@@ -114,6 +120,7 @@ class Config:
 
     def _check_choices(self) -> None:
         expect_choice("method", self.method, METHODS)
+        expect_choice("sampler", self.sampler, SAMPLERS)
         expect_choice("proposals", self.proposals, PROPOSALS)
         expect_choice("carry", self.carry, CARRIES)
         expect_choice("views", self.views, VIEWS)
@@ -158,10 +165,14 @@ class Config:
 
     def _check_method(self) -> None:
         """Numbers that mean something with some methods or batchings."""
-        expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= self.burn_in < 1)
+        expect("burn_in", self.burn_in, "a share from 0 to below 1", 0 <= (self.burn_in or 0) < 1)
         expect("gamma", self.gamma, "a share above 0, up to 1", 0 < self.gamma <= 1)
         expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
         expect("refresh", self.refresh, "a share from 0 to 1", 0 <= self.refresh <= 1)
+        expect_at_least("queue", self.queue or 0, 0)
+        if self.queue and (self.carry == "recompute" or self.walks):
+            walk = "--sampler mh, which --proposals bank, --burn-in and --num-samples mean"
+            raise ValueError(f"--queue: expected 0 with --carry recompute and with {walk}, got {self.queue}")
         expect_at_least("num_proposals", 1 if self.num_proposals is None else self.num_proposals, 1)
         if self.unmet("carry") is None:
             kept = "cached" if (self.method, self.proposals) == ("emc2", "batch") else "corrected"
@@ -179,10 +190,11 @@ class Config:
             return
         expect_at_least("num_samples", self.num_samples, 1)
         if self.method == "emc2":
+            expect("num_samples", self.num_samples, "none with --sampler isir, which weighs all candidates", self.walks)
             parts = Processes.launched().count if self.gathers == "none" else 1
             keys = self.batch_size // parts * (2 if self.views == "both" else 1)
             proposals = keys if self.proposals == "batch" else self.num_proposals or NUM_DRAWS
-            most = proposals - int(self.burn_in * proposals)
+            most = proposals - int((BURN_IN if self.burn_in is None else self.burn_in) * proposals)
             after = f"at most {most}, the {proposals} proposals after burn-in"
             expect("num_samples", self.num_samples, after, self.num_samples <= most)
 
@@ -203,6 +215,11 @@ class Config:
         gpus = torch.cuda.device_count()
         if self.torch_device.type == "cuda" and processes.local_count > gpus:
             raise ValueError(f"--device: expected cpu, or a GPU for each process, got {self.device} with {gpus} GPUs")
+
+    @property
+    def walks(self) -> bool:
+        """Whether EMC²'s chains do, see ``EMC2Loss``."""
+        return resolved_sampler(self.sampler, self.proposals, self.burn_in, self.num_samples) == "mh"
 
     @property
     def directory(self) -> Path:

@@ -21,6 +21,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # colour-blin
 
 # The last panel shows what the runs have of their own, and the learning rate where they have nothing.
 OWN_PANELS = (
+    ({"carried_weight": "weight of what chains carry"}, "Share (%)", 100),
     ({"acceptance": "accepted proposals", "carry_share": "samples carried from an earlier visit"}, "Share (%)", 100),
     ({"temperature": ""}, "Mean temperature of the batch's images", 1),
     ({"weight_sum": ""}, "Sum of an anchor's weights", 1),
@@ -28,7 +29,8 @@ OWN_PANELS = (
 )
 # What every loss reports, and what one method's does alone; the rest of that is not written.
 STATS = ("ntxent", "positive_similarity", "negative_similarity", "mean_cosine")
-OWN_STATS = ("acceptance", "carry_share", "cache_age", "weight_sum", "temperature")
+OF_CHAINS = ("acceptance", "carry_share", "carried_weight", "staleness", "log_partition")
+OWN_STATS = (*OF_CHAINS, "cache_age", "weight_sum", "temperature")
 COLUMNS = ("epoch", "step", "loss", *STATS, *OWN_STATS, "lr", "images_per_second", "few_nearest_neighbour")
 
 

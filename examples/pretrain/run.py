@@ -255,7 +255,8 @@ def build_loss(config: Config, num_items: int, encode_again: Callable[[Tensor, T
     common = {"num_items": num_items, "dim": config.dim, "temperature": config.temperature, "seed": config.seed}
     common["gather"] = config.gathers
     takes = losses.TABLE[config.method].options()
-    own = {name: value for name, value in config.own_options("method", "proposals").items() if value is not None}
+    own = config.own_options("method", "sampler", "proposals")
+    own = {name: value for name, value in own.items() if value is not None}
     options = {name: value for name, value in common.items() if name in takes} | own
     if config.method == "cached" or options.get("carry") == "recompute":
         options["encode"] = encode_again

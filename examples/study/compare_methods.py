@@ -26,7 +26,9 @@ from examples.pretrain.training import Results, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "SimCLR": {"method": "simclr"},
-    "EMC²": {"method": "emc2"},
+    "EMC²": {"method": "emc2", "sampler": "mh"},
+    "i-SIR": {"method": "emc2", "sampler": "isir"},
+    "i-SIR, no queue": {"method": "emc2", "sampler": "isir", "queue": 0},
     "EMC² from the bank": {"method": "emc2", "proposals": "bank"},
     "SogCLR": {"method": "sogclr"},
     "iSogCLR": {"method": "isogclr"},

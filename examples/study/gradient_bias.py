@@ -85,14 +85,15 @@ METHODS: dict[str, dict[str, Any]] = {
     # Its whole cache fits the encoder's present parameters only while these are fixed.
     "cache, corrected": {"name": "cached", "carry": "corrected"},
     "cache, recompute": {"name": "cached", "carry": "recompute", "refresh": 0},
-    "EMC², recompute": {"name": "emc2", "carry": "recompute"},
-    "EMC², cached": {"name": "emc2"},
+    "EMC², recompute": {"name": "emc2", "sampler": "mh", "carry": "recompute"},
+    "EMC², cached": {"name": "emc2", "sampler": "mh"},
     "EMC² from the bank, recompute": {"name": "emc2", "proposals": "bank", "carry": "recompute"},
     "EMC² from the bank, corrected": {"name": "emc2", "proposals": "bank", "carry": "corrected"},
     "i-SIR, recompute": {"name": "emc2", "sampler": "isir", "carry": "recompute"},
-    "i-SIR, cached": {"name": "emc2", "sampler": "isir"},
-    "i-SIR, corrected": {"name": "emc2", "sampler": "isir", "carry": "corrected"},
-    "i-SIR, both views, cached": {"name": "emc2", "sampler": "isir", "views": "both"},
+    "i-SIR": {"name": "emc2", "sampler": "isir"},
+    "i-SIR, no queue": {"name": "emc2", "sampler": "isir", "queue": 0},
+    "i-SIR, queue 64": {"name": "emc2", "sampler": "isir", "queue": 64},
+    "i-SIR, one view": {"name": "emc2", "sampler": "isir", "views": "one"},
 }
 
 
@@ -144,7 +145,7 @@ def run(options: Mapping[str, Any], batch_size: int, batches: int, seed: int) ->
 def isir_statistics(batch_size: int, batches: int = 2000) -> tuple[float, float]:
     """Mean carried weight, and the estimate of the global loss that comes with it, over the last two thirds."""
     images, parameters = views(), weight()
-    loss = make_loss(METHODS["i-SIR, cached"], lambda *_: parameters, ITEMS, DIM, TEMPERATURE)
+    loss = make_loss(METHODS["i-SIR"], lambda *_: parameters, ITEMS, DIM, TEMPERATURE)
     generator, found = torch.Generator().manual_seed(0), []
     for t in range(batches):
         index = torch.randperm(ITEMS, generator=generator)[:batch_size]

@@ -30,7 +30,7 @@ from examples.study.tables import markdown
 FILE, FIGURE = "long_training.csv", "long_training.png"
 NAMES = ("method", "batch_size", "temperature", "steps", "rate", "seed")
 FLOOR = "exact gradient"
-SHOWN = ("NT-Xent", "SogCLR", "cache, corrected", "EMC², cached", "i-SIR, cached", "i-SIR, recompute")
+SHOWN = ("NT-Xent", "SogCLR", "cache, corrected", "EMC², cached", "i-SIR", "i-SIR, no queue", "i-SIR, recompute")
 RATES = (0.1, 0.3, 1.0)
 MARKS = 24  # points of a curve, evenly spaced on a logarithmic axis
 

@@ -42,7 +42,7 @@ NOT_TRAINED = tuple(name for name in OPTIONS if name.startswith("batch, recomput
 CACHE = {f"cache, refresh {share:g}": {"method": "cached", "refresh": share} for share in (0.0, 0.01, 0.05)}
 CACHE["cache, 1 sample"] = {"method": "cached", "num_samples": 1}
 TRAINED: dict[str, dict[str, Any]] = CACHE | {
-    name: {"method": "emc2", **options} for name, options in OPTIONS.items() if name not in NOT_TRAINED
+    name: {"method": "emc2", "sampler": "mh", **options} for name, options in OPTIONS.items() if name not in NOT_TRAINED
 }
 BIAS_FILE, BIAS_NAMES = "bias.csv", ("batch_size", "batches", "options")
 ACCURACY_FILE, ACCURACY_NAMES = "options.csv", ("data", "epochs", "batch_size", "seed", "options")
@@ -64,7 +64,7 @@ def accuracy_cells(quick: bool, names: Collection[str]) -> Iterator[tuple]:
 def measure_bias(batch_size: int, batches: int, options: str) -> list[Row]:
     """Relative to the norm of the exact gradient; see gradient_bias.Found."""
     with cpu_threads(1):
-        settings = {"name": "emc2", **OPTIONS[options]}
+        settings = {"name": "emc2", "sampler": "mh", **OPTIONS[options]}
         streams = [gradient_bias.run(settings, batch_size, batches, seed) for seed in gradient_bias.STREAMS]
         found = gradient_bias.summary(streams)
     return [{"error": found.errors[-1], "bias": found.bias, "deviation": found.deviation}]

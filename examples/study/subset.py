@@ -22,9 +22,9 @@ METHODS = {
     "iSogCLR": {"name": "isogclr"},
     "negative cache": {"name": "cached", "refresh": 0.01},
     "negative cache, refresh 0.1": {"name": "cached", "refresh": 0.1},  # the paper's
-    "EMC²": {"name": "emc2"},
-    "EMC², both views": {"name": "emc2", "views": "both"},
-    "EMC², re-encoded": {"name": "emc2", "carry": "recompute"},
+    "EMC²": {"name": "emc2", "sampler": "mh"},
+    "EMC², both views": {"name": "emc2", "sampler": "mh", "views": "both"},
+    "EMC², re-encoded": {"name": "emc2", "sampler": "mh", "carry": "recompute"},
     "EMC² from the bank": {"name": "emc2", "proposals": "bank"},
     "EMC² from the bank, re-encoded": {"name": "emc2", "proposals": "bank", "carry": "recompute"},
 }

@@ -34,9 +34,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     "CLIP": {"name": "clip"},
     "SogCLR": {"name": "sogclr", "bimodal": True},
     "cache": {"name": "cached", "bimodal": True},
-    "EMC² (mh)": {"name": "emc2", "bimodal": True},
+    "EMC² (mh)": {"name": "emc2", "sampler": "mh", "bimodal": True},
     "i-SIR": {"name": "emc2", "sampler": "isir", "bimodal": True},
-    "i-SIR, corrected": {"name": "emc2", "sampler": "isir", "carry": "corrected", "bimodal": True},
+    "i-SIR, no queue": {"name": "emc2", "sampler": "isir", "queue": 0, "bimodal": True},
 }
 
 
