@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import RUNNABLE, assert_identical, assert_unchanged, named_error, normal, relative_rms, snapshot
 from slow_isir import MEMORY, SlowISIR
-from slow_losses import DIM, DTYPES, ITEMS, B, assert_statistics, value_and_gradients
+from slow_losses import DIM, DTYPES, ITEMS, B, steps_beside, value_and_gradients
 from test_losses import Table, shuffled_batches
 
 from emc2_kernels import MHState, isir_step, rng
@@ -44,27 +44,15 @@ def assert_equals_the_slow_one(batches, dtype=torch.float32, jumps=(), memory=ME
     fast = make(table if recompute else None, backend=backend, **options)
     slow = SlowISIR(num_items=ITEMS, **options, memory=memory, encode=lambda item, view: exact.weight[item, view])
     heaviest = 0.0
-    for step, index in enumerate(batches):
-        exact.load_state_dict(table.state_dict())
-        slow.carried.clear()
-        table.calls.clear()
-        table.zero_grad()
-        exact.zero_grad()
-        value, stats = fast(*table.pair(index), index, return_stats=True)
-        expected = slow(*exact.pair(index), index)
-        value.backward()
-        expected.backward()
-        torch.testing.assert_close(value.detach().double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    for value, stats, expected in steps_beside(fast, slow, table, exact, batches):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
         if exact.weight.grad.any():
             assert relative_rms(table.weight.grad, exact.weight.grad) <= DTYPES[dtype]
         else:
             assert table.weight.grad.isfinite().all() and table.weight.grad.abs().max() < 1e-6
-        assert_statistics(stats, slow.stats)
-        slow.assert_keeps_the_same(fast)
         asked_for = [label for call in table.calls for label in call]
         assert sorted(asked_for) == (sorted(slow.carried) if recompute else [])  # each distinct one once
         heaviest = max(heaviest, stats["carried_weight"].item())
-        table.drift(step)
     return slow, heaviest
 
 

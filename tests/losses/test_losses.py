@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers import COMPILED, RUNNABLE, assert_identical, normal, relative_rms, snapshot
-from slow_losses import DIM, DTYPES, ITEMS, B, SlowEMC2, assert_statistics, unit, value_and_gradients
+from slow_losses import DIM, DTYPES, ITEMS, B, SlowEMC2, steps_beside, unit, value_and_gradients
 from torch import nn
 
 from emc2_kernels import MHState, mh_step, rng
@@ -59,20 +59,8 @@ def run_beside_the_slow_one(batches, dtype=torch.float32, **options):
         encode=table if recompute else None,
     )
     slow = SlowEMC2(**options, walk_dtype=dtype, encode=lambda item, view: exact.weight[item, view])
-    for step, index in enumerate(batches):
-        exact.load_state_dict(table.state_dict())
-        slow.carried.clear()
-        table.calls.clear()
-        table.zero_grad()
-        exact.zero_grad()
-        value, stats = fast(*table.pair(index), index, return_stats=True)
-        expected = slow(*exact.pair(index), index)
-        value.backward()
-        expected.backward()
-        assert_statistics(stats, slow.stats)
-        slow.assert_keeps_the_same(fast)
-        yield value.detach(), expected.detach(), table, exact, slow
-        table.drift(step)
+    for value, _, expected in steps_beside(fast, slow, table, exact, batches):
+        yield value, expected, table, exact, slow
 
 
 def assert_equals_the_slow_one(batches, dtype=torch.float32, **options):

@@ -1,7 +1,7 @@
 """isir_step: every backend against the noise of the contract and a literal argmax, and against itself in pieces."""
 
+import functools
 import itertools
-from typing import NamedTuple
 
 import oracle
 import pytest
@@ -14,6 +14,7 @@ import emc2_kernels as emc2
 from emc2_kernels import MHState, checks, ops, rng
 from emc2_kernels.backends.params import CarriedParams, DrawParams, ScoreParams
 from emc2_kernels.backends.reference import lse
+from emc2_kernels.isir import Drawn
 
 SIZES = [(1, 1, 1), (1, 5, 3), (7, 4, 16), (8, 3, 17), (16, 63, 64), (17, 64, 33), (33, 65, 100), (65, 130, 8)]
 USUAL = {"temperature": 0.2, "seed": 7, "step": 3}
@@ -318,14 +319,6 @@ def test_ties_go_to_what_is_carried_then_to_the_lowest_position(monkeypatch):
 # The operator: several candidates of a chain's own, and shards of the keys.
 
 
-class Drawn(NamedTuple):
-    position: Tensor
-    key: Tensor
-    score: Tensor
-    lse: Tensor
-    value: Tensor
-
-
 def handed_over(seed):
     """As isir_step does it."""
     return checks.counter("seed", seed, 64, None)
@@ -382,13 +375,7 @@ def shards(backend, queries, keys, own, cuts, **options):
 
 
 def merged(parts):
-    """In any order: the greater value wins, of equal ones the lower position."""
-    best = parts[0]
-    for part in parts[1:]:
-        wins = (part.value > best.value) | ((part.value == best.value) & (part.position < best.position))
-        fields = {name: torch.where(wins, getattr(part, name), getattr(best, name)) for name in Drawn._fields}
-        best = Drawn(**fields | {"lse": torch.logaddexp(best.lse, part.lse)})
-    return best
+    return functools.reduce(Drawn.or_better, parts)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (8, 9), (3, 17, 18, 40), (0, 45)])

@@ -14,6 +14,25 @@ INDICES = {"no index": None, "distinct": torch.arange(B), "duplicates": torch.te
 NORM_FLOOR = 1e-6
 
 
+def steps_beside(fast, slow, table, exact, batches):
+    """Yields, for each batch, the value and statistics of the loss and the value of the slow one, with their gradients
+    in the tables; the table drifts afterwards, and the exact one follows it."""
+    for step, index in enumerate(batches):
+        exact.load_state_dict(table.state_dict())
+        slow.carried.clear()
+        table.calls.clear()
+        table.zero_grad()
+        exact.zero_grad()
+        value, stats = fast(*table.pair(index), index, return_stats=True)
+        expected = slow(*exact.pair(index), index)
+        value.backward()
+        expected.backward()
+        assert_statistics(stats, slow.stats)
+        slow.assert_keeps_the_same(fast)
+        yield value.detach(), stats, expected.detach()
+        table.drift(step)
+
+
 def unit(row):
     return row / row.norm().clamp_min(NORM_FLOOR)
 
