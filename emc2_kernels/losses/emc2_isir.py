@@ -106,10 +106,11 @@ def bring_along(
         items = items.clamp_min(0)  # of an entry without one nothing is used
         wanted += [items * 2, items * 2 + 1]
         counts.append(2 * len(items))
-    held, kept = (rows.split(counts) for rows in bank.read(torch.cat(wanted)))
+    held, kept = bank.read(torch.cat(wanted))
+    held, kept = held.split(counts), kept.to(anchors.embeddings.dtype).split(counts)
     sums = drift.with_batch(anchors, held[1], kept[1], shards)
     fresh = is_fresh(sums)
-    carried = _score(anchors, labels, held[0] & fresh, kept[0].to(anchors.embeddings.dtype), options)
+    carried = _score(anchors, labels, held[0] & fresh, kept[0], options)
     if recent is None:
         return Kept(carried, None, sums)
     usable = usable & held[2].view(2, -1).all(0) & fresh
@@ -131,7 +132,7 @@ def _brought(key: Tensor, options: WalkOptions) -> Tensor:
     """(2b, C) labels of what chains at ``key`` (2b,) bring along."""
     if options.views == "one":
         return key[:, None]
-    return torch.stack((key, torch.where(key >= 0, key ^ 1, -1)), 1)
+    return torch.stack((key, key ^ (key >= 0)), 1)  # -1 has no other view
 
 
 def _score(anchors: Anchors, labels: Tensor, held: Tensor, kept: Tensor, options: WalkOptions) -> Carried:

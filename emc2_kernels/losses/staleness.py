@@ -43,9 +43,9 @@ class Staleness(SlotTable):
             held, kept: (2b,) and (2b, d) what the bank has for the anchors themselves; zeros where it has nothing.
         """
         z = anchors.embeddings.detach().view(2, -1, anchors.embeddings.shape[1])
-        since = (z - kept.to(z.dtype).view(z.shape)) * held.view(2, -1, 1)
-        lost, seen = (z.flip(0) * since).sum(), held.sum()
-        positive, of_views, b = (z[0] * z[1]).sum(), z.sum(1), z.shape[1]
+        fresh, held = (z[0] * z[1]).sum(1), held.view(2, -1)
+        lost = (fresh * held).sum() - (z.flip(0) * kept.to(z.dtype).view(z.shape)).sum()
+        seen, positive, of_views, b = held.sum(), fresh.sum(), z.sum(1), z.shape[1]
         if shards is not None:
             numbers = torch.stack((lost, seen.to(z.dtype), positive))
             total = sum_over_ranks(torch.cat((numbers, of_views.flatten())), shards)

@@ -42,10 +42,9 @@ class ItemQueue(SlotTable):
         """
         entries = self._entries(batch)
         (items,) = self.rows(entries, "items")
-        items = torch.cat((items, batch))
-        rows = torch.arange(len(items), dtype=torch.int64, device=items.device)
-        items = torch.where(last_duplicates(items) == rows, items, -1)
-        self.put(entries, only=only, distinct=True, finite=True, items=items[-self.num_slots :])
+        items = torch.cat((items, batch))[-self.num_slots :]
+        items = torch.where(last_duplicates(items) == entries, items, -1)
+        self.put(entries, only=only, distinct=True, finite=True, items=items)
 
     def _entries(self, like: Tensor) -> Tensor:
         return torch.arange(self.num_slots, dtype=torch.int64, device=like.device)
