@@ -20,6 +20,7 @@ from . import emc2_fused
 from .anchors import Anchors, check_call, check_finite, check_state_device, compute_dtype, finite_batch
 from .emc2_isir import bring_along, encode_along, mean_loss, resample, resampled_stats
 from .emc2_options import (
+    check_decoupled,
     check_estimator,
     check_proposals,
     check_ranks,
@@ -50,7 +51,8 @@ class EMC2Loss(SampledLoss):
 
     With sampler="isir" the value is a loss: mean over the anchors of -s+ + log sum exp(s) over the batch's keys, kept
     keys of ``queue`` items and the one that the chain brings along. The positive is no part of the sum, as it is none
-    of the global loss's. What is kept counts once embeddings have become steady: see the statistic ``staleness``.
+    of the global loss's; see ``decoupled``. What is kept counts once embeddings have become steady: see the statistic
+    ``staleness``.
 
     Args:
         num_items: items of the data set; ``index`` names them. dim: of the embeddings.
@@ -69,6 +71,10 @@ class EMC2Loss(SampledLoss):
             else "one".
         queue: with sampler="isir": how many items of the latest batches are candidates beside the batch's, by their
             embeddings from the bank. None: 16, and 0 with carry="recompute", which has none.
+        decoupled: whether the positive is left out of the sum, as the global loss leaves it out (decoupled contrastive
+            learning, arXiv 2110.06848). False, with sampler="isir": it is a term, as in NT-Xent and CLIP, whose loss
+            this then is, with more negatives. An anchor that tells its positive from all candidates is done then, where
+            decoupled it pushes on: on pairs that are nearly told apart already, that wants a lower learning rate.
         num_proposals: with proposals="bank": draws per anchor and visit; None: 64.
         burn_in: with sampler="mh": share of the M proposals before the first sample, 0 <= burn_in < 1; P =
             floor(burn_in * M). None: 0.5.
@@ -121,6 +127,7 @@ class EMC2Loss(SampledLoss):
         proposals: str = "batch",
         views: str = "auto",
         queue: int | None = None,
+        decoupled: bool = True,
         num_proposals: int | None = None,
         burn_in: float | None = None,
         num_samples: int | None = None,
@@ -141,6 +148,7 @@ class EMC2Loss(SampledLoss):
         check_estimator(estimator)
         views = resolved_views(views, sampler, proposals, bimodal)
         queue = resolved_queue(queue, sampler, carry)
+        check_decoupled(decoupled, sampler)
         check_proposals(proposals, num_proposals, num_samples)
         check_ranks(gather, sharded, proposals)
         super().__init__(
@@ -150,7 +158,7 @@ class EMC2Loss(SampledLoss):
         )  # fmt: skip
         warn_uniform_weights(self.temperature, normalize)
         self.sampler, self.proposals, self.views, self.queue = sampler, proposals, views, queue
-        self.estimator, self.sharded = estimator, sharded
+        self.decoupled, self.estimator, self.sharded = decoupled, estimator, sharded
         self.num_proposals = NUM_DRAWS if proposals == "bank" and num_proposals is None else num_proposals
         self.burn_in = check_schedule(sampler, burn_in, num_samples)
         self.num_samples = num_samples
@@ -242,7 +250,8 @@ class EMC2Loss(SampledLoss):
         resampled = resample(anchors, kept, keys, options)
         with confirm_on_all(self, anchors.embeddings):
             factor = 1.0 if shards is None else shards.ddp_factor
-            loss = self._checked(mean_loss(anchors, kept, resampled, options, factor))
+            of_anchors = anchors, kept, resampled, options
+            loss = self._checked(mean_loss(*of_anchors, decoupled=self.decoupled, factor=factor))
         if not options.return_accepts:
             return loss, resampled.state, {}, kept.drift
         stats, similarity = resampled_stats(resampled, kept, self.num_items, options)
@@ -341,7 +350,7 @@ class EMC2Loss(SampledLoss):
     def extra_repr(self) -> str:
         samples = "min(16, M - P)" if self.num_samples is None else self.num_samples
         schedule = f"burn_in={self.burn_in}, num_samples={samples}, " if self.sampler == "mh" else ""
-        queue = f"queue={self.queue}, " if self.sampler == "isir" else ""
+        queue = f"queue={self.queue}, decoupled={self.decoupled}, " if self.sampler == "isir" else ""
         return (
             f"temperature={self.temperature}, sampler={self.sampler!r}, proposals={self.proposals!r}, "
             f"views={self.views!r}, {schedule}{queue}carry={self.carry!r}, bimodal={self.bimodal}, seed={self.seed}"

@@ -210,22 +210,30 @@ def _draw(side: Side, chains: Tensor, labels: Tensor, scores: Tensor, options: W
     return found[:4]
 
 
-def mean_loss(anchors: Anchors, kept: Kept, resampled: Resampled, options: WalkOptions, factor: float) -> Tensor:
-    """Mean over the anchors of log-sum-exp - s+, times ``factor``; an anchor without candidates has none."""
+def mean_loss(
+    anchors: Anchors, kept: Kept, resampled: Resampled, options: WalkOptions, *, decoupled: bool, factor: float
+) -> Tensor:
+    """Mean over the anchors of log-sum-exp - s+, times ``factor``; an anchor without candidates has none.
+
+    Args:
+        decoupled: s+ is no term of the log-sum-exp.
+    """
     with torch.no_grad():
         view_0, view_1 = anchors.embeddings.chunk(2)
         positive = (view_0 * view_1).sum(1) / options.temperature
         lse = resampled.lse.view(2, -1)
         counted = lse > -torch.inf
+        lse = lse if decoupled else torch.logaddexp(lse, positive)
         excess = torch.where(counted, lse, positive) - positive  # NaN where that is
-        weight = factor / excess.numel()
-        value = excess.sum() * weight
+        d_lse = counted.to(lse.dtype) * (factor / excess.numel())
+        d_positive = (d_lse if decoupled else d_lse * -torch.expm1(-excess)).sum(0)
+        value = excess.sum() * (factor / excess.numel())
     keys = [None if side.among else side.keys.embeddings for side in resampled.sides]
     without = [side._replace(keys=side.keys._replace(embeddings=None)) for side in resampled.sides]
     form = Form(options.temperature, options.backend, without, twice=1 if kept.drift is None else 2)
     hang = _Transformed if functorch_active() else _ByHand
     carried = kept.carried
-    found = value, resampled.lse, carried.scores, counted.flatten().to(lse.dtype) * weight
+    found = value, lse.flatten(), carried.scores, d_lse.flatten(), d_positive
     return hang.apply(form, *found, anchors.embeddings, carried.embeddings, *keys)
 
 
@@ -276,13 +284,13 @@ def _keep(ctx: FunctionCtx, inputs: tuple, _: Tensor) -> None:
 def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Of the anchors, of what their chains bring along, and of each side's keys; None for each input before them.
 
-    With p_ij = exp(s_ij - lse_i): those of a log-sum-exp, of keys and of kept ones alike, less that of s+.
+    With p_ij = exp(s_ij - lse_i): those of a log-sum-exp, of keys and of kept ones alike, less those of s+.
     """
     saved = ctx.saved_tensors
     temperature, backend, sides, twice = ctx.form
     with torch.no_grad():
-        lse, scores, share, embeddings, kept, *keys = saved
-        d_lse = share * grad
+        lse, scores, d_lse, d_positive, embeddings, kept, *keys = saved
+        d_lse = d_lse * grad
         parts = zip(d_lse.chunk(len(sides)), lse.chunk(len(sides)), sides, keys, strict=True)
         of_sides = []
         for d_some, some, side, given in parts:
@@ -295,12 +303,12 @@ def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         total = (d_queries[0] if len(sides) == 1 else torch.cat(d_queries)).to(embeddings.dtype)
         d_similarity = (carried_weights(scores, lse) * (d_lse / temperature)[:, None])[..., None]
         total.add_((d_similarity * kept).sum(1), alpha=twice)
-        d_kept = d_similarity * embeddings[:, None] if ctx.needs_input_grad[6] else None
+        d_kept = d_similarity * embeddings[:, None] if ctx.needs_input_grad[7] else None
         by_view = 2, -1, embeddings.shape[1]
-        d_positive = d_lse.view(2, -1).sum(0) / -temperature
-        total.view(by_view).addcmul_(embeddings.view(by_view).flip(0), d_positive[:, None])
-    made = no_double_backward(NO_SECOND_DERIVATIVE, total, d_kept, *d_keys, of=(grad, *saved[3:]))
-    return *[None] * 5, *made
+        d_similarity = d_positive * (grad / -temperature)
+        total.view(by_view).addcmul_(embeddings.view(by_view).flip(0), d_similarity[:, None])
+    made = no_double_backward(NO_SECOND_DERIVATIVE, total, d_kept, *d_keys, of=(grad, *saved[4:]))
+    return *[None] * 6, *made
 
 
 @torch.no_grad()

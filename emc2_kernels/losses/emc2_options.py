@@ -87,6 +87,12 @@ def resolved_views(views: Any, sampler: str, proposals: str, bimodal: bool) -> s
     return views
 
 
+def check_decoupled(decoupled: Any, sampler: str) -> None:
+    checks.boolean("decoupled", decoupled)
+    if sampler != "isir" and not decoupled:
+        raise ValueError(f'decoupled must be True with sampler="{sampler}", which makes no denominator, got False')
+
+
 def resolved_queue(queue: Any, sampler: str, carry: str) -> int:
     """How many items of the latest batches are candidates."""
     kept = sampler == "isir" and carry == "cached"

@@ -58,6 +58,7 @@ HELP = {
     "Metropolis-Hastings walk (mh); auto is isir, and mh where an option of the walk is given",
     "burn_in": "emc2's walk only: share of a visit's proposals that give no sample",
     "queue": "emc2 with --sampler isir only: images of the latest batches whose kept embeddings are negatives as well",
+    "coupled": "emc2 with --sampler isir only: the positive is a term of the denominator, as it is in simclr's loss",
     "proposals": "emc2's walk only: what is proposed to the chains, the batch or draws from the bank of all embeddings",
     "carry": "emc2 and cached only: what stands for samples outside the batch: kept embeddings (cached for emc2 with "
     "proposals from the batch, else corrected), or new encodings (recompute); auto is the kept ones",

@@ -84,6 +84,7 @@ class Config:
     burn_in: float | None = None
     proposals: str = "batch"
     queue: int | None = None
+    coupled: bool = False
     carry: str = "auto"
     views: str = "auto"
     gamma: float = 0.9
@@ -173,6 +174,8 @@ class Config:
         if self.queue and (self.carry == "recompute" or self.walks):
             walk = "--sampler mh, which --proposals bank, --burn-in and --num-samples mean"
             raise ValueError(f"--queue: expected 0 with --carry recompute and with {walk}, got {self.queue}")
+        if self.coupled and (self.method != "emc2" or self.walks):
+            raise ValueError("--coupled: expected only with --method emc2, and without its walk")
         expect_at_least("num_proposals", 1 if self.num_proposals is None else self.num_proposals, 1)
         if self.unmet("carry") is None:
             kept = "cached" if (self.method, self.proposals) == ("emc2", "batch") else "corrected"

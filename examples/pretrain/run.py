@@ -258,6 +258,8 @@ def build_loss(config: Config, num_items: int, encode_again: Callable[[Tensor, T
     own = config.own_options("method", "sampler", "proposals")
     own = {name: value for name, value in own.items() if value is not None}
     options = {name: value for name, value in common.items() if name in takes} | own
+    if config.coupled:
+        options["decoupled"] = False
     if config.method == "cached" or options.get("carry") == "recompute":
         options["encode"] = encode_again
     return losses.get(config.method, **options)

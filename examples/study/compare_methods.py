@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "EMC²": {"method": "emc2", "sampler": "mh"},
     "i-SIR": {"method": "emc2", "sampler": "isir"},
     "i-SIR, no queue": {"method": "emc2", "sampler": "isir", "queue": 0},
+    "i-SIR, coupled": {"method": "emc2", "sampler": "isir", "coupled": True},
     "EMC² from the bank": {"method": "emc2", "proposals": "bank"},
     "SogCLR": {"method": "sogclr"},
     "iSogCLR": {"method": "isogclr"},

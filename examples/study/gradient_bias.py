@@ -93,6 +93,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "i-SIR": {"name": "emc2", "sampler": "isir"},
     "i-SIR, no queue": {"name": "emc2", "sampler": "isir", "queue": 0},
     "i-SIR, queue 64": {"name": "emc2", "sampler": "isir", "queue": 64},
+    "i-SIR, coupled": {"name": "emc2", "sampler": "isir", "decoupled": False},
     "i-SIR, one view": {"name": "emc2", "sampler": "isir", "views": "one"},
 }
 

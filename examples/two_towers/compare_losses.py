@@ -23,7 +23,7 @@ from examples.pretrain.images import batches
 from examples.pretrain.optimizers import warmup_cosine
 from examples.pretrain.processes import cpu_threads
 from examples.study.cells import Row, grouped, measure_missing
-from examples.study.tables import markdown
+from examples.study.tables import markdown, spread
 from examples.two_towers.halves import retrieve
 from examples.two_towers.pairs import DATASETS, Pairs
 
@@ -37,6 +37,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "EMC² (mh)": {"name": "emc2", "sampler": "mh", "bimodal": True},
     "i-SIR": {"name": "emc2", "sampler": "isir", "bimodal": True},
     "i-SIR, no queue": {"name": "emc2", "sampler": "isir", "queue": 0, "bimodal": True},
+    "i-SIR, coupled": {"name": "emc2", "sampler": "isir", "decoupled": False, "bimodal": True},
 }
 
 
@@ -89,6 +90,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def table_by_rate(rows: Sequence[Row]) -> str:
+    """How much of the held-out pairs' retrieval hangs on the learning rate."""
+    parts = []
+    for (data, epochs, size), found in grouped(rows, "data", "epochs", "batch_size").items():
+        rates, cells = sorted({row["lr"] for row in found}), grouped(found, "loss", "lr")
+        body = [
+            [name, *(spread(cells.get((name, rate), []), "held_out_mrr") for rate in rates)]
+            for name in dict.fromkeys(row["loss"] for row in found)
+        ]
+        title = f"{data}, {epochs} epochs, b = {size}: held-out MRR in %, by learning rate"
+        parts.append(f"{title}\n\n{markdown(['', *(f'{rate:g}' for rate in rates)], body)}")
+    return "\n\n".join(parts)
+
+
 def cell(rows: Sequence[Row]) -> str:
     if not rows:
         return "-"
@@ -125,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for lr in given.rates
     ]
     path = given.out / f"retrieval_{given.data}.csv"
-    print(table(measure_missing(path, NAMES, cells, train, jobs=given.jobs)))
+    rows = measure_missing(path, NAMES, cells, train, jobs=given.jobs)
+    print(table(rows), table_by_rate(rows), sep="\n\n")
     print(f"written: {path}")
     return 0
 

@@ -22,7 +22,7 @@ TABLE, IDS_OF_TABLE = normal(4, 60, DIM), torch.arange(60)
 # Beside each loss as it comes: what takes other paths through it.
 OPTIONS = {
     "emc2": [{"proposals": "bank"}, {"views": "both"}],
-    "emc2 isir": [{"views": "one", "queue": 5}],
+    "emc2 isir": [{"views": "one", "queue": 5}, {"decoupled": False}],
     "isogclr": [{"gamma_schedule": "cosine", "gamma_steps": 5}],
     "clip": [{"learn_temperature": True}],
 }

@@ -8,7 +8,7 @@ from slow_losses import DIM, DTYPES, ITEMS, B, steps_beside, value_and_gradients
 from test_losses import Table, shuffled_batches
 
 from emc2_kernels import MHState, isir_step, rng
-from emc2_kernels.losses import EMC2Loss, staleness
+from emc2_kernels.losses import ClipLoss, EMC2Loss, NTXentLoss, staleness
 
 
 class Pairs(Table):
@@ -59,13 +59,14 @@ def assert_equals_the_slow_one(batches, dtype=torch.float32, jumps=(), memory=ME
 FORMS = [{"views": "one"}, {"views": "both"}, {"bimodal": True}]
 KEEPS = [{"queue": 0}, {"queue": 4}, {"queue": 2 * ITEMS}, {"carry": "recompute"}]  # the third has room for all items
 KEPT = KEEPS[:3]
+COUPLED = [keeps | {"decoupled": False} for keeps in KEEPS[1::2]]
 
 
 def has_queue(keeps):
     return keeps.get("queue", 0) > 0
 
 
-@pytest.mark.parametrize("keeps", KEEPS, ids=str)
+@pytest.mark.parametrize("keeps", KEEPS + COUPLED, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_it_is_the_slow_one(form, keeps):
     slow, heaviest = assert_equals_the_slow_one(shuffled_batches(), **form, **keeps)
@@ -133,7 +134,7 @@ def test_items_that_come_twice(form, keeps):
     assert slow.replaced > 20 and (slow.queued > 20) == has_queue(keeps)
 
 
-@pytest.mark.parametrize("keeps", KEPT, ids=str)
+@pytest.mark.parametrize("keeps", KEPT + COUPLED[:1], ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_batches_of_other_sizes_follow_each_other(form, keeps):
     """One item alone among them, first before it has been seen and then with nothing but what is kept."""
@@ -144,7 +145,7 @@ def test_batches_of_other_sizes_follow_each_other(form, keeps):
     assert (heaviest == pytest.approx(1)) == (not has_queue(keeps))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", [*FORMS, {"decoupled": False}], ids=str)
 @pytest.mark.parametrize("index", [torch.tensor([4]), torch.tensor([4, 4, 4])], ids=str)
 def test_a_first_batch_of_one_item_has_nothing_to_be_contrasted_with(index, form):
     loss, size = make(**form), len(index)
@@ -176,6 +177,19 @@ def test_at_the_first_visit_the_value_is_the_log_sum_exp_over_the_batch_less_the
     expected, expected_gradient = value_and_gradients(formula, z0.double(), z1.double())
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
     assert relative_rms(gradient, expected_gradient) <= 1e-5
+
+
+@pytest.mark.parametrize(("form", "like"), [({"views": "both"}, NTXentLoss), ({"bimodal": True}, ClipLoss)], ids=str)
+def test_coupled_and_with_nothing_kept_it_is_the_loss_of_the_batch(form, like):
+    """Before what is kept counts, for the chains move on meanwhile."""
+    loss, other = make(decoupled=False, **form), like(temperature=0.2)
+    for step in range(3):
+        index = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(step))[:B]
+        batch = normal(2 * step, B, DIM), normal(2 * step + 1, B, DIM), index
+        (value, gradient), (expected, expected_gradient) = (value_and_gradients(of, *batch) for of in (loss, other))
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+        assert relative_rms(gradient, expected_gradient) <= 1e-6
+    assert loss.step == 3 and (loss.chains.key >= 0).any()
 
 
 @pytest.mark.parametrize("keeps", KEEPS, ids=str)
@@ -275,29 +289,31 @@ def test_a_chain_whose_key_the_bank_does_not_hold_starts_again(form):
     assert (loss.chains.key[:2] // 2 == 1).all() and stats["acceptance"] >= 0.5
 
 
-def exact_loss(z, temperature, bimodal=False):
-    """Of all items (N, 2, d): mean log of the partition function, less the positive's score."""
+def exact_loss(z, temperature, bimodal=False, decoupled=True, **_):
+    """Of all items (N, 2, d): mean log of the partition function, less the positive's score; and that log."""
     rows = torch.nn.functional.normalize(z.transpose(0, 1).flatten(0, 1), dim=1)
     items, view = torch.arange(len(z)).repeat(2), torch.arange(2).repeat_interleave(len(z))
     excluded = items[:, None] == items
     if bimodal:
         excluded |= view[:, None] == view
     scores = rows @ rows.T / temperature
-    partition = scores.masked_fill(excluded, -torch.inf).logsumexp(1).mean()
-    return partition - scores.diagonal(len(z)).mean(), partition
+    partition, positive = scores.masked_fill(excluded, -torch.inf).logsumexp(1), scores.diagonal(len(z)).repeat(2)
+    denominator = partition if decoupled else torch.logaddexp(partition, positive)
+    return (denominator - positive).mean(), partition.mean()
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("form", [{"views": "both"}, {"bimodal": True}], ids=str)
-def test_with_the_data_set_as_the_batch_the_value_is_the_global_loss(form):
+def test_with_the_data_set_as_the_batch_the_value_is_the_global_loss(form, decoupled):
     """What is carried stands for the same key of the batch, whatever the chain has drawn."""
-    table = Table()
+    table, form = Table(), form | {"decoupled": decoupled}
     loss, index = make(table, carry="recompute", **form), torch.arange(ITEMS)
     for visit in range(6):
         table.zero_grad()
         value, stats = loss(*(table.weight[:, view] for view in (0, 1)), index, return_stats=True)
         value.backward()
         z = table.weight.detach().double().requires_grad_()
-        expected, partition = exact_loss(z, 0.2, form.get("bimodal", False))
+        expected, partition = exact_loss(z, 0.2, **form)
         expected.backward()
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
         torch.testing.assert_close(stats["log_partition"].double(), partition, rtol=1e-5, atol=0)
@@ -316,7 +332,7 @@ def test_at_fixed_parameters_the_statistic_and_the_mean_gradient_approach_those_
     table, excess = Table(), []
     loss = EMC2Loss(items, DIM, sampler="isir", carry="recompute", encode=table, temperature=temperature, **form)
     z = table.weight.detach()[:items].double().requires_grad_()
-    expected, _ = exact_loss(z, temperature, form.get("bimodal", False))
+    expected, _ = exact_loss(z, temperature, **form)
     expected.backward()
     generator = torch.Generator().manual_seed(1)
     for step in range(burn_in + VISITS):
@@ -333,7 +349,7 @@ def test_at_fixed_parameters_the_statistic_and_the_mean_gradient_approach_those_
 def test_it_shows_what_it_has():
     """A sampler without a walk has no burn-in and no samples."""
     shown = repr(make(queue=5))
-    assert "sampler='isir', proposals='batch', views='both', queue=5, carry='cached', " in shown
+    assert "sampler='isir', proposals='batch', views='both', queue=5, decoupled=True, carry='cached', " in shown
     assert "(recent): ItemQueue(size=5)" in shown and "queue=0" in repr(make(queue=0))
     assert "burn_in" not in shown and "num_samples" not in shown
 

@@ -30,6 +30,7 @@ LOSSES = {
     "EMC2, i-SIR": lambda: EMC2Loss(ITEMS, D, sampler="isir"),
     "EMC2, i-SIR, bimodal": lambda: EMC2Loss(ITEMS, D, sampler="isir", bimodal=True, bank_dtype=torch.float32),
     "EMC2, i-SIR, one view": lambda: EMC2Loss(ITEMS, D, sampler="isir", views="one", queue=5),
+    "EMC2, i-SIR, coupled": lambda: EMC2Loss(ITEMS, D, decoupled=False),
     "EMC2, bank": lambda: EMC2Loss(ITEMS, D, proposals="bank", num_proposals=8),
     "EMC2, bank, bimodal": lambda: EMC2Loss(ITEMS, D, proposals="bank", bimodal=True),
     "SogCLR": lambda: SogCLRLoss(ITEMS),

@@ -64,5 +64,6 @@ OPTIONS = {
     "i-SIR": {"sampler": "isir"},
     "i-SIR, one view": {"sampler": "isir", "views": "one", "queue": 7},
     "i-SIR, two modalities": {"sampler": "isir", "bimodal": True},
+    "i-SIR, coupled": {"sampler": "isir", "decoupled": False},
 }
 SAMPLERS = {name: OPTIONS[name] for name in ("one view", "i-SIR")}

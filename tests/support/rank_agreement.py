@@ -26,6 +26,7 @@ OTHERS = {
     "max_scale": (50.0, {}),
     "sampler": ("isir", {}),  # of the walk, unless another is said
     "queue": (9, {"sampler": "isir"}),
+    "decoupled": (False, {"sampler": "isir"}),
     "proposals": ("bank", {}),
     "views": ("both", {}),
     "num_proposals": (9, {"proposals": "bank", "num_proposals": 8}),

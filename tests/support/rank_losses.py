@@ -97,6 +97,8 @@ def _isir_cases():
             yield Case("emc2", {"sampler": "isir", "carry": carry}, gather, sharded=sharded)
         for queue, form in ((0, {"views": "both"}), (3, {"views": "one"}), (5, {"bimodal": True})):
             yield Case("emc2", {"sampler": "isir", "queue": queue} | form, gather, exact=True, sharded=sharded)
+        coupled = {"sampler": "isir", "decoupled": False, "queue": 5}
+        yield Case("emc2", coupled, gather, exact=True, sharded=sharded)
     for gather in ("all", "ring"):
         options = {"sampler": "isir", "bank_dtype": torch.float64}
         yield Case("emc2", options, gather, dtype=torch.float64)

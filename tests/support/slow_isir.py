@@ -38,11 +38,12 @@ class SlowISIR(SlowStores):
         bank_dtype=torch.float32,
         encode=None,
         memory=MEMORY,
+        decoupled=True,
     ):
         super().__init__(bank_dtype)
         views = ("one" if bimodal else "both") if views == "auto" else views
         self.num_items, self.temperature, self.views, self.bimodal = num_items, temperature, views, bimodal
-        self.carry, self.seed, self.encode = carry, seed, encode
+        self.carry, self.seed, self.encode, self.decoupled = carry, seed, encode, decoupled
         self.queue = queue if queue is not None else 16 if carry == "cached" else 0
         self.visited = []  # items of all batches, row by row
         self.carried = set()  # labels that chains brought along to the latest call
@@ -71,7 +72,9 @@ class SlowISIR(SlowStores):
                 continue
             query = embeddings[row]
             scores = torch.stack([self._score(query, candidate) for candidate in candidates])
-            terms.append(scores.logsumexp(0) - query @ embeddings[(row + b) % (2 * b)] / self.temperature)
+            positive = query @ embeddings[(row + b) % (2 * b)] / self.temperature
+            exponents = scores if self.decoupled else torch.cat((scores, positive[None]))
+            terms.append(exponents.logsumexp(0) - positive)
             noisy = [s + candidate.noise for s, candidate in zip(scores.tolist(), candidates, strict=True)]
             drawn = noisy.index(max(noisy))
             states.append((candidates[drawn].label, scores[drawn].item()))

@@ -252,6 +252,8 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
         (["--queue=3", "--burn-in=0"], "--proposals bank, --burn-in and --num-samples mean, got 3"),
         (["--queue=3", "--proposals=bank"], "--proposals bank, --burn-in and --num-samples mean, got 3"),
         (["--queue=3", "--num-samples=2"], "--proposals bank, --burn-in and --num-samples mean, got 3"),
+        (["--coupled", "--burn-in=0"], "--coupled: expected only with --method emc2, and without its walk"),
+        (["--coupled", "--method=simclr"], "--coupled: expected only with --method emc2, and without its walk"),
         (["--gamma=0.5"], "--gamma: expected only with --method sogclr or isogclr, got --method emc2"),
         (["--method=sogclr", "--rho=0.5"], "--rho: expected only with --method isogclr, got --method sogclr"),
         (["--method=isogclr", "--carry=cached"], "--carry: expected only with --method emc2 or cached, got"),
@@ -421,8 +423,10 @@ def test_recompute_encodes_again_and_cached_does_not(split: images.Split, monkey
 def test_the_sampler_is_the_one_that_the_options_ask_for(options: dict[str, Any], sampler: str, queue: int) -> None:
     run = replace(TINY, **options)
     loss = build_loss(run, 100, lambda items, views: items)
-    assert (loss.sampler, loss.queue) == (sampler, queue) and run.walks == (sampler == "mh")
+    assert (loss.sampler, loss.queue, loss.decoupled) == (sampler, queue, True) and run.walks == (sampler == "mh")
     assert loss.burn_in == options.get("burn_in", 0.5)
+    if sampler == "isir":
+        assert not build_loss(replace(run, coupled=True), 100, torch.stack).decoupled
 
 
 def test_initial_weights_follow_the_seed() -> None:
@@ -534,8 +538,9 @@ def test_compare_prints_a_row_for_each_method_and_batch_size(tmp_path, capsys):
 @pytest.mark.parametrize("options", compare_methods.VARIANTS.values(), ids=compare_methods.VARIANTS)
 def test_options_of_a_variant_that_is_compared_reach_the_loss(options: dict[str, Any]) -> None:
     loss = build_loss(replace(TINY, **options), 100, lambda items, views: items)
-    for name in options.keys() - {"method", "batching"}:
+    for name in options.keys() - {"method", "batching", "coupled"}:
         assert getattr(loss, name) == options[name], name
+    assert getattr(loss, "decoupled", True) == (not options.get("coupled"))
 
 
 def test_every_variant_that_is_compared_is_a_legal_run():

@@ -76,7 +76,8 @@ def test_retrieval_is_compared(tmp_path, capsys):
     arguments = ["--losses", "CLIP", "i-SIR", "--batch-sizes", "64", "--larger", "128", "--epochs", "3", "--seeds", "2"]
     assert compare_losses.main([*arguments, "--rates", "1e-3", "--jobs", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("0.001") == 3 and "b = 128" in printed
+    assert printed.count("(0.001; ") == 3 and printed.count("b = 128") == 2
+    assert printed.count("held-out MRR in %, by learning rate") == 2
     rows = cells.read(tmp_path / "retrieval_digits-held-out.csv")
     assert len(rows) == 6
     # By chance 0.6 and 1.3.
