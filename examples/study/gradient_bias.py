@@ -37,10 +37,10 @@ Encode = Callable[[Tensor, Tensor], Tensor]
 
 
 @cache
-def views() -> Tensor:
-    """(400, 2, 64): each digit seen twice through fixed noise, centred so that similarities spread."""
-    images = torch.tensor(load_digits().data[:ITEMS], dtype=torch.float32) / 16
-    noise = 0.2 * torch.randn(ITEMS, 2, PIXELS, generator=torch.Generator().manual_seed(0))
+def views(items: int = ITEMS) -> Tensor:
+    """(items, 2, 64): each digit seen twice through fixed noise, centred so that similarities spread."""
+    images = torch.tensor(load_digits().data[:items], dtype=torch.float32) / 16
+    noise = 0.2 * torch.randn(items, 2, PIXELS, generator=torch.Generator().manual_seed(0))
     return images[:, None] + noise - images.mean(0)
 
 

@@ -28,7 +28,8 @@ from examples.study.gradient_bias import DIM, ITEMS, METHODS, PIXELS, global_los
 from examples.study.tables import markdown
 
 FILE, FIGURE = "long_training.csv", "long_training.png"
-NAMES = ("method", "batch_size", "temperature", "steps", "rate", "seed")
+NAMES = ("method", "items", "batch_size", "temperature", "steps", "rate", "seed")
+MAX_ITEMS = 1797
 FLOOR = "exact gradient"
 SHOWN = ("NT-Xent", "SogCLR", "cache, corrected", "EMC², cached", "i-SIR", "i-SIR, no queue", "i-SIR, recompute")
 RATES = (0.1, 0.3, 1.0)
@@ -39,65 +40,63 @@ def marks(steps: int) -> list[int]:
     return sorted({round(steps ** (k / MARKS)) for k in range(MARKS // 3, MARKS + 1)})
 
 
-def all_views() -> Tensor:
-    """(800, 64), view 0 first."""
-    return views().transpose(0, 1).reshape(2 * ITEMS, PIXELS)
-
-
-def exact_loss(encoder: Encoder, temperature: float) -> Tensor:
-    z = torch.nn.functional.normalize(encoder.layers(all_views()), dim=1)
-    return global_loss(z, temperature)
+def embed_all(encoder: Encoder, items: int) -> Tensor:
+    """(2 * items, dim) of unit length, view 0 first."""
+    images = views(items).transpose(0, 1).reshape(2 * items, PIXELS)
+    return torch.nn.functional.normalize(encoder.layers(images), dim=1)
 
 
 @torch.no_grad()
-def point(encoder: Encoder, temperature: float, step: int) -> Row:
-    z = torch.nn.functional.normalize(encoder.layers(all_views()), dim=1)
+def point(encoder: Encoder, items: int, temperature: float, step: int) -> Row:
+    z = embed_all(encoder, items)
     return {"step": step, "loss": global_loss(z, temperature).item(), "mean_cosine": mean_cosine(z)}
 
 
-def train(method: str, batch_size: int, temperature: float, steps: int, rate: float, seed: int) -> list[Row]:
+def train(
+    method: str, items: int, batch_size: int, temperature: float, steps: int, rate: float, seed: int
+) -> list[Row]:
     """The exact loss after each mark; a step is what encodes 2 ``batch_size`` images."""
     with cpu_threads(1):
-        images, encoder = views(), Encoder(seed)
+        images, encoder = views(items), Encoder(seed)
         optimizer = torch.optim.SGD(encoder.parameters(), lr=rate)
         generator = torch.Generator().manual_seed(seed + 10)
         exact = method == FLOOR
         if not exact:
             loss = make_loss(
-                METHODS[method], lambda items, which: encoder(images[items, which]), ITEMS, DIM, temperature
+                METHODS[method], lambda chosen, which: encoder(images[chosen, which]), items, DIM, temperature
             )
         rows, left, passed = [], marks(steps), 0.0
         while left:
             optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * min(passed / steps, 1))) / 2
             optimizer.zero_grad()
             if exact:
-                exact_loss(encoder, temperature).backward()
+                global_loss(embed_all(encoder, items), temperature).backward()
                 passed += 1
             else:
-                index = torch.randperm(ITEMS, generator=generator)[:batch_size]
+                index = torch.randperm(items, generator=generator)[:batch_size]
                 z0, z1 = encoder(torch.cat((images[index, 0], images[index, 1]))).chunk(2)
                 loss(z0, z1, index).backward()
                 passed = encoder.encoded / (2 * batch_size)
             optimizer.step()
             while left and passed >= left[0]:
-                rows.append(point(encoder, temperature, left.pop(0)))
+                rows.append(point(encoder, items, temperature, left.pop(0)))
         return rows
 
 
 def table(rows: Sequence[Row]) -> str:
     """At the end: mean and standard deviation over the seeds at each method's best rate, and that rate."""
     parts = []
-    for (temperature,), of_temperature in grouped(rows, "temperature").items():
-        ends = [row for row in of_temperature if row["step"] == row["steps"]]
+    for (items, temperature), alike in grouped(rows, "items", "temperature").items():
+        ends = [row for row in alike if row["step"] == row["steps"]]
         floors = [row["loss"] for row in ends if row["method"] == FLOOR]
-        floor = min(floors) if floors else math.nan
+        floor = f"floor {min(floors):.3f}" if floors else "floor not measured"
         cases = grouped([row for row in ends if row["method"] != FLOOR], "batch_size", "steps")
         methods = dict.fromkeys(row["method"] for row in ends if row["method"] != FLOOR)
         columns = [[best(found, method) for found in cases.values()] for method in methods]
         header = ["", *(f"b = {size}, {steps:,} steps" for size, steps in cases)]
         body = [[method, *cells] for method, cells in zip(methods, columns, strict=True)]
         seeds = len({row["seed"] for row in ends})
-        title = f"temperature {temperature:g}, {seeds} seeds; floor {floor:.3f}: loss (best rate; mean cosine)"
+        title = f"{items} items, temperature {temperature:g}, {seeds} seeds; {floor}: loss (best rate; mean cosine)"
         parts.append(f"{title}\n\n{markdown(header, body)}")
     return "\n\n".join(parts)
 
@@ -123,19 +122,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program = "python -m examples.study.long_training"
     parser = argparse.ArgumentParser(program, description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[1500, 20000], metavar="N")
+    parser.add_argument("--items", type=int, default=ITEMS, help=f"of the data set (default: {ITEMS})")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16], metavar="B")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.2], metavar="T")
     parser.add_argument("--methods", nargs="+", default=list(SHOWN), choices=list(METHODS), metavar="NAME")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), metavar="LR")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--no-floor", action="store_true", help="no training by the exact gradient, and no figure")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/long_training"), help="folder of the CSV file")
     parser.add_argument("--figures", type=Path, help="folder of the figure (default: that of the CSV file)")
     given = parser.parse_args(arguments)
     if given.seeds < 1 or min(given.steps) < 1:
         parser.error(f"--seeds, --steps: expected at least 1, got {given.seeds} and {min(given.steps)}")
+    if not max(given.batch_sizes) <= given.items <= MAX_ITEMS:
+        parser.error(f"--items: expected from the batch size to {MAX_ITEMS}, got {given.items}")
     cells = [
-        (method, size, temperature, steps, rate, seed)
+        (method, given.items, size, temperature, steps, rate, seed)
         for temperature in given.temperatures
         for steps in given.steps
         for size in given.batch_sizes
@@ -146,15 +149,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Without batches, and so the same for all sizes and seeds but for where it starts.
     longest = max(given.steps)
     floors = [
-        (FLOOR, ITEMS, temperature, longest, rate, 0) for temperature in given.temperatures for rate in (1.0, 3.0)
+        (FLOOR, given.items, given.items, temperature, longest, rate, 0)
+        for temperature in given.temperatures
+        for rate in (1.0, 3.0)
+        if not given.no_floor
     ]
     measure_missing(given.out / FILE, NAMES, [*floors, *cells], train, jobs=given.jobs)
     rows = read(given.out / FILE)  # of earlier calls, too
     print(table(rows))
-    pictures = given.figures or given.out
-    pictures.mkdir(parents=True, exist_ok=True)
-    learning_curves(rows, best_rate, FLOOR, pictures / FIGURE)
-    print(f"written: {given.out / FILE}, {pictures / FIGURE}")
+    written = [given.out / FILE]
+    if floors:
+        written.append((given.figures or given.out) / FIGURE)
+        written[-1].parent.mkdir(parents=True, exist_ok=True)
+        meant = {"items": [given.items], "temperature": given.temperatures, "method": [FLOOR, *given.methods]}
+        meant["batch_size"] = [given.items, *given.batch_sizes]
+        drawn = [row for row in rows if all(row[name] in values for name, values in meant.items())]
+        learning_curves(drawn, best_rate, FLOOR, written[-1])
+    print("written:", ", ".join(map(str, written)))
     return 0
 
 

@@ -10,17 +10,19 @@ from examples.two_towers import compare_losses
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def row(method, rate, seed, loss, step=100, size=4):
-    case = {"method": method, "batch_size": size, "temperature": 0.2, "steps": 100, "rate": rate, "seed": seed}
-    return case | {"step": step, "loss": loss, "mean_cosine": 0.0}
+def row(method, rate, seed, loss, step=100, size=4, items=400):
+    case = {"method": method, "items": items, "batch_size": size, "temperature": 0.2, "steps": 100}
+    return case | {"rate": rate, "seed": seed, "step": step, "loss": loss, "mean_cosine": 0.0}
 
 
 def test_the_table_takes_each_methods_best_rate_at_the_end():
     rows = [row(long_training.FLOOR, 1.0, 0, 2.0, size=400)]
     rows += [row("NT-Xent", rate, seed, 3 + rate + 0.1 * seed) for rate in (0.1, 0.3) for seed in (0, 1)]
     rows += [row("NT-Xent", 0.3, 0, 1.0, step=50)]  # before the end
-    printed = long_training.table(rows)
-    assert "floor 2.000" in printed and "3.150 ± 0.071 (0.1; 0.00)" in printed
+    rows += [row("NT-Xent", 0.3, 0, 1.5, items=99)]
+    printed, other = long_training.table(rows).split("\n\n99 items")
+    assert "400 items" in printed and "floor 2.000" in printed and "3.150 ± 0.071 (0.1; 0.00)" in printed
+    assert "floor not measured" in other and "1.500 (0.3; 0.00)" in other
 
 
 @pytest.mark.parametrize("method", ["NT-Xent", "i-SIR", "i-SIR, recompute"])
@@ -34,7 +36,7 @@ def test_runs_of_all_methods_are_of_equal_encodings(method, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(long_training, "Encoder", Recorded)
-    rows = long_training.train(method, 4, 0.2, 60, 0.1, 0)
+    rows = long_training.train(method, 400, 4, 0.2, 60, 0.1, 0)
     assert [found["step"] for found in rows] == long_training.marks(60)
     assert 480 <= made[0].encoded < 480 + 16  # a step encodes 8, and 8 at most again
     assert rows[-1]["loss"] < rows[0]["loss"] < 6.68  # all embeddings at one point
@@ -49,9 +51,25 @@ def test_long_training_runs_and_is_not_measured_again(tmp_path, capsys, monkeypa
     assert "i-SIR" in first and (tmp_path / "long_training.png").stat().st_size > 10_000
     rows = cells.read(tmp_path / "long_training.csv")
     assert {found["steps"] for found in rows if found["method"] != long_training.FLOOR} == {20, 40}
+    assert {found["items"] for found in rows} == {400}
     monkeypatch.setattr(long_training, "train", None)  # whoever measures again fails
     assert long_training.main([*arguments, "--jobs", "1"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_data_sets_of_other_sizes_are_trained_on(tmp_path, capsys):
+    arguments = ["--steps", "40", "--seeds", "1", "--rates", "0.1", "--jobs", "1", "--out", str(tmp_path)]
+    arguments += ["--methods", "i-SIR", "--no-floor"]
+    for items in ("50", "90"):
+        assert long_training.main([*arguments, "--items", items]) == 0
+    printed = capsys.readouterr().out
+    assert "90 items" in printed and not (tmp_path / "long_training.png").exists()
+    ends = {row["items"]: row["loss"] for row in cells.read(tmp_path / "long_training.csv") if row["step"] == 40}
+    assert 0 < ends[90] - ends[50] < 1.2  # about the logarithm of 90 / 50
+    for items in ("15", "1798"):
+        with pytest.raises(SystemExit):
+            long_training.main([*arguments, "--items", items])
+        assert "--items" in capsys.readouterr().err
 
 
 def test_features_are_compared_and_not_measured_again(tmp_path, capsys, monkeypatch):
