@@ -225,9 +225,9 @@ def mean_loss(
         counted = lse > -torch.inf
         lse = lse if decoupled else torch.logaddexp(lse, positive)
         excess = torch.where(counted, lse, positive) - positive  # NaN where that is
-        d_lse = counted.to(lse.dtype) * (factor / excess.numel())
-        d_positive = (d_lse if decoupled else d_lse * -torch.expm1(-excess)).sum(0)
-        value = excess.sum() * (factor / excess.numel())
+        share = factor / excess.numel()
+        value, d_lse = excess.sum() * share, counted.to(lse.dtype) * share
+        d_positive = (d_lse if decoupled else d_lse * -torch.expm1(-excess)).sum(0)  # of both anchors of a pair
     keys = [None if side.among else side.keys.embeddings for side in resampled.sides]
     without = [side._replace(keys=side.keys._replace(embeddings=None)) for side in resampled.sides]
     form = Form(options.temperature, options.backend, without, twice=1 if kept.drift is None else 2)
@@ -305,8 +305,8 @@ def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         total.add_((d_similarity * kept).sum(1), alpha=twice)
         d_kept = d_similarity * embeddings[:, None] if ctx.needs_input_grad[7] else None
         by_view = 2, -1, embeddings.shape[1]
-        d_similarity = d_positive * (grad / -temperature)
-        total.view(by_view).addcmul_(embeddings.view(by_view).flip(0), d_similarity[:, None])
+        along_positive = (d_positive * (grad / -temperature))[:, None]
+        total.view(by_view).addcmul_(embeddings.view(by_view).flip(0), along_positive)
     made = no_double_backward(NO_SECOND_DERIVATIVE, total, d_kept, *d_keys, of=(grad, *saved[4:]))
     return *[None] * 6, *made
 

@@ -28,13 +28,14 @@ VIEWS = ("auto", "one", "both")
 BATCHINGS = ("shuffle", "gcbs")
 AMP = ("none", "bfloat16", "float16")
 # Options that mean something with some values of another option only. Where that is the method, the sampler or the
-# proposals, their names are those of the loss's arguments; where it is the batching, those of the batches' sampler. Of
-# --data, what is in front of the path counts.
+# proposals, their names are those of the loss's arguments, and coupled is decoupled=False; where it is the batching,
+# those of the batches' sampler. Of --data, what is in front of the path counts.
 ONLY_WITH = {
     "sampler": ("method", ("emc2",)),
     "proposals": ("sampler", ("auto", "mh")),
     "burn_in": ("sampler", ("auto", "mh")),
     "queue": ("sampler", ("auto", "isir")),
+    "coupled": ("sampler", ("auto", "isir")),
     "carry": ("method", ("emc2", "cached")),
     "views": ("method", ("emc2",)),
     "gamma": ("method", ("sogclr", "isogclr")),
@@ -171,11 +172,11 @@ class Config:
         expect("rho", self.rho, "a finite number of at least 0", math.isfinite(self.rho) and self.rho >= 0)
         expect("refresh", self.refresh, "a share from 0 to 1", 0 <= self.refresh <= 1)
         expect_at_least("queue", self.queue or 0, 0)
+        walk = "--sampler mh, which --proposals bank, --burn-in and --num-samples mean"
         if self.queue and (self.carry == "recompute" or self.walks):
-            walk = "--sampler mh, which --proposals bank, --burn-in and --num-samples mean"
             raise ValueError(f"--queue: expected 0 with --carry recompute and with {walk}, got {self.queue}")
-        if self.coupled and (self.method != "emc2" or self.walks):
-            raise ValueError("--coupled: expected only with --method emc2, and without its walk")
+        if self.coupled and self.walks:
+            raise ValueError(f"--coupled: expected only without {walk}")
         expect_at_least("num_proposals", 1 if self.num_proposals is None else self.num_proposals, 1)
         if self.unmet("carry") is None:
             kept = "cached" if (self.method, self.proposals) == ("emc2", "batch") else "corrected"

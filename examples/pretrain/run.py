@@ -257,9 +257,9 @@ def build_loss(config: Config, num_items: int, encode_again: Callable[[Tensor, T
     takes = losses.TABLE[config.method].options()
     own = config.own_options("method", "sampler", "proposals")
     own = {name: value for name, value in own.items() if value is not None}
+    if own.pop("coupled", False):
+        own["decoupled"] = False
     options = {name: value for name, value in common.items() if name in takes} | own
-    if config.coupled:
-        options["decoupled"] = False
     if config.method == "cached" or options.get("carry") == "recompute":
         options["encode"] = encode_again
     return losses.get(config.method, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from examples.study import accuracy, cells, features, global_loss, gradient_bias, long_training
@@ -57,6 +59,18 @@ def test_long_training_runs_and_is_not_measured_again(tmp_path, capsys, monkeypa
     assert capsys.readouterr().out == first
 
 
+def test_the_figure_has_what_was_asked_for_and_not_all_that_the_file_has(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(long_training, "learning_curves", lambda rows, *_: drawn.append(rows))
+    arguments = ["--steps", "20", "--items", "40", "--seeds", "1", "--rates", "0.1", "--jobs", "1"]
+    arguments += ["--out", str(tmp_path), "--methods"]
+    for asked_for in (["NT-Xent", "i-SIR", "--batch-sizes", "4", "8"], ["i-SIR", "--batch-sizes", "4"]):
+        assert long_training.main([*arguments, *asked_for]) == 0
+    every, part = ({(found["method"], found["batch_size"]) for found in rows} for rows in drawn)
+    assert every == {(long_training.FLOOR, 40), *product(("NT-Xent", "i-SIR"), (4, 8))}
+    assert part == {(long_training.FLOOR, 40), ("i-SIR", 4)}
+
+
 def test_data_sets_of_other_sizes_are_trained_on(tmp_path, capsys):
     arguments = ["--steps", "40", "--seeds", "1", "--rates", "0.1", "--jobs", "1", "--out", str(tmp_path)]
     arguments += ["--methods", "i-SIR", "--no-floor"]
@@ -100,6 +114,16 @@ def test_retrieval_is_compared(tmp_path, capsys):
     assert len(rows) == 6
     # By chance 0.6 and 1.3.
     assert all(found["train_mrr"] > 3 and found["held_out_mrr"] > 5 for found in rows)
+
+
+def test_retrieval_of_held_out_pairs_is_shown_by_rate():
+    case = {"data": "verses", "epochs": 2, "batch_size": 8, "train_mrr": 99.0}
+    found = [("CLIP", 1e-3, 40.0), ("CLIP", 1e-3, 42.0), ("CLIP", 5e-4, 41.0), ("i-SIR", 5e-4, 43.0)]
+    printed = compare_losses.table_by_rate(
+        [case | {"loss": loss, "lr": rate, "held_out_mrr": mrr} for loss, rate, mrr in found]
+    )
+    assert "|  | 0.0005 | 0.001 |" in printed
+    assert "| CLIP | 41.0 | 41.0 ± 1.4 |" in printed and "| i-SIR | 43.0 | - |" in printed
 
 
 @pytest.mark.parametrize("main", [long_training.main, compare_losses.main, features.main])
