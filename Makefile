@@ -1,7 +1,7 @@
 # make demo      train EMC2 and SimCLR on real digits and print both side by side
 # make test      run all tests but the slow ones
 # make test-slow run the slow ones, and the suite under other instruction sets, numbers of threads and seeds (test-isa)
-# make gpu-check on a GPU: is it right, and how fast (docs/gpu.md); installs nothing and needs no network
+# make gpu-check on a GPU: is it right, and how fast (docs/development/gpu.md); installs nothing and needs no network
 #
 # An environment that has torch already is used as it is; elsewhere .venv is made, with the torch that constraints.txt pins.
 

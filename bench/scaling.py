@@ -1,6 +1,6 @@
 """What a step costs over many GPUs: bytes from formulas that tests hold against counts, and a model of the time.
 
-    python -m bench.scaling                         the tables of docs/scaling.md
+    python -m bench.scaling                         the tables of docs/results/scaling-model.md
     python -m bench.scaling --bandwidth 400e9       GPUs of one NVLink domain
 
 Each of W ranks has b pairs of d numbers. Embeddings travel in float32, whatever the encoder computes in.

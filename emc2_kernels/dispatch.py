@@ -1,7 +1,7 @@
 """Functions as operators of torch: registered with ``torch.library`` by their signature, called past the dispatcher
 where it has nothing to do.
 
-A call through torch's dispatcher is a notable share of a step at batch 32 (docs/decisions.md has the figures).
+A call through torch's dispatcher is a notable share of a step at batch 32 (figures: docs/development/decisions.md).
 """
 
 from __future__ import annotations

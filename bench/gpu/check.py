@@ -14,7 +14,7 @@
 Writes bench/results/<gpu>.json after every stage. Needs no network and no installation: torch, Triton and pytest of the
 Python that runs it, nvcc where the cuda backend is to be built, compute-sanitizer where it is to run. Exits with 0 only
 where what was asked for ran and nothing failed; goals, met or missed, are in the benchmark's table. What is compiled
-stays in build/gpu-cache. docs/gpu.md says how to read the results.
+stays in build/gpu-cache. docs/development/gpu.md says how to read the results.
 """
 
 import argparse

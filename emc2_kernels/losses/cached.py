@@ -236,6 +236,7 @@ class CachedSoftmaxLoss(SampledLoss):
 def _resolved_carry(carry: Any) -> str:
     if carry == "cached":
         expected = "carry must be one of 'auto', 'corrected', 'recompute', got 'cached', which was deleted"
-        raise ValueError(f"{expected}: training from scratch collapses, all embeddings to one point (docs/choosing.md)")
+        reason = "training from scratch collapses, all embeddings to one point (docs/results/options.md)"
+        raise ValueError(f"{expected}: {reason}")
     checks.one_of("carry", carry, ("auto", "corrected", "recompute"))
     return "corrected" if carry == "auto" else carry

@@ -3,7 +3,7 @@
 An anchor's candidates are the batch's keys, kept keys of the latest batches (the queue), and the key that its chain
 brings along. The chain's next key is drawn from their softmax, and the log-sum-exp of their scores less the positive's
 is the anchor's loss: where the chain follows its target, the mean gradient is that of the global loss for every batch
-size (docs/decisions.md; BR-SNIS, arXiv 2207.06364).
+size (docs/development/decisions.md; BR-SNIS, arXiv 2207.06364).
 
 That is exact for batches drawn without replacement if candidates are made by *replacement*: what a chain brings stands
 for all keys that batch and queue have of that item. With one view of each item, that is the key that it was drawn with;

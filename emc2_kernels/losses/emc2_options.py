@@ -14,12 +14,12 @@ CARRIES = {
     ("mh", "bank"): ("corrected", "recompute"),
     ("isir", "batch"): ("cached", "recompute"),
 }
-QUEUE = 16  # items; in docs/choosing.md more of them gain at batches of 4 and cost at 32
+QUEUE = 16  # items; in docs/results/options.md more of them gain at batches of 4 and cost at 32
 MAX_QUEUE = 2**24
 PROPOSALS = ("batch", "bank")
 BURN_IN = 0.5
 
-# What 0.1.0 had and measurement showed to be dominated. docs/choosing.md has the figures.
+# What 0.1.0 had and measurement showed to be dominated. docs/results/options.md has the figures.
 DELETED_CARRIES = {
     "two_sided": "training collapsed in all runs, all embeddings to one point",
     "drop": "it is badly biased",
@@ -53,7 +53,7 @@ def resolved_carry(carry: Any, proposals: str, sampler: str) -> str:
     expected = f'carry must be one of {shown} with proposals="{proposals}", got {checks.shown(carry)}'
     deleted = DELETED_PAIRS.get((sampler, proposals, carry)) if isinstance(carry, str) else None
     if isinstance(carry, str) and (reason := DELETED_CARRIES.get(carry) or deleted):
-        expected += f", which was deleted: {reason} (docs/choosing.md)"
+        expected += f", which was deleted: {reason} (docs/results/options.md)"
     raise ValueError(expected)
 
 

@@ -20,7 +20,7 @@ from ..stores.strict_state import FINITE, range_errors
 from ..stores.table import SlotTable
 from .anchors import Anchors
 
-MAX_STALENESS = 0.2  # docs/choosing.md: at 0.5 features are worse, at 0.1 retrieval is
+MAX_STALENESS = 0.2  # docs/development/decisions.md: at 0.5 features are worse, at 0.1 retrieval is
 MEMORY = 0.9  # of the sums, from a batch to the next: of one batch of four alone the gate is a matter of chance
 
 

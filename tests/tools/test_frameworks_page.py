@@ -1,4 +1,4 @@
-"""The code of docs/frameworks.md runs, section by section, each after what all share, and does what it says."""
+"""The code of docs/guide/frameworks.md runs, section by section, each after what all share, and does what it says."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from helpers import assert_identical
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "frameworks.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "frameworks.md"
 SHARED = "What the examples share"
 ITEMS, BATCH = 256, 32
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)

@@ -246,11 +246,11 @@ def test_the_settings_of_the_full_study_are_legal():
 
 
 def test_rows_of_removed_options_are_shown_where_they_are_measured(tmp_path, monkeypatch):
-    """Part d of docs/results.md is made from the CSV files beside it, without measuring anything."""
+    """Part d of docs/results/claims.md is made from the CSV files beside it, without measuring anything."""
     docs = Path(__file__).resolve().parents[2] / "docs"
     shutil.copytree(docs / "results", tmp_path / "results")
     for measure in ("measure_bias", "measure_accuracy"):
         monkeypatch.setattr(options, measure, lambda *_: pytest.fail("measured again"))
     table = tables.options(*options.run(tmp_path / "results", quick=False))
-    assert table in (docs / "results.md").read_text()
+    assert table in (docs / "results" / "claims.md").read_text()
     assert all(f"| {name} |" in table for name in options.REMOVED)
