@@ -2,12 +2,14 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import griffe
 import pytest
+from test_layers import LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
@@ -57,6 +59,15 @@ def cells(page):
 def test_cells_of_tables_are_short(page):
     wide = [f"line {number}, {len(cell)} characters" for number, cell in cells(page) if len(cell) > LONGEST_CELL]
     assert not wide
+
+
+def test_the_picture_of_the_layers_is_of_the_layers():
+    """In their order, and made by the script that is there."""
+    drawn = runpy.run_path(str(ROOT / "docs" / "images" / "layers.py"))["ROWS"]
+    rows = [{name.replace("emc2_kernels", "") for name, _ in row} for row in reversed(drawn)]
+    assert rows == [set(names) for names in LAYERS]
+    made = (ROOT / "docs" / "images" / "layers.svg").read_text()
+    assert all(f"<!-- {name} -->" in made for row in drawn for name, _ in row)
 
 
 @pytest.fixture(scope="module")
