@@ -66,8 +66,9 @@ def isir_step(
         backend: "auto" or a name from ``backends()``.
 
     Returns:
-        ISIRResult. ``lse`` is differentiable in queries, keys, ``state.score`` and temperature; nothing else is. Where
-        a row has no candidate: position -1, a state that has not started, lse -inf with gradient 0.
+        The chains afterwards, and ``lse``, which is differentiable in queries, keys, ``state.score`` and temperature;
+        nothing else is. Where a row has no candidate: position -1, a state that has not started, lse -inf with gradient
+        0.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came. Values in tensors are looked at on

@@ -68,7 +68,8 @@ def mh_step(
         backend: "auto" or a name from ``backends()``.
 
     Returns:
-        MHResult. A score that is not finite is never moved to; without keys every sample is the incoming state, -1.
+        The samples, and the chains afterwards. A score that is not finite is never moved to; without keys every sample
+        is the incoming state, -1.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came. Values in tensors are looked at on
@@ -139,9 +140,8 @@ def mh_transition(
         backend: "auto" or a name from ``backends()``.
 
     Returns:
-        Transition with fields (n, R): prefixes at the sample points, the last column the whole shard. ``position`` is
-        the key's place in ``keys``; in a sweep it counts from ``first_proposal``, so that the shards of a sweep compose
-        as they are.
+        Fields (n, R): prefixes at the sample points, the last column the whole shard. ``position`` is the key's place
+        in ``keys``; in a sweep it counts from ``first_proposal``, so that the shards of a sweep compose as they are.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came.

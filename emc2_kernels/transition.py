@@ -106,7 +106,7 @@ def compose(first: Transition, then: Transition) -> Transition:
         then: the later block, likewise.
 
     Returns:
-        Transition with fields (n, R).
+        Fields (n, R).
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came.
@@ -151,8 +151,7 @@ def apply(transition: Transition, state: MHState, key_labels: Tensor | None = No
             shards of a sweep these are the labels of all its keys, in their order.
 
     Returns:
-        MHResult with samples (n, R) int32, the state after the whole walk, and its threshold; no counts and no
-        log-sum-exp.
+        Samples (n, R) int32, the state after the whole walk, and its threshold; no counts and no log-sum-exp.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came.

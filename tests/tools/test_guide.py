@@ -12,8 +12,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 OTHERS = {"frameworks.md"}  # test_frameworks_page.py runs it by section, and looks at what it did
-PAGES = [page for folder in ("guide", "development") for page in sorted((DOCS / folder).glob("*.md"))]
-PAGES = [page for page in PAGES if page.name not in OTHERS]
+FOLDERS = (DOCS, DOCS / "guide", DOCS / "development")
+PAGES = [page for folder in FOLDERS for page in sorted(folder.glob("*.md")) if page.name not in OTHERS]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
