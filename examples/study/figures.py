@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.study.cells import Row, grouped
-from examples.study.gradient_bias import COLOURS
+from examples.study.gradient_bias import COLOURS, named
 from examples.study.speed import ratios
-from examples.study.tables import curves, last_epochs, named
+from examples.study.tables import curves, last_epochs
 
 WIDTH, LEGEND_COLUMNS = 8.8, 4
 STYLES = [*((colour, "-") for colour in COLOURS), *((colour, "--") for colour in COLOURS)]
@@ -186,7 +186,7 @@ def learning_curves(
             rate = best_rate([row for row in runs if row["step"] == steps])[0]["rate"]
             points = grouped([row for row in runs if row["rate"] == rate], "step")
             excess = [statistics.fmean(row["loss"] for row in at) - floors[temperature] for at in points.values()]
-            line, label = ("-", method) if steps == longest else (":", None)
+            line, label = ("-", named(method)) if steps == longest else (":", None)
             axis.loglog(
                 [step for (step,) in points], excess, line, color=COLOURS[methods.index(method) % 7], label=label
             )

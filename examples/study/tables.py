@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from examples.study.cells import Row, grouped
+from examples.study.gradient_bias import named
 from examples.study.speed import BASE, ratios, reached
 
 MAX_COLUMNS = 6
@@ -22,11 +23,6 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         lines = [[line[0], *line[start : start + width]] for line in (header, ["---"] * len(header), *rows)]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts)
-
-
-def named(method: str) -> str:
-    """As the pages say it: EMC² alone is the library's default, and the study has the paper's walk."""
-    return method.replace("EMC²", "walk")
 
 
 def spread(rows: Sequence[Row], column: str, digits: int = 1) -> str:

@@ -102,7 +102,7 @@ def test_features_are_compared_and_not_measured_again(tmp_path, capsys, monkeypa
     arguments += ["--first-seed", "3", "--out", str(tmp_path)]
     assert features.main([*arguments, "--jobs", "1"]) == 0
     first = capsys.readouterr().out
-    assert "i-SIR" in first and f"written: {tmp_path / 'features.csv'}" in first
+    assert "| EMC² |" in first and f"written: {tmp_path / 'features.csv'}" in first
     rows = cells.read(tmp_path / "features.csv")
     assert {(found["seed"], found["epochs"], found["batch_size"], found["lr"]) for found in rows} == {(3, 1, 128, 1e-3)}
     assert all(10 < found["few_probe"] <= 100 for found in rows)
