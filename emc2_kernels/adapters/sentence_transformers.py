@@ -74,18 +74,18 @@ class PairLoss(Adapter):
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came.
         """
-        columns = list(sentence_features)
+        columns, training = list(sentence_features), _trains(self.model)
         if len(columns) != 2:
             raise ValueError(
                 f"sentence_features must be of two text columns, anchors and positives, got {len(columns)}"
             )
-        if labels is None and self.keeps_items and self.model.training:
+        if labels is None and self.keeps_items and training:
             expected = f"the items' numbers, with {type(self.loss).__name__}: train_dataset=with_index(dataset)"
             raise ValueError(f"labels must be {expected}, got no label column")
         if labels is not None and (labels.dtype != torch.int64 or labels.dim() != 1):
             raise TypeError(f"labels must be the items' numbers, (b,) int64, got {checks.describe(labels)}")
         z0, z1 = (self.model(features)["sentence_embedding"] for features in columns)
-        if self.model.training or not self.keeps_items:
+        if training or not self.keeps_items:
             return self.value_of(z0, z1, labels)
         of_batch = ClipLoss if self.loss.bimodal else NTXentLoss
         return of_batch(temperature=self.loss.temperature, normalize=self.loss.normalize)(z0, z1, labels)
@@ -93,6 +93,14 @@ class PairLoss(Adapter):
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
         return {"loss": f"{type(self.loss).__name__}({self.loss.extra_repr()})"}
+
+
+def _trains(model: nn.Module) -> bool:
+    """The trainer has the loss call the model in its wrappers, and tells the model inside that it evaluates."""
+    for name in ("module", "_orig_mod"):  # DistributedDataParallel's, torch.compile's
+        if isinstance(inner := getattr(model, name, None), nn.Module):
+            return _trains(inner)
+    return model.training
 
 
 def with_index(dataset: Dataset, column: str = "label") -> Dataset:

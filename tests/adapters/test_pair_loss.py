@@ -113,6 +113,28 @@ def test_evaluation_is_in_batch_and_leaves_what_is_kept_alone(make, numbered, tm
     assert found == pytest.approx(of_batch(temperature=temperature)(z0, z1).item(), rel=1e-4)
 
 
+class Wrapped(Embeddings):
+    """As DistributedDataParallel holds a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, lambda model: torch.compile(model, backend="eager")])
+def test_the_mode_is_that_of_the_model_in_its_wrappers(wrap):
+    """Which is what the trainer puts into evaluation mode; the wrapper stays as it is."""
+    inner, pairs = Embeddings(), [{"rows": normal(seed, 4, DIM)} for seed in (0, 1)]
+    loss = PairLoss(wrap(Wrapped(inner)), SogCLRLoss(8, temperature=0.1))
+    inner.eval()
+    expected = NTXentLoss(temperature=0.1)(pairs[0]["rows"], pairs[1]["rows"])
+    assert_identical(loss(pairs), expected)
+    assert loss.loss.step == 0
+    inner.train()
+    loss(pairs, torch.arange(4))
+    assert loss.loss.step == 1
+
+
 def test_a_run_goes_on_from_its_checkpoint_with_its_chains(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 6, "num_train_epochs": 2}
     make = KEEPING["emc2"]
