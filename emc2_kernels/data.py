@@ -187,7 +187,8 @@ def shared_slots(num_items: int, num_slots: int) -> float:
     9.5 % with ten slots an item, 1 % with a hundred.
 
     Args:
-        num_items: at least 1, of the stream. num_slots: at least 1.
+        num_items: at least 1, of the stream.
+        num_slots: at least 1.
     """
     num_items = checks.at_least("num_items", num_items, 1)
     num_slots = checks.at_least("num_slots", num_slots, 1)
