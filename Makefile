@@ -1,6 +1,7 @@
 # make demo      train EMC2 and SimCLR on real digits and print both side by side
 # make test      run all tests but the slow ones
 # make test-slow run the slow ones, and the suite under other instruction sets, numbers of threads and seeds (test-isa)
+# make test-peers  run the adapters' tests beside open_clip and lightly, which need torchvision: in .venv-peers, 5.6 GB
 # make docs      the documentation as pages, in build/site
 # make gpu-check on a GPU: is it right, and how fast (docs/development/gpu.md); installs nothing and needs no network
 #
@@ -20,7 +21,8 @@ endif
 # The tests start hundreds of processes: without bytecode each would compile all that it imports, torch among it, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-isa bench docs gpu-check compiled lint core-test core-cycles clean install-into-this-environment
+.PHONY: demo test test-slow test-peers test-isa bench docs gpu-check compiled lint core-test core-cycles clean
+.PHONY: install-into-this-environment
 
 demo: $(INSTALLED)
 	$(RUN) -m examples.demo
@@ -32,6 +34,11 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow
 	$(RUN) tests/support/instruction_sets.py
+
+# Elsewhere these tests are skipped. torchvision wants the torch that it was built with, here another one than
+# constraints.txt pins: that the library runs with it is tried here, too.
+test-peers: .venv-peers/.installed
+	OMP_WAIT_POLICY=passive .venv-peers/bin/python -m pytest tests/adapters -rs
 
 # Exits with 1 where a test hangs on the processor or on luck.
 test-isa: $(INSTALLED)
@@ -68,12 +75,17 @@ core-cycles:
 	build/core_cycles
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-peers build
 
 # Not compiled ahead: the packages of texts are 80 MB of Python source, of which tests import a tenth.
 .venv/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --no-compile -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv-peers/.installed: setup.py
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --no-compile torch==2.14.1 torchvision==0.29.1 -e ".[peers]"
 	touch $@
 
 install-into-this-environment:

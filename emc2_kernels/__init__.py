@@ -4,7 +4,7 @@
 ``losses.EMC2Loss`` puts them together. Importing this package compiles nothing and touches no GPU.
 """
 
-from . import batching, checkpoint, losses
+from . import batching, checkpoint, data, losses
 from .backends import backends
 from .gumbel import gumbel_sample, softmax_sample
 from .isir import isir_step
@@ -29,6 +29,7 @@ __all__ = [
     "checkpoint",
     "compose",
     "contrastive_lse",
+    "data",
     "gumbel_sample",
     "init_state",
     "isir_step",

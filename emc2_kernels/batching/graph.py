@@ -275,5 +275,5 @@ def extra(name: str, group: str = "batching") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        message = f'emc2_kernels.batching: expected the package {package}: pip install "emc2_kernels[{group}]"; {error}'
+        message = f'emc2_kernels: expected the package {package}: pip install "emc2_kernels[{group}]"; {error}'
         raise ImportError(message) from error

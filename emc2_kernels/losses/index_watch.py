@@ -12,6 +12,7 @@ from torch import Tensor
 REPEATS_CALLS = 100  # of which repeats are counted: class labels show within a few
 BINS = 8191  # by which items are told apart, a prime: those of every k-th item fall into all of them, too
 MOST_ROWS = 128 * BINS  # after which it is known which bins are hit; two epochs of fewer items are enough
+SPARSEST = 32  # slots an item, where keys are hashed (data.hash_slots) in place of numbers
 LOG_CHANCE = math.log(1e12)  # a warning is wrong once in so many runs, whatever the sampler draws uniformly
 
 
@@ -19,7 +20,9 @@ class IndexWatch:
     """Looks at a loss's batches on the CPU, and warns once. Nothing of it is in a checkpoint.
 
     Both bounds hold for uniform draws with replacement, and so for epochs without, where there are fewer repeats and
-    more items are seen. A process counts on its share of the items alone, where there are several.
+    more items are seen. A process counts on its share of the items alone, where there are several. Class labels are
+    0, 1, 2 .., few of them. Where the second half of the numbers is in use, too, they may be hashed keys, or a part of
+    the items: one number in SPARSEST is then all that is counted on.
     """
 
     def __init__(self, num_items: int) -> None:
@@ -27,15 +30,21 @@ class IndexWatch:
         self.calls = self.rows = self.repeats = 0
         self.expected = 0.0  # repeats, of draws with replacement
         self.seen: Tensor | None = None  # (bins,) bool, from the first look to the last
+        self.spread = False  # whether a number of the second half has come
         self.done = False
+
+    def share(self) -> int:
+        """Of the items, this process's at least."""
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return max(self.num_items // ranks // (SPARSEST if self.spread else 1), 1)
 
     def look(self, index: Tensor, repeats: int | None) -> None:
         """At the checked index (b,) of a training step, in which so many rows repeat an item; None: nobody has seen it.
         Called by a loss's ``forward``."""
         if self.done or repeats is None:
             return
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        share, b = max(self.num_items // ranks, 1), index.shape[0]
+        self.spread = self.spread or 2 * int(index.max()) >= self.num_items
+        share, b = self.share(), index.shape[0]
         self.calls += 1
         self.rows += b
         if self.calls <= REPEATS_CALLS:
@@ -44,7 +53,7 @@ class IndexWatch:
             if _beyond_chance(self.repeats, self.expected):
                 self._warn(
                     f"{self.repeats} of {self.rows} rows repeat an item of their batch, where uniform draws from "
-                    f"{self.num_items} items would about {self.expected:.1g} times"
+                    f"{share} items would about {self.expected:.1g} times"
                 )
                 return
         if self.seen is None:

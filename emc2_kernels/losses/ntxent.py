@@ -72,7 +72,13 @@ class NTXentLoss(TemperedLoss):
         self.backend = backend
 
     def forward(
-        self, z0: Tensor, z1: Tensor, index: Tensor | None = None, *, return_stats: bool = False
+        self,
+        z0: Tensor,
+        z1: Tensor,
+        index: Tensor | None = None,
+        *,
+        logit_scale: float | Tensor | None = None,
+        return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss of b pairs.
 
@@ -80,6 +86,9 @@ class NTXentLoss(TemperedLoss):
             z0: (b, d) embeddings of view 0, float32, bfloat16 or float16.
             z1: (b, d) of view 1, likewise.
             index: (b,) int64 items; other rows of an anchor's item are then no negatives of it.
+            logit_scale: 1 / temperature of this call, in the place of the loss's own: a number, or a tensor of shape ()
+                or (1,), which gets its gradient. It is the factor of the similarities, as open_clip's models return it,
+                and not its logarithm, as they keep it.
             return_stats: also return detached values: ntxent, positive_similarity, negative_similarity (of an anchor's
                 negatives, weighted by their softmax), mean_cosine (over pairs of rows of one view); temperature, where
                 it is learnt.
@@ -94,14 +103,17 @@ class NTXentLoss(TemperedLoss):
             checks.boolean("return_stats", return_stats)
             index, _ = check_batch(z0, z1, index, dim=None, num_items=None)
             anchors = Anchors.of(z0, z1, index, self.normalize)
-            temperature = self.temperature
+            temperature = self.temperature_at(logit_scale, z0.device)
             if isinstance(temperature, Tensor):
                 checks.temperature(temperature, 0, z0.device)
             if not self.normalize:  # unit vectors cannot overflow; no product is larger than its rows' own
                 largest = anchors.embeddings.detach().square().sum(1) / temperature
                 checks.finite("the similarities of z0 and z1", largest)
         form = {"return_stats": return_stats} if self.gather == "ring" else {}  # the statistics go round too
-        shards = batch_shards(self, z0, index, log_scale=self.log_scale, **form)
+        log_scale = self.log_scale
+        if logit_scale is not None:
+            log_scale = torch.as_tensor(logit_scale, device=z0.device).detach().double().log()
+        shards = batch_shards(self, z0, index, log_scale=log_scale, **form)
         anchors = number_pairs(anchors, 0 if shards is None else shards.first)
         keys = None if shards is None else batch_keys(anchors, shards, self.gather, walked=False)
         of = contrast(anchors, temperature, Form(self.bimodal, compute_dtype(z0), self.backend), keys)

@@ -103,6 +103,30 @@ class TemperedLoss(nn.Module):
         wide = self.log_scale if self.log_scale.dtype == torch.float64 else self.log_scale.float()
         return _AtMost.apply(wide, math.log(self.max_scale)).neg().exp().squeeze()
 
+    def temperature_at(self, logit_scale: float | Tensor | None, device: torch.device) -> float | Tensor:
+        """Of a call: 1 / logit_scale, differentiable where that is, or the loss's own.
+
+        Raises:
+            ValueError, TypeError: name logit_scale, what was expected and what came.
+        """
+        if logit_scale is None:
+            return self.temperature
+        if self.log_scale is not None:
+            expected = "None with learn_temperature=True, where the loss learns a scale of its own"
+            raise ValueError(f"logit_scale must be {expected}, got {checks.describe(logit_scale)}")
+        if not isinstance(logit_scale, Tensor):
+            return 1 / checks.number_in("logit_scale", logit_scale, 1 / checks.MAX_TEMPERATURE, 1 / LEAST)
+        checks.tensor("logit_scale", logit_scale)
+        if logit_scale.shape not in ((), (1,)) or not logit_scale.is_floating_point():
+            expected = "one floating-point number, of shape () or (1,)"
+            raise ValueError(f"logit_scale must be {expected}, got {checks.describe(logit_scale)}")
+        if logit_scale.device != device:
+            raise ValueError(f"logit_scale must be on {device}, got {checks.describe(logit_scale)}")
+        if checks.values_visible(logit_scale):
+            checks.number_in("logit_scale", logit_scale.detach().item(), 1 / checks.MAX_TEMPERATURE, 1 / LEAST)
+        wide = logit_scale if logit_scale.dtype == torch.float64 else logit_scale.float()
+        return wide.squeeze().reciprocal()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperedLoss:
         unmade = self.log_scale is not None and self.log_scale.is_meta
         super()._apply(fn, recurse)

@@ -18,11 +18,8 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 
 from accelerate.data_loader import BatchSamplerShard  # noqa: E402
-from sentence_transformers import (  # noqa: E402
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_models import ITEMS, TOPICS, table_model, topics  # noqa: E402
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments  # noqa: E402
 from sentence_transformers.base.sampler import (  # noqa: E402
     DefaultBatchSampler,
     ProportionalBatchSampler,
@@ -30,8 +27,6 @@ from sentence_transformers.base.sampler import (  # noqa: E402
 )
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator  # noqa: E402
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # noqa: E402
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from torch.utils.data import ConcatDataset  # noqa: E402
 
 from emc2_kernels.batching import GlobalContrastiveBatchSampler  # noqa: E402
@@ -40,7 +35,7 @@ from emc2_kernels.batching.sentence_transformers import GCBSBatchSampler, GCBSCa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ITEMS, TOPICS, BATCH = 64, 8, 8
+BATCH = 8
 
 
 class Rows:
@@ -320,21 +315,6 @@ def test_a_missing_package_is_named(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=rf'{missing.partition(".")[0]}: pip install "emc2_kernels\[sentences\]"'):
         importlib.import_module(name)
-
-
-def topics():
-    """Pairs of texts, an eighth of them of each topic: what has the topic's words in common is alike."""
-    pairs = [[f"{side}{item} " + f"topic{item % TOPICS} " * 3 for item in range(ITEMS)] for side in "ab"]
-    return datasets.Dataset.from_dict({"anchor": pairs[0], "positive": pairs[1]})
-
-
-def table_model():
-    """A vector for each word, and their mean."""
-    names = [*(f"{side}{item}" for side in "ab" for item in range(ITEMS)), *(f"topic{each}" for each in range(TOPICS))]
-    tokenizer = Tokenizer(models.WordLevel({name: place for place, name in enumerate(["?", *names])}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    torch.manual_seed(0)
-    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
 
 
 class Seen(SentenceTransformerDataCollator):

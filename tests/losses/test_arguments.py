@@ -12,6 +12,7 @@ from test_losses_common import DIM, NAMES, batch, make
 
 from emc2_kernels import checks, contrastive_lse, gumbel_sample, init_state, mh_step
 from emc2_kernels.batching import global_train_gap
+from emc2_kernels.data import hash_slots
 from emc2_kernels.losses import TABLE, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
 from emc2_kernels.losses import index_watch as watch
 
@@ -174,6 +175,24 @@ class TestClassLabels:
     def test_a_data_set_smaller_than_num_items_is_not(self):
         """Fewer than uniform draws from all, and not so few as classes would be."""
         assert self.steps(SogCLRLoss(3000), self.draws(2, 61, 100, 1800))[0] == 0
+
+    @pytest.mark.parametrize(("items", "b", "epochs"), [(30, 16, 25), (400, 32, 25), (9000, 128, 3)])
+    @pytest.mark.parametrize("again", [False, True])
+    def test_hashed_keys_are_not(self, items, b, epochs, again):
+        """Ten slots an item: few of them are in use, and a stream that draws again repeats items ten times as often."""
+        slots = hash_slots(range(items), 10 * items)
+        if again:
+            order = torch.randint(items, (epochs * items,), generator=torch.Generator().manual_seed(0))
+        else:
+            order = torch.cat([torch.randperm(items) for _ in range(epochs)])
+        loss = SogCLRLoss(10 * items)
+        assert self.steps(loss, [slots[part] for part in order.split(b)])[0] == 0
+        assert loss._watch.spread and loss._watch.done == (epochs == 25)
+
+    def test_hashed_class_names_are(self):
+        slots = hash_slots([f"class {number}" for number in range(10)], 50_000)
+        count, message, _ = self.steps(SogCLRLoss(50_000), [slots[labels] for labels in self.draws(0, 40, 16, 10)])
+        assert count == 1 and "where uniform draws from 1562 items would" in message
 
     def test_a_handful_of_items_says_nothing(self):
         assert self.steps(SogCLRLoss(4), [torch.zeros(1, dtype=torch.int64)] * 20)[0] == 0

@@ -21,7 +21,15 @@ from pathlib import Path
 import pytest
 
 SIZES = (1, 2, 3, 4)
-CHECKS = ("rank_losses", "rank_sharded", "rank_wrapped", "rank_misuse", "rank_agreement", "rank_traffic")
+CHECKS = (
+    "rank_losses",
+    "rank_sharded",
+    "rank_wrapped",
+    "rank_misuse",
+    "rank_agreement",
+    "rank_traffic",
+    "rank_adapters",
+)
 SECONDS = 240  # for all checks of one number of ranks; they take a few
 COLLECTIVE_SECONDS = 60  # then a rank that waits for another raises
 

