@@ -22,6 +22,8 @@ LAYERS = [  # from the bottom; a package is a layer with all that is in it
     ("losses",),
     ("batching",),
     ("",),  # the package itself
+    ("machine",),
+    ("__main__",),
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
