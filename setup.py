@@ -63,7 +63,7 @@ setup(
             *SENTENCES,
             "build>=1",
             "setuptools>=77",
-            "mypy>=1.15",
+            "mypy>=2",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
