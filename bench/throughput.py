@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,12 +25,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import emc2_kernels as emc2
 from bench.harness import machine, memory
 from bench.harness.report import format_csv, notes, plot_all, results_path, shape, table, write_json
 from bench.harness.timing import Interleaved, choose_timer, figures, interleave, ratios, summarize
-from bench.peers import PEERS, Peer, make_operands
+from bench.mixing import UniformWalk
+from bench.peers import DRAWS, PEERS, Peer, make_operands
 from emc2_kernels import files
 from emc2_kernels.backends import TABLE
 
@@ -38,6 +41,8 @@ DEFAULT_DIM = 128
 BANK_ROWS, BANK_DIM = 32, 64  # ten million keys are 2.6 GB then, and scores of one peer 1.3 GB
 MEMORY_PEERS = ("mh_step", "gumbel", "naive", "race", "column_loop")
 OURS, LIMIT = "mh_step", "mm"
+NEAR = 0.1  # of its target, in total variation: how many proposals a new chain needs is told beside the time of 64
+MIXING_SCORES = 5_000_000  # that are sorted for it: rows times keys, one row at least
 BY_MACHINE = "<machine>"  # stands for the default path of --save, which depends on the device
 SCHEMA = 2  # of the results file; raise it when a field changes its meaning
 
@@ -151,7 +156,25 @@ def time_size(kind: str, size: Size, options: argparse.Namespace) -> dict[str, A
         name: peer_record(name, measured, rows=n, samples_per_row=peer.samples_per_row) for name, peer in peers.items()
     }
     shape = {"kind": kind, "n": n, "m": m, "d": d, "dtype": options.dtype, "rounds": options.rounds}
-    return {**shape, "peers": records, "left_out": left_out}
+    found = {**shape, "peers": records, "left_out": left_out}
+    if kind == "uniform":
+        found["mixing"] = measure_mixing(queries, keys, options.temperature)
+    return found
+
+
+def measure_mixing(queries: Tensor, keys: Tensor, temperature: float) -> dict[str, Any]:
+    """How near the target the chains of a bank's rows are that `mh_step` is timed on, were they new: the largest and
+    the median over rows of the total variation after `DRAWS` proposals, and of the proposals that `NEAR` needs."""
+    rows = max(1, min(len(queries), MIXING_SCORES // len(keys)))
+    walks = (UniformWalk((keys.float() @ row.float()).cpu() / temperature) for row in queries[:rows])
+    distances, needed = zip(*((walk.distance(DRAWS), walk.proposals_to(NEAR)) for walk in walks), strict=True)
+    return {
+        "rows": rows,
+        "proposals": DRAWS,
+        "total_variation": {"median": statistics.median(distances), "largest": max(distances)},
+        "near": NEAR,
+        "proposals_to_near": {"median": statistics.median(needed), "largest": max(needed)},
+    }
 
 
 def drop_slow(

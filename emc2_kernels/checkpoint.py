@@ -94,6 +94,7 @@ def load(path: str | os.PathLike[str], map_location: torch.device | str = "cpu")
     """The state that ``save`` wrote. The whole file is checked first: torch.load by itself takes flipped bits.
 
     Args:
+        path: of a file that ``save`` wrote.
         map_location: the device that tensors come to. One that is not there is torch's error, before the file is read.
 
     Raises:

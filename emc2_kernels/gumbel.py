@@ -29,19 +29,21 @@ def gumbel_sample(
 ) -> Tensor:
     """Independent exact draws of keys from each row's softmax, without its scores in memory.
 
-    Sample r of row i is argmax_j of s_ij + G, s_ij = <q_i, k_j> / temperature_i and G the Gumbel noise of (seed, step,
-    chain i, key j, sample r): the Gumbel-max trick. All samples are drawn in one pass over the scores. Nothing is
-    differentiated through.
+    Sample r of row i is the argmax over j of ``s_ij + G``, with ``s_ij = <q_i, k_j> / temperature_i`` and G the Gumbel
+    noise of (seed, step, chain i, key j, sample r): the Gumbel-max trick. All samples are drawn in one pass over the
+    scores. Nothing is differentiated through.
 
     Args:
         queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
         temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100]; scores are similarities divided by it.
-        seed: 0 <= seed < 2^64; step: 0 <= step < 2^32, another one for each call. Integers or 0-d int64 tensors.
+        seed: integer or 0-d int64 tensor, 0 <= seed < 2^64.
+        step: integer or 0-d int64 tensor, 0 <= step < 2^32, another one for each call.
         num_samples: R in 1 .. 2^16 - 1.
         chain_ids: (n,) int64 in [0, 2^40), name the random streams; default: ``query_ids``, else the row number. Rows
             that share one share their noise: each is right by itself, but they are not independent.
-        query_ids, key_ids: (n,) and (m,) int64. A key with the row's id is never drawn for it.
+        query_ids: (n,) int64, ids of the rows; they need ``key_ids``.
+        key_ids: (m,) int64. A key with the row's id is never drawn for it.
         backend: "auto" or a name from ``backends()``.
 
     Returns:
@@ -85,16 +87,22 @@ def softmax_sample(
     takes at most 2^24 keys.
 
     Args:
-        seed, step: make the generator where none is given: it is seeded with the 64-bit value of proposal 0 of chain 0
-            (stream 1 of the random-number contract). A tensor on a GPU is waited for.
+        queries: (n, d), of any floating dtype.
+        keys: (m, d), dtype and device of ``queries``, m <= 2^24.
+        temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100]; scores are similarities divided by it.
+        seed: 0 <= seed < 2^64. Seed and step make the generator where none is given: it is seeded with the 64-bit value
+            of proposal 0 of chain 0 (stream 1 of the random-number contract). A tensor on a GPU is waited for.
+        step: 0 <= step < 2^32.
+        num_samples: R in 1 .. 2^16 - 1.
+        query_ids: (n,) int64, ids of the rows; they need ``key_ids``.
+        key_ids: (m,) int64. A key with the row's id is never drawn for it.
         generator: of the queries' device; torch's draws are taken from it, and seed and step are not looked at.
-        The others are those of ``gumbel_sample``.
 
     Returns:
         (n, R) int64 positions in ``keys``, with replacement; -1 where a row has no key.
 
     Raises:
-        As ``gumbel_sample``; also ValueError for more than 2^24 keys.
+        ValueError, TypeError: name the argument, what was expected and what came; also for more than 2^24 keys.
     """
     checks.operands(queries, keys)
     (n, _), m, device = queries.shape, keys.shape[0], queries.device

@@ -39,7 +39,7 @@ def isir_step(
     """One step of n chains of iterated sampling importance resampling (i-SIR: Andrieu, Lee, Vihola 2018; as an estimate
     of a mean: BR-SNIS, arXiv 2207.06364), scores included and none of them kept.
 
-    Chain i has the target p_i(j) ~ exp(<q_i, k_j> / temperature) over the data set that the keys are drawn from. Its
+    Chain i has the target ``p_i(j) ~ exp(<q_i, k_j> / temperature)`` over the data set that the keys are from. Its
     candidates are the keys that are not excluded for it and its present state; the next state is drawn from their
     softmax. When the chain follows its target, the softmax's mean of any function is unbiased for the target's, and the
     mean over candidates of exp(score), inverted, for N over the partition function. ``lse`` with the positive's score
@@ -54,9 +54,11 @@ def isir_step(
         state: where the chains are: keys (n,) int64 and scores (n,) float32, as they are now: similarity / temperature
             - log g, rescored by the caller. A score that is not finite has not started, and is no candidate.
         temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100].
-        seed: 0 <= seed < 2^64; step: 0 <= step < 2^32, another one for each call. Integers or 0-d int64 tensors.
+        seed: integer or 0-d int64 tensor, 0 <= seed < 2^64.
+        step: integer or 0-d int64 tensor, 0 <= step < 2^32, another one for each call.
         chain_ids: (n,) int64 in [0, 2^40), name the random streams; default: ``query_ids``, else the row number.
-        query_ids, key_ids: (n,) and (m,) int64. A key with the row's id is no candidate of it (the positive, itself).
+        query_ids: (n,) int64, ids of the rows; they need ``key_ids``.
+        key_ids: (m,) int64. A key with the row's id is no candidate of it (the positive, itself).
         key_labels: (m,) int64, what ``state.key`` holds; default: ``key_ids``, else the position in ``keys``.
         carried_ids: (n,) int64. A key with this id is no candidate either: the incoming state stands for it.
         log_proposal: (m,) float32: log g_j up to a constant, where the keys were not drawn uniformly but from g. +inf:
@@ -64,8 +66,9 @@ def isir_step(
         backend: "auto" or a name from ``backends()``.
 
     Returns:
-        ISIRResult. ``lse`` is differentiable in queries, keys, ``state.score`` and temperature; nothing else is. Where
-        a row has no candidate: position -1, a state that has not started, lse -inf with gradient 0.
+        The chains afterwards, and ``lse``, which is differentiable in queries, keys, ``state.score`` and temperature;
+        nothing else is. Where a row has no candidate: position -1, a state that has not started, lse -inf with gradient
+        0.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came. Values in tensors are looked at on

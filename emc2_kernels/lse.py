@@ -24,7 +24,7 @@ def contrastive_lse(
     key_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """log sum over keys of exp(<q_i, k_j> / temperature_i), differentiable in queries, keys and temperature.
+    """``log sum_j exp(<q_i, k_j> / temperature_i)`` over keys j, differentiable in queries, keys and temperature.
 
     Memory is O((n + m) d) forward and backward: scores are made by tiles, and again for the gradient.
 
@@ -32,7 +32,8 @@ def contrastive_lse(
         queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
         temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100].
-        query_ids, key_ids: (n,) and (m,) int64. A key with the row's id is left out of its sum.
+        query_ids: (n,) int64, ids of the rows; they need ``key_ids``.
+        key_ids: (m,) int64. A key with the row's id is left out of its sum.
         backend: "auto" or a name from ``backends()``.
 
     Returns:

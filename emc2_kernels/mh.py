@@ -35,8 +35,9 @@ def mh_step(
 ) -> MHResult:
     """Walks n Metropolis-Hastings chains over proposed keys, scores included (EMC2, arXiv 2404.10575, Algorithm 1).
 
-    Chain i has the target p_i(j) ~ exp(<q_i, k_j> / temperature) over the keys that are not excluded for it. It moves
-    from key c to the proposed key j with probability min(1, exp(s_ij - s_ic)). Nothing is differentiated through.
+    Chain i has the target ``p_i(j) ~ exp(s_ij)``, ``s_ij = <q_i, k_j> / temperature``, over the keys that are not
+    excluded for it. It moves from key c to the proposed key j with probability ``min(1, exp(s_ij - s_ic))``. Nothing is
+    differentiated through.
 
     A sweep proposes the given keys one after another. That is right where the keys are mutually independent uniform
     draws from the data set, made afresh for this call: a mini-batch drawn without replacement is that up to O(b / N).
@@ -48,11 +49,12 @@ def mh_step(
         keys: (m, d), dtype and device of ``queries``, m < 2^31.
         state: where the chains are: keys (n,) int64 and scores (n,) float32; ``init_state(n)`` at first.
         temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100]; scores are similarities divided by it.
-        seed: 0 <= seed < 2^64; step: 0 <= step < 2^32, another one for each call. Integers or 0-d int64 tensors.
+        seed: integer or 0-d int64 tensor, 0 <= seed < 2^64.
+        step: integer or 0-d int64 tensor, 0 <= step < 2^32, another one for each call.
         chain_ids: (n,) int64 in [0, 2^40), name the random streams; default: ``query_ids``, else the row number. Rows
             that share one share their stream: each is right by itself, but they are not independent.
-        query_ids, key_ids: (n,) and (m,) int64. A key with the row's id is never proposed to it (the positive, the row
-            itself).
+        query_ids: (n,) int64, ids of the rows; they need ``key_ids``.
+        key_ids: (m,) int64. A key with the row's id is never proposed to it (the positive, the row itself).
         key_labels: (m,) int64, what ``state.key`` holds; default: ``key_ids``, else the position in ``keys``.
         proposal: "sweep"; "uniform", ``num_proposals`` draws with replacement; or (n, K) int64 positions in ``keys``.
         num_proposals: with "uniform" only: draws per row.
@@ -61,11 +63,13 @@ def mh_step(
         burn_in: proposals before the first sample, 0 <= burn_in < M for M proposals.
         num_samples: R in 1 .. M - burn_in. Sample r is the state after proposal burn_in + ceil((r + 1) (M - burn_in) /
             R) - 1, so that M - burn_in of them keep every state after burn-in.
-        return_accepts: count accepted proposals. return_lse: log-sum-exp of similarity / temperature, sweeps only.
+        return_accepts: count accepted proposals.
+        return_lse: log-sum-exp of similarity / temperature over the keys that are not excluded; sweeps only.
         backend: "auto" or a name from ``backends()``.
 
     Returns:
-        MHResult. A score that is not finite is never moved to; without keys every sample is the incoming state, -1.
+        The samples, and the chains afterwards. A score that is not finite is never moved to; without keys every sample
+        is the incoming state, -1.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came. Values in tensors are looked at on
@@ -115,19 +119,33 @@ def mh_transition(
     states.
 
     Args:
+        queries: (n, d) float32, bfloat16 or float16 (float64 on the reference backend), unit last stride.
+        keys: (m, d), dtype and device of ``queries``, m < 2^31; this shard's.
+        temperature: number, 0-d tensor or (n,) tensor, in [2^-120, 2^100].
+        seed: integer or 0-d int64 tensor, 0 <= seed < 2^64.
+        step: integer or 0-d int64 tensor, 0 <= step < 2^32, another one for each call.
+        chain_ids: (n,) int64 in [0, 2^40), name the random streams; default: ``query_ids``, else the row number.
+        query_ids: (n,) int64, ids of the rows; they need ``key_ids``.
+        key_ids: (m,) int64. A key with the row's id is never proposed to it.
+        proposal: "sweep"; "uniform"; or (n, K) int64 positions in ``keys``, this shard's proposals.
+        num_proposals: with "uniform" only: draws per row, of this shard.
+        log_proposal: (m,) float32, finite: log g_j up to a constant, where the keys were not drawn uniformly but from
+            g.
+        burn_in: proposals before the first sample, of the whole walk.
+        num_samples: R in 1 .. M - burn_in, of the whole walk.
         first_proposal: number in the whole walk of this shard's first proposal. Burn-in, sample points and draws follow
             the whole walk's numbering; a sample point outside the shard is the identity (before it) or the whole shard
             (after it).
         total_proposals: M of the whole walk; default: ``first_proposal`` plus this shard's.
-        The others are those of ``mh_step``; ``num_proposals`` and (n, K) positions are this shard's.
+        backend: "auto" or a name from ``backends()``.
 
     Returns:
-        Transition with fields (n, R): prefixes at the sample points, the last column the whole shard. ``position`` is
-        the key's place in ``keys``; in a sweep it counts from ``first_proposal``, so that the shards of a sweep compose
-        as they are.
+        Fields (n, R): prefixes at the sample points, the last column the whole shard. ``position`` is the key's place
+        in ``keys``; in a sweep it counts from ``first_proposal``, so that the shards of a sweep compose as they are.
 
     Raises:
-        As ``mh_step``.
+        ValueError, TypeError: name the argument, what was expected and what came.
+        RuntimeError: the named backend cannot run here.
     """
     walk = _checked_walk(
         queries, keys, temperature, seed, step, chain_ids, query_ids, key_ids, proposal, num_proposals, log_proposal,

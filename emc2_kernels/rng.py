@@ -44,8 +44,12 @@ def words(
     """The words of given blocks of given chains' streams.
 
     Args:
-        chain, block: int64, broadcast against each other. chain < 2^40, block < 2^32.
-        step: 0 <= step < 2^32. sample: 0 <= sample < 2^16, 0 but in the Gumbel stream.
+        chain: int64 below 2^40, broadcasts against ``block``.
+        block: int64 below 2^32.
+        stream: one of the five.
+        seed: 0 <= seed < 2^64.
+        step: 0 <= step < 2^32.
+        sample: 0 <= sample < 2^16, 0 but in the Gumbel stream.
 
     Returns:
         (..., 4) int64, words in 0 .. 2^32 - 1.
@@ -70,7 +74,8 @@ def acceptance(
     """E = -log u ~ Exp(1) of each chain's proposals: accept iff score + E > current score.
 
     Args:
-        chain_ids: (n,) int64. proposals: M consecutive proposal numbers.
+        chain_ids: (n,) int64.
+        proposals: M consecutive proposal numbers.
 
     Returns:
         (n, M) of ``dtype``. u = (word >> 9) * 2^-23 + 2^-24 is exact in float32 and inside (0, 1).
@@ -86,7 +91,8 @@ def proposal_positions(
     """Uniform positions in 0 .. num_keys - 1, with replacement.
 
     Args:
-        chain_ids: (n,) int64. proposals: M consecutive proposal numbers.
+        chain_ids: (n,) int64.
+        proposals: M consecutive proposal numbers.
 
     Returns:
         (n, M) int64: the high 64 bits of value * num_keys, value being the 64-bit half p % 2 of block p // 2.

@@ -17,43 +17,74 @@ from .dispatch import operator
 
 
 class MHState(NamedTuple):
-    """Where n chains are. A chain that has not started has key -1 and score -inf."""
+    """Where n chains are. A chain that has not started has key -1 and score -inf.
 
-    key: Tensor  # (n,) int64   id of the chain's current key
-    score: Tensor  # (n,) float32 its score when last seen: similarity / temperature - log g
+    Attributes:
+        key: (n,) int64, the label of the chain's current key; -1: not started.
+        score: (n,) float32, its score when last seen: similarity / temperature - log g; -inf: not started.
+    """
+
+    key: Tensor
+    score: Tensor
 
 
 class MHResult(NamedTuple):
-    """What a walk of n chains returns."""
+    """What a walk of n chains returns.
 
-    samples: Tensor  # (n, num_samples) int32  positions in `keys`; -1: still at the incoming state
-    state: MHState  # after the last proposal
-    num_accepted: Tensor | None  # (n,) int32, with return_accepts=True
-    threshold: Tensor  # (n,) float32  every incoming score below it leads to the same outcome
-    lse: (
-        Tensor | None
-    )  # (n,) float32  log-sum-exp of similarity / temperature over the non-excluded keys, with return_lse=True
+    Attributes:
+        samples: (n, num_samples) int32, positions in ``keys``; -1: still at the incoming state.
+        state: after the last proposal.
+        num_accepted: (n,) int32, accepted proposals, with return_accepts=True; else None.
+        threshold: (n,) float32. Every incoming score below it leads to the same outcome.
+        lse: (n,) float32, log-sum-exp of similarity / temperature over the keys that are not excluded, with
+            return_lse=True; else None.
+    """
+
+    samples: Tensor
+    state: MHState
+    num_accepted: Tensor | None
+    threshold: Tensor
+    lse: Tensor | None
 
 
 class ISIRResult(NamedTuple):
-    """What a step of iterated sampling importance resampling of n chains returns."""
+    """What a step of iterated sampling importance resampling of n chains returns.
 
-    position: Tensor  # (n,) int64  in `keys`; -1: it stayed, or there was no candidate
+    Attributes:
+        position: (n,) int64, of the next state in ``keys``; -1: it stayed, or there was no candidate.
+        state: where the chains are now.
+        lse: (n,) float32, log-sum-exp over the candidates, differentiable; -inf: there were none.
+        carried_weight: (n,) float32, share of the incoming state in its exponential; 0: it had not started.
+    """
+
+    position: Tensor
     state: MHState
-    lse: Tensor  # (n,) float32  log-sum-exp over the candidates, differentiable; -inf: there were none
-    carried_weight: Tensor  # (n,) float32  share of the incoming state in its exponential; 0: it had not started
+    lse: Tensor
+    carried_weight: Tensor
 
 
 class Transition(NamedTuple):
-    """Prefixes of a walk at its sample points, (n, R); the last is the whole walk. Identity: (-inf, -inf, -1)."""
+    """Prefixes of a walk at its sample points, (n, R); the last is the whole walk. Identity: (-inf, -inf, -1).
 
-    threshold: Tensor  # float32
-    score: Tensor  # float32
-    position: Tensor  # int64 of the proposed key; -1 in the identity
+    Each is the clamp ``x -> score if x < threshold else x`` of a chain's score.
+
+    Attributes:
+        threshold: (n, R) float32, at least ``score``.
+        score: (n, R) float32, where a chain ends that enters below the threshold.
+        position: (n, R) int64 of the key that has this score; -1 in the identity.
+    """
+
+    threshold: Tensor
+    score: Tensor
+    position: Tensor
 
 
 def init_state(n: int, device: torch.device | str | None = None) -> MHState:
     """n chains that have not started: key -1, score -inf.
+
+    Args:
+        n: number of chains, at least 0.
+        device: of the tensors; None: torch's default.
 
     Raises:
         ValueError, TypeError: ``n`` is negative or not an integer.
@@ -66,12 +97,19 @@ def init_state(n: int, device: torch.device | str | None = None) -> MHState:
 def compose(first: Transition, then: Transition) -> Transition:
     """The transition of two blocks walked one after the other. Associative, not commutative.
 
-    Args:
-        first, then: fields (n, R) or (n, 1), which broadcast: the whole of an earlier block against the prefixes of a
-            later one.
-
     If ``then.threshold`` is the larger, every x below it ends in ``then.score``, because ``first.score <=
     first.threshold``; otherwise a moved x ends in whichever of the two scores ``first.score < then.threshold`` selects.
+
+    Args:
+        first: the earlier block, fields (n, R) or (n, 1). One column broadcasts: the whole of an earlier block against
+            the prefixes of a later one.
+        then: the later block, likewise.
+
+    Returns:
+        Fields (n, R).
+
+    Raises:
+        ValueError, TypeError: name the argument, what was expected and what came.
     """
     first = Transition(*checks.transition("first", first))
     then = Transition(*checks.transition("then", then))
@@ -113,8 +151,10 @@ def apply(transition: Transition, state: MHState, key_labels: Tensor | None = No
             shards of a sweep these are the labels of all its keys, in their order.
 
     Returns:
-        MHResult with samples (n, R) int32, the state after the whole walk, and its threshold; no counts and no
-        log-sum-exp.
+        Samples (n, R) int32, the state after the whole walk, and its threshold; no counts and no log-sum-exp.
+
+    Raises:
+        ValueError, TypeError: name the argument, what was expected and what came.
     """
     transition = Transition(*checks.transition("transition", transition))
     state = MHState(*checks.state(state, transition.threshold))

@@ -7,9 +7,9 @@ python -m examples.two_towers.halves            two modalities: a digit's left h
 python -m examples.two_towers.gcbs              batches chosen over the whole data set, beside random ones
 python -m examples.two_towers.finetune_verses   the same in sentence-transformers' trainer
 python -m examples.study                        the papers' claims, measured: docs/results/claims.md
-python -m examples.study.gradient_bias          error of each method's mean gradient: docs/guide/choosing.md
-python -m examples.study.global_loss            what training makes of the global loss: docs/guide/choosing.md
-python -m examples.study.compare_methods        accuracy, time and memory of all methods: docs/guide/choosing.md
+python -m examples.study.gradient_bias          error of each method's mean gradient: docs/results/gradients.md
+python -m examples.study.global_loss            what training makes of the global loss: docs/results/gradients.md
+python -m examples.study.compare_methods        accuracy, time and memory of all methods: docs/results/accuracy.md
 """
 
 import shlex

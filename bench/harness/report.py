@@ -87,6 +87,12 @@ def notes(records: Sequence[dict[str, Any]]) -> str:
                 lines.append(f"{name} {where} is slow and took part in {taken} of {record['rounds']} rounds.")
         for name, seconds in record["left_out"].items():
             lines.append(f"{name} {where} was left out: a call takes {seconds:.2g} s.")
+        if mixing := record.get("mixing"):
+            law, needed = mixing["total_variation"]["largest"], mixing["proposals_to_near"]["largest"]
+            lines += [
+                f"mh_step {where}: new chains are {law:.3f} from the softmax after {mixing['proposals']} proposals,",
+                f"and need {needed} to come within {mixing['near']} (total variation, exact, {mixing['rows']} rows).",
+            ]
     return "\n".join(lines)
 
 

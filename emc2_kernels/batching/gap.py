@@ -14,11 +14,17 @@ from ..lse import contrastive_lse
 
 
 class Gap(NamedTuple):
-    """Nats an anchor."""
+    """What batches hide from a loss, in nats an anchor.
 
-    global_loss: float  # each item against all others
-    train_loss: float  # against those of its batch
-    gap: float  # their difference; at least 0 for an anchor whose batch has no item twice
+    Attributes:
+        global_loss: each item against all others.
+        train_loss: against those of its batch.
+        gap: their difference; at least 0 for an anchor whose batch has no item twice.
+    """
+
+    global_loss: float
+    train_loss: float
+    gap: float
 
 
 def global_train_gap(
@@ -36,7 +42,8 @@ def global_train_gap(
     counts in each of them, in both losses; one that none has counts in neither.
 
     Args:
-        x, y: (N, d), row i of the one belongs to row i of the other. float32, bfloat16, float16 or float64.
+        x: (N, d) float32, bfloat16, float16 or float64.
+        y: (N, d), dtype and device of ``x``; row i belongs to row i of x.
         batches: of items in [0, N), each a list of integers or a (k,) int64 tensor: a sampler, say, which counts this
             pass as an epoch.
         temperature: > 0.

@@ -53,16 +53,21 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
     Args:
         num_items: of the data set, at least 1.
         batch_size: of a rank.
-        quantile, scope, max_per_row, normalize, progress: of the similarity graph, see ``similarity_graph``.
+        quantile: share of the similarities that are no entries of the graph; see ``similarity_graph``.
+        scope: "global" or "row"; see ``similarity_graph``.
         drop_last: see above. With it, a data set that fills no batch is an error.
         seed: the same on all ranks.
-        rank, world_size: both, or neither: those of ``torch.distributed``'s default group, or 0 and 1. ``rank="all"``,
-            with or without a world_size, is for a framework that deals batches out to processes by itself, as
+        rank: given with ``world_size``; None for both: those of ``torch.distributed``'s default group, or 0 and 1.
+            "all", with or without a world_size, is for a framework that deals batches out to processes by itself, as
             accelerate does with a loader that it prepares: batches of all ranks, rank by rank, and as a last run what
             is left in batches of at most batch_size, no item twice.
+        world_size: number of ranks; see ``rank``.
+        max_per_row: entries of a row that are kept at most; see ``similarity_graph``.
+        normalize: cosine similarities.
+        progress: whether a bar is shown; None: above 50,000 items.
 
     Attributes:
-        facts: GraphFacts of the last update; None before it.
+        facts: ``GraphFacts`` of the last update; None before it.
 
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came; where iteration begins, too, if
@@ -206,7 +211,8 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
 
         Args:
             x: (num_items, d) embeddings in the order of the data set, on any device. Not read on other ranks than the
-                first, where it may be None. y: of the other tower; None: x.
+                first, where it may be None.
+            y: of the other tower; None: x.
 
         Raises:
             ValueError, TypeError: as ``similarity_graph``, on all ranks, or num_items, batch_size, world_size,
@@ -248,8 +254,12 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """The number of the epoch that comes. The one that a loaded state is in the middle of goes on from there.
 
-        Warns (UserWarning): where another number drops a loaded place. accelerate's loaders call this in each pass,
-            with a count of their own that begins at 0: after loading, call ``loader.set_epoch(sampler.epoch)``.
+        Args:
+            epoch: at least 0.
+
+        Warns:
+            UserWarning: where another number drops a loaded place. accelerate's loaders call this in each pass, with a
+                count of their own that begins at 0: after loading, call ``loader.set_epoch(sampler.epoch)``.
         """
         number = checks.at_least("epoch", epoch, 0)
         place = self._loaded
@@ -292,8 +302,16 @@ class GlobalContrastiveBatchSampler(Sampler[list[int]]):
         return {"num_items": self.num_items, "run": self._run, "drop_last": self.drop_last, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError or TypeError for the state of a sampler with other settings, or none; this one is then as
-        it was. The batches of all ranks together must be of one size; over how many ranks it is cut may change."""
+        """Goes on where the sampler stood that ``state_dict`` was asked of.
+
+        The batches of all ranks together must be of one size; over how many ranks it is cut may change.
+
+        Args:
+            state: what ``state_dict`` returned.
+
+        Raises:
+            ValueError, TypeError: it is that of a sampler with other settings, or none; this one is as it was.
+        """
         loaded = _checked_state(state, self._same(), self._steps)
         epoch, done, order, self.facts = (loaded[name] for name in ("epoch", "batches_done", "order", "facts"))
         self._order = order if loaded["next_order"] is None else loaded["next_order"]

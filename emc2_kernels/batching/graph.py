@@ -29,17 +29,32 @@ EQUAL = 1e-6  # relative difference that rounding makes of equal similarities
 
 
 class GraphFacts(NamedTuple):
-    """What a graph was made by. Levels are shares of the N (N - 1) similarities off the diagonal."""
+    """What a graph was made by. Levels are shares of the N (N - 1) similarities off the diagonal.
 
-    threshold: float | None  # similarities from here on up are entries; None with scope "row"
-    level: float  # share that is not an entry by its quantile, counted
-    level_error: float  # standard error of the threshold's level, where it was estimated; 0 where it is exact
-    entries: int  # kept, before symmetrising
-    capped_rows: int  # rows that had more than max_per_row of them
+    Attributes:
+        threshold: similarities from here on up are entries; None with scope "row".
+        level: share that is not an entry by its quantile, counted.
+        level_error: standard error of the threshold's level, where it was estimated; 0 where it is exact.
+        entries: kept, before symmetrising.
+        capped_rows: rows that had more than max_per_row of them.
+    """
+
+    threshold: float | None
+    level: float
+    level_error: float
+    entries: int
+    capped_rows: int
 
 
 class SimilarityGraph(NamedTuple):
-    matrix: csr_array  # (N, N) bool, nothing on the diagonal, not symmetric
+    """Which items are alike, and how that was found.
+
+    Attributes:
+        matrix: (N, N) bool, sparse; nothing on the diagonal, not symmetric.
+        facts: what it was made by.
+    """
+
+    matrix: csr_array
     facts: GraphFacts
 
 
@@ -59,13 +74,15 @@ def similarity_graph(
     Time is O(N² d); memory O(N (d + max_per_row)) and what is held at a time of similarities, a tile or a sample.
 
     Args:
-        x: (N, d) embeddings, N >= 2, floating point. y: the same of the other tower; None: x.
-        quantile: 0 <= quantile < 1.
+        x: (N, d) embeddings, N >= 2, floating point.
+        y: (N, d) of the other tower; None: x.
+        quantile: share of the similarities that are no entries, 0 <= quantile < 1.
         scope: "global": one threshold for all rows, exact for up to 5,792 items; above that it is estimated on rows
             drawn by ``seed``, and the facts say how well. Similarities that equal it up to rounding are entries.
             "row": of each row as many of the largest as its own quantile leaves, exact.
         max_per_row: rows that have more entries keep the largest. It bounds the memory.
         normalize: cosine similarities, which the losses have by default.
+        seed: of the rows by which a threshold is estimated.
         progress: whether a bar is shown; None: above 50,000 items.
 
     Raises:
@@ -231,6 +248,10 @@ def consecutive_order(matrix: csr_array, *, seed: int = 0) -> np.ndarray:
     The method narrows the graph's bandwidth, the farthest that two joined items lie apart; components follow one
     another. Items that nothing is joined to come last, shuffled by ``seed``: in the order of the data set, batches of
     them would have what that order has in common, such as the class.
+
+    Args:
+        matrix: (N, N), sparse; symmetrised here.
+        seed: at least 0.
 
     Raises:
         ValueError, TypeError: the matrix is not sparse or not square, or the seed is negative.

@@ -40,9 +40,17 @@ class GCBSBatchSampler(base_sampler.DefaultBatchSampler):
     ones, so that with several processes only each process's own batch is a run.
 
     Args:
-        dataset, batch_size, drop_last, valid_label_columns, generator, seed: what the trainer passes. Batches are named
-            by (seed, epoch); ``generator`` is not used.
-        quantile, scope, max_per_row, normalize, progress: of the similarity graph, see ``similarity_graph``.
+        dataset: what the trainer passes, as are the next five.
+        batch_size: of a process.
+        drop_last: leave out what fills no batch of all processes.
+        valid_label_columns: columns that are labels and no text.
+        generator: not used; batches are named by (seed, epoch).
+        seed: of the shuffles.
+        quantile: share of the similarities that are no entries of the graph; see ``similarity_graph``.
+        scope: "global" or "row"; see ``similarity_graph``.
+        max_per_row: entries of a row that are kept at most; see ``similarity_graph``.
+        normalize: cosine similarities.
+        progress: whether a bar is shown; None: above 50,000 items.
         world_size: processes that batches are dealt to. None: all of accelerate's; tensor parallelism has fewer.
 
     Raises:
@@ -110,11 +118,20 @@ class GCBSBatchSampler(base_sampler.DefaultBatchSampler):
         super().set_epoch(epoch)
 
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Orders the items anew, see ``GlobalContrastiveBatchSampler.update``."""
+        """Orders the items anew; see ``GlobalContrastiveBatchSampler.update``.
+
+        Args:
+            x: (N, d) embeddings, in the order of the data set.
+            y: of the other column; None: x.
+        """
         self._inner.update(x, y)
 
     def state_dict(self, batches_done: int | None = None) -> dict[str, Any]:
-        """See ``GlobalContrastiveBatchSampler.state_dict``."""
+        """Where the sampler stands; see ``GlobalContrastiveBatchSampler.state_dict``.
+
+        Args:
+            batches_done: of this epoch, that a process has trained on; None: all that were taken.
+        """
         return self._inner.state_dict(batches_done)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

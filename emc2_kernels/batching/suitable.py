@@ -12,16 +12,20 @@ from ..losses import CachedSoftmaxLoss, EMC2Loss, SogCLRLoss
 def check_loss(loss: nn.Module) -> None:
     """Call it once where a loss is to be trained with ``GlobalContrastiveBatchSampler``; it may be wrapped in others.
 
+    Args:
+        loss: of ``emc2_kernels.losses``, or a module that has one in it.
+
     Raises:
         ValueError: for ``EMC2Loss(proposals="batch")``. Its chains take the batch for independent uniform draws; from
             batches of alike items they have another stationary law.
 
-    Warns (UserWarning), where the gradient is then biased about as much as NT-Xent's over the batch:
-        for ``SogCLRLoss``. Its denominators are means over the batch that stand for means over the data set; over alike
-        items they are too large. Weights then sum to less than they should.
-        for carry="corrected" of ``EMC2Loss`` and ``CachedSoftmaxLoss``, their default. It moves each negative by the
-        difference of two batches' means, the drift where batches are uniform draws; of batches of alike items it is
-        the way from one kind of items to another.
+    Warns:
+        UserWarning: for ``SogCLRLoss``, whose gradient is then biased about as much as NT-Xent's over the batch. Its
+            denominators are means over the batch that stand for means over the data set; over alike items they are too
+            large. Weights then sum to less than they should.
+        UserWarning: for carry="corrected" of ``EMC2Loss`` and ``CachedSoftmaxLoss``, their default, likewise. It moves
+            each negative by the difference of two batches' means, the drift where batches are uniform draws; of batches
+            of alike items it is the way from one kind of items to another.
     """
     for module in loss.modules():
         if isinstance(module, EMC2Loss) and module.proposals == "batch":

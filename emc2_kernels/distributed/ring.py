@@ -159,7 +159,8 @@ def ring_lse(
     temperature. A rank's keys get the sum of all ranks' gradients.
 
     Args:
-        queries: (n, d). keys: (m, d) of this rank, where m is a whole multiple of its shard's rows.
+        queries: (n, d).
+        keys: (m, d) of this rank, where m is a whole multiple of its shard's rows.
         ids: (n,) of the queries, (m,) int64 of this rank's keys. A key with one of the row's ids is left out, on
             whichever rank it is.
     """
@@ -178,7 +179,8 @@ def ring_resample(
     """``ops.isir_step`` of this rank's chains over the keys of all ranks, view by view and rank by rank.
 
     Args:
-        queries, keys, temperature, ids: as for ``ring_lse``. carried: its labels are all ranks' keys'.
+        queries: as are the next three, see ``ring_lse``.
+        carried: its labels are all ranks' keys'.
     """
     rows, views = checks.one_or_rows(temperature, queries), keys.shape[0] // shards.sizes[shards.rank]
     # What the chains bring along are the candidates of a step without keys.
@@ -283,6 +285,7 @@ def ring_bag(keys: Tensor, rows: Tensor, weights: Tensor, shards: Shards) -> Ten
 
     Args:
         keys: (v b, d) of this rank, v views of its shard's b rows.
-        rows: (n, S) int64 rows of all ranks' keys, view by view and rank by rank. weights: (n, S) in the keys' dtype.
+        rows: (n, S) int64 rows of all ranks' keys, view by view and rank by rank.
+        weights: (n, S) in the keys' dtype.
     """
     return _RingBag.apply(keys, rows, weights, shards)

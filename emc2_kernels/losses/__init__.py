@@ -31,8 +31,15 @@ __all__ = [
 
 
 class Method(NamedTuple):
+    """What a name in ``TABLE`` stands for.
+
+    Attributes:
+        loss: its class.
+        fixed: options that the name stands for.
+    """
+
     loss: type[nn.Module]
-    fixed: dict[str, Any]  # options that the name stands for
+    fixed: dict[str, Any]
 
     def options(self) -> dict[str, inspect.Parameter]:
         """What ``get`` takes for it."""
@@ -70,7 +77,7 @@ def get(name: str, **options: Any) -> nn.Module:
 
     Args:
         name: a key of ``TABLE``; "simclr" is another name of "ntxent".
-        options: the constructor's arguments, by name.
+        **options: the constructor's arguments, by name.
 
     Raises:
         ValueError: there is no such name, or an option has a value that the loss refuses.

@@ -72,7 +72,8 @@ def check_batch(
     that an earlier one has, where values are seen.
 
     Args:
-        dim: of the embeddings; None: any. num_items: ``index`` is below it; None: any chain id.
+        dim: of the embeddings; None: any.
+        num_items: ``index`` is below it; None: any chain id.
         before: what the call writes to whatever the items.
 
     Raises:

@@ -34,12 +34,16 @@ class CachedSoftmaxLoss(SampledLoss):
     that its gradient goes to, and that the first step has negatives. In eval mode nothing is written, and the draws are
     made from the cache as it stands.
 
-    The value is a surrogate whose *gradient* is the estimate, on ``EMC2Loss``'s scale: mean over the anchors of -<q,
-    k+>/temperature + mean over samples of <q, k>/temperature. Watch the ``ntxent`` statistic instead. Its bias is the
+    The value is a surrogate whose *gradient* is the estimate, on ``EMC2Loss``'s scale: mean over the anchors of -s+ +
+    mean of s over the samples, ``s = <q, k> / temperature``. Watch the ``ntxent`` statistic instead. Its bias is the
     cache's age: what is drawn was a good negative when it was written. An anchor without any key has no negative term.
 
+    What it keeps is in ``state_dict``, and changes in training mode only: ``bank``, ``step``, and with
+    carry="corrected" ``batch_means``.
+
     Args:
-        num_items: items of the data set; ``index`` names them; below 2^30. dim: of the embeddings.
+        num_items: items of the data set; ``index`` names them; below 2^30.
+        dim: of the embeddings.
         temperature: in [2^-63, 2^100]. Not learnt: the value is a surrogate, whose derivative in the temperature is not
             the loss's.
         refresh: share of the cache's 2 * num_items entries that are encoded again at each step, rounded up; needs
@@ -65,10 +69,7 @@ class CachedSoftmaxLoss(SampledLoss):
         UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
             named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
-    State: ``bank``, ``step``, and ``batch_means`` with carry="corrected", are in ``state_dict``. They change in
-    training mode only.
-
-    Example:
+    Examples:
         >>> loss = CachedSoftmaxLoss(len(dataset), 128, temperature=0.2, encode=encode_items)
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
@@ -114,11 +115,15 @@ class CachedSoftmaxLoss(SampledLoss):
         """The gradient surrogate of b pairs; in training mode the cache is brought up to date.
 
         Args:
-            z0, z1: (b, dim) embeddings of the two views, float32, bfloat16 or float16.
+            z0: (b, dim) embeddings of view 0, float32, bfloat16 or float16.
+            z1: (b, dim) of view 1, likewise.
             index: (b,) int64 items in [0, num_items), on the CPU or with z0.
             return_stats: also return detached values: cache_age (mean, in steps, of the entries drawn), carry_share
                 (of samples outside the batch), ntxent, positive_similarity, negative_similarity (of the samples),
                 mean_cosine (over pairs of rows of one view).
+
+        Returns:
+            The value, 0-d; with return_stats=True a pair of it and a dict of 0-d tensors.
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged, also

@@ -45,17 +45,21 @@ class EMC2Loss(SampledLoss):
     Each of the ``num_items * 2`` views has a Markov chain over the other items' views, carried from visit to visit,
     with that softmax as its law.
 
-    With sampler="mh" the value returned is a surrogate whose *gradient* is the estimate: mean over the 2b anchors of
-    -<q, k+>/temperature + mean over samples of <q, k>/temperature. It is not the loss and does not fall like one; watch
-    the ``ntxent`` statistic.
+    With sampler="isir", the default, the value is a loss: mean over the anchors of -s+ + log sum exp(s) over the
+    batch's keys, kept keys of ``queue`` items and the one that the chain brings along. It may be negative: the positive
+    is no part of the sum, as it is none of the global loss's; see ``decoupled``. What is kept counts once embeddings
+    have become steady: see the statistic ``staleness``.
 
-    With sampler="isir" the value is a loss: mean over the anchors of -s+ + log sum exp(s) over the batch's keys, kept
-    keys of ``queue`` items and the one that the chain brings along. The positive is no part of the sum, as it is none
-    of the global loss's; see ``decoupled``. What is kept counts once embeddings have become steady: see the statistic
-    ``staleness``.
+    With sampler="mh" the value is a surrogate whose *gradient* is the estimate: mean over the 2b anchors of -s+ + mean
+    of s over the samples, ``s = <q, k> / temperature``. It is not the loss and does not fall like one, and is negative
+    where positives are more alike than samples; watch the ``ntxent`` statistic.
+
+    What it keeps is in ``state_dict``, and changes in training mode only: ``chains``, ``bank``, ``step``, with
+    carry="corrected" ``batch_means``, and with sampler="isir" and kept keys ``drift`` and ``recent``, the queue.
 
     Args:
-        num_items: items of the data set; ``index`` names them. dim: of the embeddings.
+        num_items: items of the data set; ``index`` names them.
+        dim: of the embeddings.
         temperature: in [2^-63, 2^100]; the paper's beta is 1 / temperature. Not learnt: the walk's value is no
             loss whose derivative in the temperature would mean something, and kept scores are divided by it.
         sampler: what moves the chains. "mh": the paper's Metropolis-Hastings walk over the proposals, whose states are
@@ -105,14 +109,11 @@ class EMC2Loss(SampledLoss):
         sharded: each process keeps chains and bank of a block of items only, and asks the others for the rest. For
             proposals="batch", and gather="all" or "ring".
 
-    State: ``chains``, ``bank``, ``step``, with carry="corrected" ``batch_means``, and with sampler="isir" and kept keys
-    ``drift`` and ``recent``, the queue, are in ``state_dict``. They change in training mode only.
-
     Warns:
         UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
             named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
-    Example:
+    Examples:
         >>> loss = EMC2Loss(len(dataset), 128, temperature=0.2)
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
     """
@@ -183,7 +184,8 @@ class EMC2Loss(SampledLoss):
         """The loss of b pairs, with sampler="mh" its gradient surrogate; in training mode their chains move on.
 
         Args:
-            z0, z1: (b, dim) embeddings of the two views, float32, bfloat16 or float16.
+            z0: (b, dim) embeddings of view 0, float32, bfloat16 or float16.
+            z1: (b, dim) of view 1, likewise.
             index: (b,) int64 items in [0, num_items), on the CPU or with z0.
             return_stats: also return detached values: ntxent, positive_similarity, mean_cosine (over pairs of rows of
                 one view). With sampler="mh": acceptance (of proposals that were not excluded), carry_share (of samples
@@ -195,6 +197,9 @@ class EMC2Loss(SampledLoss):
                 embeddings of the anchors' positives score as high as fresh ones, 1 where no higher than the batch's
                 negatives, over the last ten batches or so; NaN before any item has come twice, and where positives are
                 no more alike than negatives. Below 0.2 what is kept is a candidate.
+
+        Returns:
+            The value, 0-d; with return_stats=True a pair of it and a dict of 0-d tensors.
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; chains and bank are unchanged.

@@ -14,7 +14,7 @@ CARRIES = {
     ("mh", "bank"): ("corrected", "recompute"),
     ("isir", "batch"): ("cached", "recompute"),
 }
-QUEUE = 16  # items; in docs/results/options.md more of them gain at batches of 4 and cost at 32
+QUEUE = 16  # items; in docs/results/options.md 64 gain nothing at batches of 8 and cost at 32
 MAX_QUEUE = 2**24
 PROPOSALS = ("batch", "bank")
 BURN_IN = 0.5

@@ -60,7 +60,8 @@ def sweep_batch(anchors: Anchors, start: MHState, carried: Tensor, keys: Keys, o
     """Proposes the batch's keys one after another; changes nothing of what is kept.
 
     Args:
-        start: (2b,) incoming states. carried: (2b, d) the bank's embeddings of their keys.
+        start: (2b,) incoming states.
+        carried: (2b, d) the bank's embeddings of their keys.
         keys: of the whole batch, 2B, view by view.
     """
     rows = anchors.embeddings.detach().to(options.dtype), anchors.items, anchors.labels, *start
@@ -126,7 +127,8 @@ def draw_from_bank(
     """Proposes uniform draws, with replacement, from all that the bank holds; with two modalities, of the other one.
 
     Args:
-        start: (2b,) incoming states. table: (num_items * 2, d) the bank's embeddings, multiplied in their dtype.
+        start: (2b,) incoming states.
+        table: (num_items * 2, d) the bank's embeddings, multiplied in their dtype.
         keys: of the whole batch: a sample that happens to be one of them has its gradient.
     """
     burn_in, num_samples = options.schedule(slots.num_proposals)

@@ -26,8 +26,8 @@ class NTXentLoss(Called, TemperedLoss):
 
     Args:
         temperature: in [2^-63, 2^100].
-        learn_temperature, max_scale: see ``TemperedLoss``: ``log_scale``, the log of 1 / temperature, is then a
-            parameter.
+        learn_temperature: keep ``log_scale``, the log of 1 / temperature, as a parameter; see ``TemperedLoss``.
+        max_scale: a learnt 1 / temperature never exceeds it; see ``TemperedLoss``.
         normalize: L2-normalise the embeddings first, in float32, however long they are. Those shorter than 1e-6, zeros
             among them, have no direction to speak of: they are multiplied by 10^6 instead, and so are their gradients,
             which are then far larger than other rows'. Clip gradients where an encoder can give zeros.
@@ -45,7 +45,7 @@ class NTXentLoss(Called, TemperedLoss):
     Warns:
         UserWarning: a temperature above 10, with normalize=True: it is probably the inverse that is meant.
 
-    Example:
+    Examples:
         >>> loss = NTXentLoss(temperature=0.2)
         >>> loss(z0, z1).backward()
     """
@@ -78,11 +78,15 @@ class NTXentLoss(Called, TemperedLoss):
         """The loss of b pairs.
 
         Args:
-            z0, z1: (b, d) embeddings of the two views, float32, bfloat16 or float16.
+            z0: (b, d) embeddings of view 0, float32, bfloat16 or float16.
+            z1: (b, d) of view 1, likewise.
             index: (b,) int64 items; other rows of an anchor's item are then no negatives of it.
             return_stats: also return detached values: ntxent, positive_similarity, negative_similarity (of an anchor's
                 negatives, weighted by their softmax), mean_cosine (over pairs of rows of one view); temperature, where
                 it is learnt.
+
+        Returns:
+            The value, 0-d; with return_stats=True a pair of it and a dict of 0-d tensors.
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came.
@@ -126,9 +130,9 @@ class ClipLoss(NTXentLoss):
     the mean of the two cross entropies of b x b scores, neither of which is kept (memory is O(b d)). With ``index``,
     other keys of an anchor's item are masked.
 
-    Arguments are those of ``NTXentLoss``. Open-source CLIP starts from temperature=0.07 with learn_temperature=True.
+    For the arguments see ``NTXentLoss``. Open-source CLIP starts from temperature=0.07 with learn_temperature=True.
 
-    Example:
+    Examples:
         >>> loss = ClipLoss(learn_temperature=True)
         >>> optimizer = torch.optim.AdamW([*towers.parameters(), *loss.parameters()])
         >>> loss(image_tower(images), text_tower(texts)).backward()

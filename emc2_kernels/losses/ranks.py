@@ -24,8 +24,8 @@ def batch_shards(
     """How the batch of a loss's call lies over the ranks; None where the loss keeps to this process's part.
 
     Args:
-        log_scale: the parameter, if it is learnt. form: what else must be the same on all ranks, beside the loss's
-            options, its step and the arguments' own form.
+        log_scale: the parameter, if it is learnt.
+        form: what else must be the same on all ranks, beside the loss's options, its step and the arguments' own form.
 
     Raises:
         RuntimeError, ValueError: see ``exchange_sizes``.

@@ -56,6 +56,9 @@ class SogCLRLoss(CalledWithIndex, SlotTable):
     would be wrong by exp of what s+ has changed since. So here u is of exp(s) in both cases, and -s+ has weight 1
     (there: the sum of the weights, 1 in expectation only).
 
+    What it keeps is in ``state_dict``, a slot for each item, or with ``bimodal`` for each item * 2 + tower, and changes
+    in training mode only. Of several rows of a batch with the same item the last one's is kept.
+
     Args:
         num_items: items of the data set; ``index`` names them.
         temperature: in [2^-63, 2^100]. It is not learnt, since the kept means are of exponents at it; ``ISogCLRLoss``
@@ -64,6 +67,7 @@ class SogCLRLoss(CalledWithIndex, SlotTable):
         gamma_schedule: "constant", or "cosine": from 1 to ``gamma`` over the first ``gamma_steps`` training-mode calls
             (the paper: over half of the training).
         gamma_steps: int >= 1, with "cosine" only.
+        individual_temperature: True makes an ``ISogCLRLoss``, as 0.1.0 spelt it.
         bimodal: z0 and z1 are of two modalities.
         gather: "none": means and negatives are the process's own. "all": over the keys of all processes; every process
             writes what all have found, so that the state is the same everywhere. See ``NTXentLoss``.
@@ -75,17 +79,18 @@ class SogCLRLoss(CalledWithIndex, SlotTable):
         UserWarning: a temperature above 10, as for ``NTXentLoss``; and once in training, where it looks as if ``index``
             named classes: batches repeat items more often than by chance, or two epochs have had few different ones.
 
-    State: buffers, in ``state_dict``, with a slot for each item, or with ``bimodal`` for each item * 2 + tower. They
-    change in training mode only. Of several rows of a batch with the same item the last one's is kept.
-
-    Example:
+    Examples:
         >>> loss = SogCLRLoss(len(dataset), temperature=0.2)
         >>> loss(projector(encoder(x0)), projector(encoder(x1)), index).backward()
+
+    Attributes:
+        step: () int64, training-mode calls so far.
+        log_u: (slots,) float32, log of each running mean; -inf: not visited.
     """
 
     saved_facts = (*SlotTable.saved_facts, "bimodal")
-    step: Tensor  # () int64  training-mode calls so far
-    log_u: Tensor  # (slots,) float32  -inf: not visited
+    step: Tensor
+    log_u: Tensor
 
     def __new__(cls, *arguments: Any, individual_temperature: bool = False, **options: Any) -> SogCLRLoss:
         """``SogCLRLoss(individual_temperature=True)``, as 0.1.0 spelt it, is an ``ISogCLRLoss``."""
@@ -133,11 +138,15 @@ class SogCLRLoss(CalledWithIndex, SlotTable):
         """The loss of b pairs; in training mode their running means are updated.
 
         Args:
-            z0, z1: (b, d) embeddings of the two views or modalities, float32, bfloat16 or float16.
+            z0: (b, d) embeddings of view (or modality) 0, float32, bfloat16 or float16.
+            z1: (b, d) of view 1, likewise.
             index: (b,) int64 items in [0, num_items), on the CPU or with z0.
             return_stats: also return detached values: ntxent, positive_similarity, negative_similarity (of an anchor's
                 negatives, weighted by their softmax in the batch), mean_cosine (over pairs of rows of one view),
                 weight_sum (of an anchor's negatives' weights; far from 1, u is stale).
+
+        Returns:
+            The value, 0-d; with return_stats=True a pair of it and a dict of 0-d tensors.
 
         Raises:
             ValueError, TypeError: name the argument, what was expected and what came; the state is unchanged.
@@ -259,28 +268,39 @@ class SogCLRLoss(CalledWithIndex, SlotTable):
 class ISogCLRLoss(SogCLRLoss):
     """SogCLR with a temperature for each item (iSogCLR, arXiv 2305.11965).
 
-    Each item (of each tower) learns its temperature t by minimising F(t) +
-    rho * t with dF/dt = log u - s+ - sum of weight * (s - s+) / number, which is the Kullback-Leibler divergence of
-    the negatives' weights from uniform ones, negated: t grows where that is above rho and falls where it is below. The
-    anchor's value is then multiplied by t / ``temperature``: the objective is F summed over items, as published, over
-    one constant, so that items with different temperatures keep the weights that F gives them, and the scale is that
-    of the other losses where t = ``temperature``. A step uses the temperatures from before their update; u averages
-    exponents at the temperatures of their visits, as published.
+    Each item (of each tower) learns its temperature t by minimising F(t) + rho * t with dF/dt = log u - s+ - sum of
+    weight * (s - s+) / number, which is the Kullback-Leibler divergence of the negatives' weights from uniform ones,
+    negated: t grows where that is above rho and falls where it is below. The anchor's value is then multiplied by t /
+    ``temperature``: the objective is F summed over items, as published, over one constant, so that items with different
+    temperatures keep the weights that F gives them, and the scale is that of the other losses where t =
+    ``temperature``. A step uses the temperatures from before their update; u averages exponents at the temperatures of
+    their visits, as published. The statistics also have temperature, the batch's mean.
 
     Args:
+        num_items: items of the data set; ``index`` names them.
         temperature: that of an item that was not visited yet.
+        gamma: in (0, 1], the weight of the present batch in u.
+        gamma_schedule: "constant" or "cosine"; see ``SogCLRLoss``.
+        gamma_steps: int >= 1, with "cosine" only.
+        individual_temperature: True, the one value here.
         temperature_lr: >= 0, its step; None: 0.01.
         temperature_momentum: in [0, 1), weight of the kept gradient in v <- momentum * v + (1 - momentum) * gradient,
             v = 0 at first; None: 0.9.
         temperature_bounds: (lowest, highest), around ``temperature``; None: a tenth and ten times of it.
         rho: >= 0, in nats; None: 1.
-        The others are those of ``SogCLRLoss``.
+        bimodal: z0 and z1 are of two modalities.
+        gather: "none" or "all"; see ``SogCLRLoss``.
+        process_group: that gather means; None: the default group.
+        normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
+        backend: of ``contrastive_lse``.
 
-    Statistics: also temperature, the batch's mean.
+    Attributes:
+        item_temperature: (slots,) float32.
+        item_velocity: (slots,) float32, the momentum of its gradient.
     """
 
-    item_temperature: Tensor  # (slots,) float32
-    item_velocity: Tensor  # (slots,) float32, the momentum of its gradient
+    item_temperature: Tensor
+    item_velocity: Tensor
 
     def __init__(
         self,

@@ -40,7 +40,8 @@ class Staleness(SlotTable):
         """(2,) the sums with a batch's, of all ranks.
 
         Args:
-            held, kept: (2b,) and (2b, d) what the bank has for the anchors themselves; zeros where it has nothing.
+            held: (2b,) bool, whether the bank has the anchors themselves.
+            kept: (2b, d) what it has for them; zeros where it has nothing.
         """
         z = anchors.embeddings.detach().view(2, -1, anchors.embeddings.shape[1])
         fresh, held = (z[0] * z[1]).sum(1), held.view(2, -1)

@@ -70,9 +70,12 @@ class TemperedLoss(nn.Module):
             writes to that. Where a step of the optimizer has taken ``log_scale`` past log(max_scale), its gradient is
             the one that lowers it, and 0 where it would be raised further: it overshoots by what an optimizer's
             momentum still holds, and comes back when a smaller scale would be better.
+
+    Attributes:
+        log_scale: (1,) float32 parameter; None where the temperature is not learnt.
     """
 
-    log_scale: nn.Parameter | None  # (1,) float32
+    log_scale: nn.Parameter | None
 
     def __init__(self, temperature: float, learn_temperature: bool, max_scale: float) -> None:
         super().__init__()

@@ -18,11 +18,28 @@ class EmbeddingBank(SlotTable):
 
     What was never written is infinite: where the whole bank is a walk's or a sampler's keys, its score is not finite
     and it is never moved to, without anyone asking (on a GPU, the question would wait for the answer).
+
+    Args:
+        num_items: items of the data set.
+        dim: of the embeddings.
+        views: of an item.
+        dtype: of what is kept: float32, bfloat16, float16 or float64.
+        device: of the tables; None: torch's default.
+        process_group: over whose ranks it lies with ``sharded``; None: the default group.
+        sharded: each rank keeps a block of items; reads and writes are then collectives.
+
+    Attributes:
+        embeddings: (num_items * views, dim); inf: never written.
+        written_at: (num_items * views,) int64, the step of each; -1: never.
+        last_step: () int64, of the latest update.
+
+    Raises:
+        ValueError, TypeError: name the argument, what was expected and what came.
     """
 
-    embeddings: Tensor  # (num_items * views, dim)  inf: never written
-    written_at: Tensor  # (num_items * views,) int64  -1: never
-    last_step: Tensor  # () int64  of the latest update
+    embeddings: Tensor
+    written_at: Tensor
+    last_step: Tensor
 
     def __init__(
         self,
@@ -51,9 +68,14 @@ class EmbeddingBank(SlotTable):
         anywhere one that overflows in the bank's dtype.
 
         Args:
-            index: (b,) int64 items. view: one number or (b,) int64. embeddings: (b, dim), any floating dtype.
+            index: (b,) int64 items.
+            view: one number or (b,) int64, in [0, views).
+            embeddings: (b, dim), any floating dtype.
             step: 0 <= step < 2^32, an integer or a 0-d int64 tensor.
             only: () bool; False: nothing is written. It is not waited for.
+
+        Raises:
+            ValueError, TypeError: name the argument, what was expected and what came; nothing has been written.
         """
         with self.report_errors():
             slots = self.slots(index, view, self.embeddings.device)
@@ -68,7 +90,7 @@ class EmbeddingBank(SlotTable):
     def put_embeddings(
         self, slots: Tensor, embeddings: Tensor, step: int | Tensor, *, only: Tensor | None = None, **known: bool
     ) -> None:
-        """``update`` of slots (b,), with arguments that have been checked. known: see ``SlotTable.put``."""
+        """``update`` of slots (b,), with arguments that have been checked. For ``known`` see ``SlotTable.put``."""
         steps = torch.as_tensor(step, dtype=torch.int64, device=slots.device).expand(slots.shape[0])
         self.put(slots, only=only, **known, embeddings=embeddings, written_at=steps)
         # A difference and no copy, which Inductor might make after a caller's `step += 1` (pytorch/pytorch#198131).
@@ -84,7 +106,14 @@ class EmbeddingBank(SlotTable):
         return labels.clamp_min(0) if self.owners is None else labels
 
     def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the bank holds each of the labels (k,) int64; (k, dim) embeddings, zeros for what it does not."""
+        """Whether the bank holds each label, and its embedding.
+
+        Args:
+            labels: (k,) int64, item * views + view; -1: none.
+
+        Returns:
+            (k,) bool, and (k, dim) embeddings, zeros for what the bank does not hold.
+        """
         return self.read(self._checked(labels))
 
     def read(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,11 +125,19 @@ class EmbeddingBank(SlotTable):
         return held, torch.where(held[:, None], embeddings, 0)
 
     def lookup(self, labels: Tensor) -> Tensor:
-        """(k, dim) embeddings of labels (k,) int64; zeros for -1 and for what was never written."""
+        """(k, dim) embeddings; zeros for -1 and for what was never written.
+
+        Args:
+            labels: (k,) int64, item * views + view; -1: none.
+        """
         return self.find(labels)[1]
 
     def age(self, labels: Tensor) -> Tensor:
-        """(k,) int64 steps between each embedding and the latest update; -1 for label -1 and what was never written."""
+        """(k,) int64 steps between each embedding and the latest update; -1 for what was never written.
+
+        Args:
+            labels: (k,) int64, item * views + view; -1: none.
+        """
         (written_at,) = self.rows(self._legal(self._checked(labels)), "written_at")
         return torch.where((labels >= 0) & (written_at >= 0), self.last_step - written_at, -1)
 

@@ -24,11 +24,22 @@ class ChainStore(SlotTable):
     carries a score that was computed for the other view).
 
     Args:
-        process_group, sharded: see ``SlotTable``.
+        num_items: items of the data set.
+        views: of an item.
+        device: of the tables; None: torch's default.
+        process_group: over whose ranks it lies with ``sharded``; None: the default group.
+        sharded: each rank keeps a block of items; reads and writes are then collectives.
+
+    Attributes:
+        key: (num_items * views,) int64, label of each chain's present key; -1: not started.
+        score: (num_items * views,) float32, its score when it was kept; -inf: not started.
+
+    Raises:
+        ValueError, TypeError: name the argument, what was expected and what came.
     """
 
-    key: Tensor  # (num_items * views,) int64  -1: not started
-    score: Tensor  # (num_items * views,) float32
+    key: Tensor
+    score: Tensor
 
     def __init__(
         self,
@@ -53,12 +64,16 @@ class ChainStore(SlotTable):
     ) -> MHState:
         """States of b chains, rescored where a bank is given.
 
-        A kept score is stale: the anchor has been augmented anew and the encoder has moved. With ``queries`` (b, d),
-        ``bank`` and ``temperature`` the score becomes <query, bank entry of the chain's key> / temperature; chains that
-        have not started, or whose key the bank does not hold, keep theirs.
+        A kept score is stale: the anchor has been augmented anew and the encoder has moved. With ``queries``, ``bank``
+        and ``temperature``, all three, the score becomes that of the bank's entry of the chain's key, as an inner
+        product over the temperature; chains that have not started, or whose key the bank does not hold, keep theirs.
 
         Args:
-            index: (b,) int64 items. view: 0 .. views - 1, one number or (b,) int64.
+            index: (b,) int64 items.
+            view: one number or (b,) int64, in [0, views).
+            queries: (b, d) embeddings of the anchors.
+            bank: of the same items and views.
+            temperature: number, 0-d tensor or (b,) tensor.
 
         Raises:
             ValueError, TypeError: an index or view out of range, or only some of the three rescoring arguments.
@@ -110,7 +125,13 @@ class ChainStore(SlotTable):
         A state whose score is NaN or +inf is not kept: the chain stays where it was.
 
         Args:
+            index: (b,) int64 items.
+            view: one number or (b,) int64, in [0, views).
+            state: keys (b,) int64 and scores (b,) float32.
             only: () bool; False: nothing is written. It is not waited for.
+
+        Raises:
+            ValueError, TypeError: name the argument, what was expected and what came; nothing has been written.
         """
         with self.report_errors():
             slots = self.slots(index, view, self.key.device)
@@ -118,7 +139,7 @@ class ChainStore(SlotTable):
         self.put_state(slots, state, only=only)
 
     def put_state(self, slots: Tensor, state: MHState, *, only: Tensor | None = None, **known: bool) -> None:
-        """``write`` of slots (b,), with arguments that have been checked. known: see ``SlotTable.put``."""
+        """``write`` of slots (b,), with arguments that have been checked. For ``known`` see ``SlotTable.put``."""
         self.put(slots, only=only, **known, key=state.key, score=state.score)
 
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:

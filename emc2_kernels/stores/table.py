@@ -46,7 +46,10 @@ class SlotTable(StrictState):
     Casting the module (``.half()``, ``.to(torch.bfloat16)``) leaves all dtypes alone.
 
     Args:
-        sharded: each rank of ``process_group`` keeps a block of items. Reads and writes are then collectives.
+        num_items: items of the data set; num_items * views is at most 2^40.
+        views: of an item.
+        process_group: over whose ranks it lies with ``sharded``; None: the default group.
+        sharded: each rank keeps a block of consecutive items. Reads and writes are then collectives.
     """
 
     saved_facts = ("num_items", "views")
@@ -94,8 +97,11 @@ class SlotTable(StrictState):
         for good, where a training step that overflowed is skipped and forgotten. A number may be -inf, as at first.
 
         Args:
+            slots: (k,) int64.
             only: () or (k,) bool; False: nothing is written, or nothing of that row.
-            distinct: no slot is known to come twice. finite: all values are known to be, in the table's dtype.
+            distinct: no slot is known to come twice.
+            finite: all values are known to be, in the table's dtype.
+            **values: (k, ...) by the table's name.
         """
         given = [value.detach().to(getattr(self, name).dtype) for name, value in values.items()]
         parts = [part for part in (only, *(map(_writable_rows, given) if not finite else ())) if part is not None]

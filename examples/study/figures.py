@@ -1,4 +1,4 @@
-"""The study's figures, one a part."""
+"""The study's figures, one a part, legible at the width of a page's column of text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.study.cells import Row, grouped
-from examples.study.gradient_bias import COLOURS
+from examples.study.gradient_bias import COLOURS, named
 from examples.study.speed import ratios
 from examples.study.tables import curves, last_epochs
 
+WIDTH, LEGEND_COLUMNS = 8.8, 4
 STYLES = [*((colour, "-") for colour in COLOURS), *((colour, "--") for colour in COLOURS)]
 
 
@@ -25,12 +26,13 @@ def _figure(width: float, height: float, rows: int, columns: int, **shared: obje
 
 
 def _finish(path: Path, figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, beside them."""
+    """One legend for all panels, below them: beside them it would cost each its width."""
     for axis in axes:
         axis.grid(alpha=0.3)
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=9)
+        named_handles = list(handles.values()), list(handles)
+        figure.legend(*named_handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -41,7 +43,7 @@ def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 def accuracy(rows: Sequence[Row], path: Path) -> None:
     found = last_epochs(rows)
     settings = grouped(found, "data", "epochs", "lr")
-    figure, axes = _figure(9.5, 3.6 * len(settings), len(settings), 2)
+    figure, axes = _figure(WIDTH, 3.3 * len(settings), len(settings), 2)
     panels = [(case, column) for case in settings for column in ("few_probe", "few_nearest")]
     for axis, ((data, epochs, lr), column) in zip(axes, panels, strict=True):
         chosen = settings[data, epochs, lr]
@@ -52,7 +54,8 @@ def accuracy(rows: Sequence[Row], path: Path) -> None:
             # Side by side, so that bars do not hide each other.
             x = [size * 1.03 ** (number - 2.5) for (size,) in sizes]
             means, spreads = zip(*points, strict=True)
-            axis.errorbar(x, means, spreads, color=COLOURS[number], marker="o", markersize=4, capsize=2, label=method)
+            style = {"marker": "o", "markersize": 4, "capsize": 2}
+            axis.errorbar(x, means, spreads, color=COLOURS[number], label=named(method), **style)
         axis.set_xscale("log", base=2)
         ticks = sorted({row["batch_size"] for row in chosen})
         axis.set_xticks(ticks, [str(size) for size in ticks])
@@ -66,12 +69,12 @@ def accuracy(rows: Sequence[Row], path: Path) -> None:
 def subset(rows: Sequence[Row], path: Path) -> None:
     """A row of panels for each data set and learning rate; means over the seeds, whose spread is in the table."""
     columns = {
-        "loss": "Exact global loss (nats)",
-        "squared_gradient": "Squared norm of its gradient",
-        "mean_cosine": "Mean cosine of all pairs",
+        "loss": "Exact loss (nats)",
+        "squared_gradient": "Squared gradient norm",
+        "mean_cosine": "Mean cosine",
     }
     cases = sorted(grouped(rows, "data", "lr"))
-    figure, axes = _figure(13, 3.1 * len(cases), len(cases), len(columns), sharex=True)
+    figure, axes = _figure(WIDTH, 2.6 * len(cases), len(cases), len(columns), sharex=True)
     panels = [(*case, column) for case in cases for column in columns]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for axis, (data, lr, column) in zip(axes, panels, strict=True):
@@ -80,7 +83,7 @@ def subset(rows: Sequence[Row], path: Path) -> None:
             colour, style = STYLES[methods.index(method)]
             steps = grouped(runs, "step")
             means = [statistics.fmean(row[column] for row in at) for at in steps.values()]
-            axis.plot([step for (step,) in steps], means, style, color=colour, label=method)
+            axis.plot([step for (step,) in steps], means, style, color=colour, label=named(method))
         if column == "squared_gradient":
             axis.set_yscale("log")
         axis.set_ylabel(columns[column])
@@ -94,7 +97,8 @@ def sampler(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if row["anchor"] == 0]
     data_sets = list(dict.fromkeys(row["data"] for row in rows))
     temperatures = sorted({row["temperature"] for row in rows}, reverse=True)
-    figure, axes = _figure(13.5, 7 * len(data_sets), 2 * len(data_sets), len(temperatures), sharex=True, sharey="row")
+    shared = {"sharex": True, "sharey": "row"}
+    figure, axes = _figure(WIDTH, 5.2 * len(data_sets), 2 * len(data_sets), len(temperatures), **shared)
     markers = {"uniform": "o", "sweep, one view": "s", "sweep, both views": "^"}
     panels = itertools.product(data_sets, ("", "_items"), temperatures)
     for axis, (data, over, temperature) in zip(axes, panels, strict=True):
@@ -118,7 +122,7 @@ def sampler(rows: Sequence[Row], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_ylim(1e-3, 1.3)
         axis.set_xlabel("Proposals")
-        axis.set_ylabel("Total variation to the softmax, " + ("items" if over else "views"))
+        axis.set_ylabel("Total variation, " + ("items" if over else "views"))
         axis.set_title(f"{data}, temperature {temperature:g}", fontsize=10)
     _finish(path, figure, axes)
 
@@ -128,17 +132,17 @@ def options(bias: Sequence[Row], trained: Sequence[Row], path: Path) -> None:
     gradients, runs = grouped(bias, "options"), grouped(trained, "options")
     names = [name for (name,) in gradients | runs]
     data_sets = [data for (data,) in grouped(trained, "data")]
-    figure, axes = _figure(9 + 3 * len(data_sets), 0.29 * len(names) + 1.2, 1, 2 + len(data_sets), sharey=True)
+    figure, axes = _figure(WIDTH, 0.22 * len(names) + 1.2, 1, 2 + len(data_sets), sharey=True)
     for axis, column in zip(axes, ("bias", "deviation"), strict=False):
         axis.barh(range(len(bias)), [row[column] for row in bias], color=COLOURS[1])
-    axes[0].set_xlabel("Bias, relative to the exact gradient")
-    axes[1].set_xlabel("Standard deviation of one gradient, relative")
+    axes[0].set_xlabel("Bias, relative")
+    axes[1].set_xlabel("Deviation, relative")
     for axis, data in zip(axes[2:], data_sets, strict=True):
         for (name,), found in grouped([row for row in trained if row["data"] == data], "options").items():
             mean, deviation = _mean_and_spread([row["few_probe"] for row in found])
             axis.errorbar(mean, names.index(name), xerr=deviation, fmt="o", color=COLOURS[2], capsize=2)
-        axis.set_xlabel(f"{data}: probe, 10 labels a class (%)")
-    axes[0].set_yticks(range(len(names)), names)
+        axis.set_xlabel(f"{data}: probe (%)")
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0].set_ylim(len(names) - 0.4, -0.6)  # from top to bottom
     _finish(path, figure, axes)
 
@@ -146,14 +150,14 @@ def options(bias: Sequence[Row], trained: Sequence[Row], path: Path) -> None:
 def speed(timed: Sequence[Row], trained: Sequence[Row], path: Path) -> None:
     costs, found = ratios(timed), curves(trained)
     data_sets, sizes = ([value for (value,) in grouped(timed, column)] for column in ("data", "batch_size"))
-    figure, axes = _figure(4.3 * len(sizes) + 2, 4 * len(data_sets), len(data_sets), len(sizes), sharey="row")
+    figure, axes = _figure(WIDTH, 3.4 * len(data_sets), len(data_sets), len(sizes), sharey="row")
     for axis, (data, size) in zip(axes, itertools.product(data_sets, sizes), strict=True):
         methods = [key[2] for key in found if key[:2] == (data, size) and key in costs]
         for number, method in enumerate(methods):
             case = (data, size, method)
             x = [step / found[case][-1][0] * costs[case].median for step, _ in found[case]]
             values = [value for _, value in found[case]]
-            axis.plot(x, values, color=COLOURS[number], marker=".", label=method)
+            axis.plot(x, values, color=COLOURS[number], marker=".", label=named(method))
         axis.set_title(f"{data}, b = {size}", fontsize=10)
         axis.set_xlabel("Time, all of SimCLR's training = 1")
         axis.set_ylabel("1-NN, 10 labels a class (%)")
@@ -174,7 +178,7 @@ def learning_curves(
         for (temperature,), found in grouped([row for row in ends if row["method"] == floor], "temperature").items()
     }
     panels = grouped([row for row in rows if row["method"] != floor], "temperature", "batch_size")
-    figure, axes = _figure(4.6 * len(panels) + 2.6, 4.2, 1, len(panels), sharey=True)
+    figure, axes = _figure(4.4 * len(panels), 4.4, 1, len(panels), sharey=True)
     for axis, ((temperature, size), found) in zip(axes, panels.items(), strict=True):
         longest = max(row["steps"] for row in found)
         methods = list(dict.fromkeys(row["method"] for row in found))
@@ -182,7 +186,7 @@ def learning_curves(
             rate = best_rate([row for row in runs if row["step"] == steps])[0]["rate"]
             points = grouped([row for row in runs if row["rate"] == rate], "step")
             excess = [statistics.fmean(row["loss"] for row in at) - floors[temperature] for at in points.values()]
-            line, label = ("-", method) if steps == longest else (":", None)
+            line, label = ("-", named(method)) if steps == longest else (":", None)
             axis.loglog(
                 [step for (step,) in points], excess, line, color=COLOURS[methods.index(method) % 7], label=label
             )

@@ -98,6 +98,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def named(method: str) -> str:
+    """As the pages say it: EMC² alone is the library's default, i-SIR; the paper's sampler is the walk."""
+    return method.replace("EMC²", "walk").replace("i-SIR", "EMC²")
+
+
 def make_loss(options: Mapping[str, Any], encode: Encode, num_items: int, dim: int, temperature: float) -> nn.Module:
     """options: a value of METHODS. What is kept is kept in float32, so that rounding does not pass for bias."""
     takes = losses.TABLE[options["name"]].options()
@@ -195,7 +200,7 @@ def study(methods: Sequence[str], batch_sizes: Sequence[int], batches: int, jobs
 def plot(path: Path, found: dict[tuple[str, int], Found], batches: int) -> None:
     sizes = sorted({size for _, size in found})
     methods = list(dict.fromkeys(method for method, _ in found))
-    figure = Figure(figsize=(4.2 * len(sizes) + 3.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.2), layout="constrained")
     axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     styles = [("-", "o"), ("--", "s"), (":", "^")]
     for axis, size in zip(axes, sizes, strict=True):
@@ -203,13 +208,13 @@ def plot(path: Path, found: dict[tuple[str, int], Found], batches: int) -> None:
             style, marker = styles[number // 7]
             axis.loglog(
                 marks(batches), found[method, size].errors, style, marker=marker, markersize=3.5,
-                color=COLOURS[number % 7], label=method,
+                color=COLOURS[number % 7], label=named(method),
             )  # fmt: skip
-        axis.set_title(f"batches of {size}")
-        axis.set_xlabel("batches averaged")
+        axis.set_title(f"batches of {size}", fontsize=12)
+        axis.set_xlabel("batches averaged", fontsize=12)
         axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("relative error of the mean gradient")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize=9)
+    axes[0].set_ylabel("relative error of the mean gradient", fontsize=12)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=10)
     figure.savefig(path, dpi=110)
 
 

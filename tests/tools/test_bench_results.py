@@ -41,6 +41,13 @@ def test_results_file(saved: Path) -> None:
     cases = [(one["kind"], one["n"], one["m"], one["d"]) for one in results["throughput"]]
     assert cases[:3] == [("sweep", 8, 16, 4), ("sweep", 6, 6, 128), ("sweep", 9, 9, 128)]
     assert cases[3:] == [("uniform", 32, 64, 64), ("uniform", 32, 256, 64)]
+    assert ["mixing" in one for one in results["throughput"]] == [False] * 3 + [True] * 2
+    for one in results["throughput"][3:]:
+        mixing = one["mixing"]
+        assert mixing["rows"] == 32 and 0 < mixing["total_variation"]["median"] <= mixing["total_variation"]["largest"]
+        needed = mixing["proposals_to_near"]
+        assert 1 < needed["median"] <= needed["largest"]
+        assert (mixing["total_variation"]["largest"] <= mixing["near"]) == (needed["largest"] <= mixing["proposals"])
     for one in results["throughput"]:
         for name, peer in one["peers"].items():
             for field in ("time_ms", "ratio_to_mm", "speedup_of_mh_step"):

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from examples.study import accuracy, cells, features, global_loss, gradient_bias, long_training
+from examples.study import accuracy, cells, features, global_loss, gradient_bias, headline, long_training
 from examples.two_towers import compare_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +43,17 @@ def test_runs_of_all_methods_are_of_equal_encodings(method, monkeypatch):
     assert 480 <= made[0].encoded < 480 + 16  # a step encodes 8, and 8 at most again
     assert rows[-1]["loss"] < rows[0]["loss"] < 6.68  # all embeddings at one point
     assert rows[-1]["loss"] == pytest.approx(global_loss.evaluate(made[0])[0])
+
+
+def test_the_readme_s_figure_has_each_method_s_best_rate(tmp_path):
+    steps = headline.STEPS
+    rows = [row("i-SIR", 0.1, seed, 3 + seed, step=steps) for seed in (0, 1)]
+    rows += [row("i-SIR", 0.1, seed, 5 + seed, step=headline.FIRST) for seed in (0, 1)]
+    rows += [row("i-SIR", 0.3, 0, 4, step=steps), row("i-SIR", 0.3, 0, 1, step=headline.FIRST)]
+    rows += [row("i-SIR", 0.1, 0, 9, step=headline.FIRST - 1), row("NT-Xent", 0.1, 0, 1, step=steps)]
+    assert headline.curve(rows, "i-SIR") == {headline.FIRST: 5.5, steps: 3.5}
+    assert headline.main(["--out", str(tmp_path / "figure.png")]) == 0
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_long_training_runs_and_is_not_measured_again(tmp_path, capsys, monkeypatch):
@@ -91,7 +102,7 @@ def test_features_are_compared_and_not_measured_again(tmp_path, capsys, monkeypa
     arguments += ["--first-seed", "3", "--out", str(tmp_path)]
     assert features.main([*arguments, "--jobs", "1"]) == 0
     first = capsys.readouterr().out
-    assert "i-SIR" in first and f"written: {tmp_path / 'features.csv'}" in first
+    assert "| EMC² |" in first and f"written: {tmp_path / 'features.csv'}" in first
     rows = cells.read(tmp_path / "features.csv")
     assert {(found["seed"], found["epochs"], found["batch_size"], found["lr"]) for found in rows} == {(3, 1, 128, 1e-3)}
     assert all(10 < found["few_probe"] <= 100 for found in rows)

@@ -2,9 +2,7 @@
 
 import csv
 import math
-import shutil
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -243,14 +241,3 @@ def test_the_settings_of_the_full_study_are_legal():
         started = finite.Finite(settings, "digits", 12, 4, seed=0)
         gradients = [started.gradient(started.loss, index) for index in islice(started.batches(), 2)]
         assert all(gradient.isfinite().all() and gradient.norm() > 0 for gradient in gradients)
-
-
-def test_rows_of_removed_options_are_shown_where_they_are_measured(tmp_path, monkeypatch):
-    """Part d of docs/results/claims.md is made from the CSV files beside it, without measuring anything."""
-    docs = Path(__file__).resolve().parents[2] / "docs"
-    shutil.copytree(docs / "results", tmp_path / "results")
-    for measure in ("measure_bias", "measure_accuracy"):
-        monkeypatch.setattr(options, measure, lambda *_: pytest.fail("measured again"))
-    table = tables.options(*options.run(tmp_path / "results", quick=False))
-    assert table in (docs / "results" / "claims.md").read_text()
-    assert all(f"| {name} |" in table for name in options.REMOVED)

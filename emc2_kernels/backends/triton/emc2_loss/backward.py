@@ -125,7 +125,8 @@ def embedding_gradients(
     Args:
         grad: () of the mean of ``Negatives.terms``. The others are fields of ``Batch`` and ``Negatives``, and the
             walk's samples (2b, R).
-        floor, temperature: as they were in the forward pass.
+        temperature: as it was in the forward pass.
+        floor: likewise.
     """
     (rows, d), num_samples = anchors.shape, samples.shape[1]
     m = rows if coin_labels is None else rows // 2

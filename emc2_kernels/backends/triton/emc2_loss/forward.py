@@ -135,7 +135,9 @@ def gather_batch(
     embedding and that of its chain's key read; anchor, query and, of every other one, key written.
 
     Args:
-        z0, z1: (b, d), any row stride, last stride 1. index: (b,) int64, any stride; checked on the device.
+        z0: (b, d), any row stride, last stride 1.
+        z1: (b, d), likewise.
+        index: (b,) int64, any stride; checked on the device.
         floor: least length that embeddings are divided by; None: they are not normalised.
         shrinks: above which element a row's squares could overflow, and by what it is then multiplied first.
         both_views: all anchors are keys, not one view of each item.
