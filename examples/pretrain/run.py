@@ -175,7 +175,7 @@ class Run:
             self.scaler.update()
             self.scheduler.step()
         self.step += 1
-        return {"loss": loss.detach(), **stats}
+        return {"method_loss": loss.detach(), **stats}
 
     def train_epoch(self, progress: tqdm) -> dict[str, float]:
         """One pass over the training images. Returns the row of metrics.csv, means over steps and processes; what only

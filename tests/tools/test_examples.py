@@ -96,7 +96,7 @@ def test_training_helps_and_writes_its_files(name: str, tmp_path: Path, split: i
     assert results.paths[2].read_bytes().startswith(b"\x89PNG")
     with open(results.paths[1], newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == report.COLUMNS
+    assert tuple(rows[0]) == report.COLUMNS and report.COLUMNS[:3] == ("epoch", "step", "ntxent")
     assert [row["epoch"] for row in rows] == [str(epoch + 1) for epoch in range(epochs)]
     for row in rows:
         for column in report.COLUMNS:
@@ -241,7 +241,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(
 
     def diverge(run: Run, index: Tensor) -> dict[str, Tensor]:
         stats = step(run, index)
-        return stats | {"loss": stats["loss"] * torch.nan} if run.epoch == 1 else stats
+        return stats | {"method_loss": stats["method_loss"] * torch.nan} if run.epoch == 1 else stats
 
     monkeypatch.setattr(Run, "train_step", diverge)
     assert main(flags(run)) == 2
