@@ -33,7 +33,7 @@ for epoch in range(1, EPOCHS + 1):
         loss.backward()
         optimizer.step()
         totals += torch.stack((stats["ntxent"], stats["mean_cosine"]))
-    # The loss's value is a surrogate. What says how training goes is NT-Xent in the batch, which falls, and the mean
-    # cosine of its embeddings, which falls to about 0; one that goes to 1 is collapse.
+    # The loss's own value may be negative. What compares runs is NT-Xent in the batch, which falls, and the mean cosine
+    # of its embeddings, which falls to about 0; one that goes to 1 is collapse.
     ntxent, cosine = (totals / len(loader)).tolist()
     print(f"epoch {epoch:2}: NT-Xent {ntxent:.3f}, mean cosine {cosine:.3f}")
