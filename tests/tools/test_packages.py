@@ -164,3 +164,17 @@ def test_the_citation_is_of_this_version_and_whole() -> None:
         assert paper["authors"] and all(set(author) == {"family-names", "given-names"} for author in paper["authors"])
         for name in re.findall(r"\w+Loss|\w+_step|\w+Sampler", paper["notes"]):  # of this library
             assert any(hasattr(place, name) for place in (emc2_kernels, losses, emc2_kernels.batching)), name
+
+
+def test_the_changelog_has_this_version() -> None:
+    assert f"\n## {emc2_kernels.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["bug", "question"])
+def test_issues_ask_for_the_machine(name: str) -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+    assert form["name"] and form["description"]
+    fields = {field["id"]: field for field in form["body"]}
+    assert len(fields) == len(form["body"]) and all(field["attributes"]["label"] for field in fields.values())
+    assert "python -m emc2_kernels" in fields["machine"]["attributes"]["label"]
+    assert fields["machine"]["validations"]["required"]
