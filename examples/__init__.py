@@ -16,8 +16,10 @@ import shlex
 import sys
 from importlib.util import find_spec
 
-# What all of them import, and its packages, of setup.py's extra; what only some need is asked for where it is used.
+# What all of them import, and its packages: torch, and those of setup.py's extra. What only some need is asked for
+# where it is used.
 PACKAGES = {
+    "torch": "torch",
     "jsonargparse": "jsonargparse",
     "matplotlib": "matplotlib",
     "PIL": "pillow",
