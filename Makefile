@@ -5,26 +5,34 @@
 # make docs      the documentation as pages, in build/site
 # make gpu-check on a GPU: is it right, and how fast (docs/development/gpu.md); installs nothing and needs no network
 #
-# An environment that has torch already is used as it is; elsewhere .venv is made, with the torch that constraints.txt pins.
+# All of them make and use .venv, with the torch that constraints.txt pins and the packages that the target needs.
+# make TARGET ENV=none   with $(PYTHON) as it is: installs nothing; examples say what they miss, and how to install it
+# gpu-check alone takes $(PYTHON) as it is wherever that has torch.
 
 PYTHON ?= python3
 EMC2_ARCH ?= -march=native
 
+ifneq ($(filter gpu-check,$(MAKECMDGOALS)),)
 ifneq ($(shell $(PYTHON) -c "import torch; print(torch.__version__)" 2>/dev/null),)
+ENV := none
+endif
+endif
+
+# Anything but none means .venv: shells have a use of their own for a variable of this name.
+ifeq ($(ENV),none)
 RUN := $(PYTHON)
-INSTALLED := install-into-this-environment
 else
 RUN := .venv/bin/python
-INSTALLED := .venv/.installed
+EXAMPLES := .venv/.examples
+INSTALLED := .venv/.test
 endif
 
 # The tests start hundreds of processes: without bytecode each would compile all that it imports, torch among it, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-peers test-isa bench docs gpu-check compiled lint core-test core-cycles clean
-.PHONY: install-into-this-environment
 
-demo: $(INSTALLED)
+demo: $(EXAMPLES)
 	$(RUN) -m examples.demo
 
 # One test a core, up to four; a thread that waits sleeps, as the tests beside it have use for its core.
@@ -51,7 +59,7 @@ bench: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-gpu-check: $(filter .venv/.installed,$(INSTALLED))
+gpu-check: $(INSTALLED)
 	$(RUN) -m bench.gpu.check
 
 # Registers, memory and the pipe that binds, of the Triton kernels compiled for GPUs that need not be here.
@@ -77,16 +85,14 @@ core-cycles:
 clean:
 	rm -rf .venv .venv-peers build
 
-# Not compiled ahead: the packages of texts are 80 MB of Python source, of which tests import a tenth.
-.venv/.installed: setup.py pyproject.toml constraints.txt
+# An extra of setup.py: those of the examples are among those of the tests. Not compiled ahead: the packages of texts are
+# 80 MB of Python source, of which tests import a tenth.
+.venv/.examples .venv/.test: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --no-compile -c constraints.txt -e ".[test]"
-	touch $@
+	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt -e ".[$(subst .,,$(@F))]"
+	touch $@ $(if $(filter %/.test,$@),.venv/.examples)
 
 .venv-peers/.installed: setup.py
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --no-compile torch==2.14.1 torchvision==0.29.1 -e ".[peers]"
 	touch $@
-
-install-into-this-environment:
-	$(RUN) -m pip install --quiet -e ".[test]"

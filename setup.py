@@ -29,13 +29,30 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1"]
 # What the adapters are compared with. open_clip and lightly need torchvision, each version of which has its own torch.
 PEERS = ["open_clip_torch>=3.3", "lightly>=1.5", "pytorch-metric-learning>=2.9", "scipy>=1.11", "pytest>=8"]
 
+NOTE = "Paths in this text are those of the source repository, which has the figures, too."
+CODE, IMAGE, LINK = r"```.*?```|`[^`\n]*`", r"!\[[^\]]*\]\([^)]*\)", r"\[([^\]]*)\]\(([^)\s]*)\)"
+
+
+def long_description(readme: str) -> str:
+    """A README for a page that has no files beside it: without images, and what links to a file is plain text."""
+
+    def plain(found: re.Match) -> str:
+        text, address = found[1], found[2]
+        return found[0] if text is None or address.startswith("https://") else text
+
+    without = re.sub(f"(?s:({CODE}))|{IMAGE}", lambda found: found[1] or "", readme)
+    linked = re.sub(f"(?s:{CODE})|{LINK}", plain, without)
+    title, _, rest = re.sub(r"\n{3,}", "\n\n", linked).partition("\n")
+    return f"{title}\n\n{NOTE}\n{rest}"
+
+
 setup(
     name="emc2_kernels",
     version=VERSION,
     description="Hard negatives for contrastive learning: exact Metropolis-Hastings sampling as one fused step",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=long_description((ROOT / "README.md").read_text()),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["emc2_kernels", "emc2_kernels.*"]), *SOURCES],
     package_dir=SOURCES,
@@ -51,6 +68,9 @@ setup(
             *EXAMPLES,
             *SENTENCES,
             *DOCS,
+            "build>=1",
+            "setuptools>=77",
+            "mypy>=2",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -11,3 +11,30 @@ python -m examples.study.gradient_bias          error of each method's mean grad
 python -m examples.study.global_loss            what training makes of the global loss: docs/results/gradients.md
 python -m examples.study.compare_methods        accuracy, time and memory of all methods: docs/results/accuracy.md
 """
+
+import shlex
+import sys
+from importlib.util import find_spec
+
+# What all of them import, and its packages: torch, and those of setup.py's extra. What only some need is asked for
+# where it is used.
+PACKAGES = {
+    "torch": "torch",
+    "jsonargparse": "jsonargparse",
+    "matplotlib": "matplotlib",
+    "PIL": "pillow",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "threadpoolctl": "threadpoolctl",
+    "tqdm": "tqdm",
+}
+
+
+def install(extra: str) -> str:
+    """The command that installs one of setup.py's extras, in the checkout."""
+    return f'{shlex.quote(sys.executable)} -m pip install -e ".[{extra}]"'
+
+
+_missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+if _missing:  # they are programs: a line and no traceback
+    raise SystemExit(f"examples: error: expected the packages {', '.join(_missing)}: {install('examples')}")

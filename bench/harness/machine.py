@@ -1,6 +1,5 @@
 """What a figure was measured on and with: machine, versions, state of the source tree."""
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -12,9 +11,8 @@ import torch
 import emc2_kernels
 from bench.harness import CHECKOUT
 from emc2_kernels.backends.cpu import build
-from emc2_kernels.backends.extension import Unavailable
-
-UNKNOWN = "unknown"
+from emc2_kernels.backends.extension import Unavailable, usable_cores
+from emc2_kernels.machine import UNKNOWN, cpu_name, package_version
 
 
 def run_quietly(*command: str) -> str | None:
@@ -45,30 +43,6 @@ def source_version() -> dict[str, str | bool | None]:
         return {"commit": UNKNOWN, "dirty": None}
     changes = run_quietly("git", "status", "--porcelain", "--", ".", ":(exclude)bench/results")
     return {"commit": commit, "dirty": None if changes is None else changes != ""}
-
-
-def package_version(name: str) -> str:
-    """Version of an installed distribution, or "unknown"."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return UNKNOWN
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        listing = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        listing = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", listing, re.MULTILINE)
-    name = found.group(1).strip() if found else run_quietly("sysctl", "-n", "machdep.cpu.brand_string")
-    return name or platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which containers and `taskset` make fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_average() -> float | None:

@@ -16,6 +16,8 @@ from matplotlib.patches import FancyBboxPatch
 
 # From the top. A layer is a row, its modules the row's boxes: name, what it is.
 ROWS = [
+    [("__main__", "python -m emc2_kernels")],
+    [("machine", "what is here: processor, compilers, cache, backends")],
     [("emc2_kernels", "the public names")],
     [("batching", "GCBS: graph, order, sampler")],
     [("losses", "one file a method; anchors and in-batch parts shared")],

@@ -24,7 +24,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from ..files import private_folder, replacing, seal, why_not_whole
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ANOTHER = "set TORCH_EXTENSIONS_DIR to another folder"  # the remedy for most that can be wrong with a cache
 _MOST_OUTPUT = 4000  # characters of a compiler's, in messages
+_PROGRESS_SECONDS = 10.0  # a build that goes on for longer says so each time
 
 _lock = threading.Lock()  # one thread of a process builds and loads
 
@@ -163,9 +164,31 @@ def compile_and_link(
         run([*command, *headers, "-c", str(source), "-o", made], target.parent)
         return made
 
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compiled, [*sources, binding]))
-    run([*command, *link_flags, *objects, "-o", str(target)], target.parent)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        # The binding first: it takes nearly as long as all others, and would else be waited for at the end.
+        started = [pool.submit(compiled, source) for source in (binding, *sources)]
+        try:
+            _wait_and_tell(started)
+        finally:
+            pool.shutdown(cancel_futures=True)  # of what has not begun when one has failed
+    run([*command, *link_flags, *(future.result() for future in started), "-o", str(target)], target.parent)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which containers and ``taskset`` make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _wait_and_tell(started: Sequence[Future[str]]) -> None:
+    """Until all files are compiled, with a line every few seconds; raises what the first that fails has raised."""
+    start, waiting = time.monotonic(), set(started)
+    while waiting:
+        done, waiting = wait(waiting, _PROGRESS_SECONDS, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        if waiting:
+            count = len(started) - len(waiting)
+            _say(f"{count} of {len(started)} files compiled after {time.monotonic() - start:.0f} s")
 
 
 @dataclass
@@ -174,7 +197,6 @@ class Extension:
 
     module: str
     what: str  # as messages name it
-    seconds: int  # that compiling it takes, about
     variable: str  # names the compiler
     path: Callable[[], Path]  # where it lies in the cache: a folder of the cache's root, and the module's name
     compiler: Callable[[], list[str]]
@@ -258,7 +280,9 @@ class Extension:
             self._fail(f"compiling the {self.what} with {shlex.join(compiler)} failed ({remedy}): {error}", error)
 
     def _compile(self, compiler: list[str], target: Path) -> None:
-        _say(f"compiling the {self.what}, once on this machine (about {self.seconds} s)...")
+        # No time: it is four times as long where other processes have the cores.
+        kept = target.parents[1]
+        _say(f"compiling the {self.what} with {shlex.join(compiler)}, once on this machine: they are kept in {kept}")
         start = time.monotonic()
         self.compile(compiler, target)
         _say(f"compiled in {time.monotonic() - start:.0f} s")

@@ -7,7 +7,7 @@ divided by the temperature and no further factor of it, so that gradients of dif
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 from torch import nn
 
@@ -58,6 +58,20 @@ TABLE = {
 }
 
 
+@overload
+def get(name: Literal["emc2"], **options: Any) -> EMC2Loss: ...
+@overload
+def get(name: Literal["isogclr"], **options: Any) -> ISogCLRLoss: ...
+@overload
+def get(name: Literal["sogclr"], **options: Any) -> SogCLRLoss: ...
+@overload
+def get(name: Literal["clip"], **options: Any) -> ClipLoss: ...
+@overload
+def get(name: Literal["ntxent", "simclr"], **options: Any) -> NTXentLoss: ...
+@overload
+def get(name: Literal["cached"], **options: Any) -> CachedSoftmaxLoss: ...
+@overload
+def get(name: str, **options: Any) -> nn.Module: ...
 def get(name: str, **options: Any) -> nn.Module:
     """The loss of that name.
 

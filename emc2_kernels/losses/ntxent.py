@@ -14,9 +14,10 @@ from .anchors import Anchors, check_batch, compute_dtype, number_pairs
 from .in_batch import Form, batch_stats, contrast, ntxent
 from .ranks import batch_keys, batch_shards, report_errors
 from .temperature import TemperedLoss, warn_uniform_weights
+from .typed_call import Called
 
 
-class NTXentLoss(TemperedLoss):
+class NTXentLoss(Called, TemperedLoss):
     """NT-Xent over the 2b views of a batch: mean over anchors of -s+ + log sum exp(s), s = similarity / temperature.
 
     The sum has the positive and every row but the anchor's own. Scores are made by tiles, and again for the gradient:

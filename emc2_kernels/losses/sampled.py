@@ -21,6 +21,7 @@ from .correction import BatchMeans, correction
 from .in_batch import batch_stats
 from .index_watch import IndexWatch
 from .temperature import fixed_temperature
+from .typed_call import CalledWithIndex
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 
@@ -100,7 +101,7 @@ def mean_negative(samples: Samples, bank: EmbeddingBank, encode: Encode | None, 
     return mean.index_add(0, anchor, weights[anchor, sample, None] * again)
 
 
-class SampledLoss(StrictState):
+class SampledLoss(CalledWithIndex, StrictState):
     """A surrogate whose *gradient* is the estimate: mean over the 2b anchors of -<q, k+>/temperature + mean over
     samples of <q, k>/temperature. A subclass draws the samples.
 

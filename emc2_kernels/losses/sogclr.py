@@ -21,6 +21,7 @@ from .in_batch import Contrast, Form, batch_stats, contrast
 from .index_watch import IndexWatch
 from .ranks import batch_keys, batch_shards, confirm_on_all, report_errors
 from .temperature import LEAST, fixed_temperature, warn_uniform_weights
+from .typed_call import CalledWithIndex
 
 TEMPERATURE_RANGE = 10.0  # the bounds' default: from a tenth of `temperature` to ten times it
 
@@ -33,7 +34,7 @@ class Denominators(NamedTuple):
     weight: Tensor  # (2b,) what its weights sum to: the batch's mean of exp(s) over u; 0 without negatives
 
 
-class SogCLRLoss(SlotTable):
+class SogCLRLoss(CalledWithIndex, SlotTable):
     """The global contrastive loss log E exp(s - s+), whose inner mean over the data set is kept for each item.
 
     At each visit an anchor's running mean follows its batch, u <- (1 - gamma) u + gamma * mean over negatives of

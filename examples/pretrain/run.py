@@ -64,8 +64,8 @@ class Run:
         self.sampler = self._build_sampler(num_items)
         options = (config.lr, config.weight_decay, config.momentum)
         self.optimizer = build_optimizer(config.optimizer, self.encoder.parameters(), *options)
-        schedule = warmup_cosine(config.epochs * self.steps_per_epoch, config.warmups)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        self.schedule = warmup_cosine(config.epochs * self.steps_per_epoch, config.warmups)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.tracer = Tracer(config.profile if processes.first else 0, config.directory / TRACE, device)
         self.epoch = 0
@@ -175,7 +175,7 @@ class Run:
             self.scaler.update()
             self.scheduler.step()
         self.step += 1
-        return {"loss": loss.detach(), **stats}
+        return {"method_loss": loss.detach(), **stats}
 
     def train_epoch(self, progress: tqdm) -> dict[str, float]:
         """One pass over the training images. Returns the row of metrics.csv, means over steps and processes; what only
@@ -183,7 +183,7 @@ class Run:
         self.averaging_encoder.train()
         self.loss.train()
         sums: dict[str, Tensor] = {}
-        lr = self.scheduler.get_last_lr()[0]
+        lr = self.optimizer.param_groups[0]["lr"]
         start = time.perf_counter()
         # Positions stay on the CPU until the images are read: it would wait for the device to give them back.
         for index in ahead(self.batches(), self.split.train_images):
@@ -242,6 +242,9 @@ class Run:
         self.loss.load_state_dict(state["losses"][rank if len(state["losses"]) > 1 else 0])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        # Of this run's schedule: with another number of epochs it is not the one that the checkpoint was on its way by.
+        for group, peak in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = peak * self.schedule(self.step)
         self.scaler.load_state_dict(state["scaler"])
         if self.sampler is not None:
             self.sampler.load_state_dict(state["sampler"])
@@ -266,16 +269,22 @@ def build_loss(config: Config, num_items: int, encode_again: Callable[[Tensor, T
 
 
 def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The state that was saved at `path`, on the CPU, by a run with exactly these `settings`."""
+    """The state that was saved at `path`, on the CPU, by a run with these `settings`; its number of epochs may be
+    another, if no fewer than it has behind it."""
     state = load(path)
     missing = [field for field in FIELDS if not (isinstance(state, dict) and field in state)]
     if missing:
         raise CheckpointError(f"{path}: expected a checkpoint with the fields {', '.join(FIELDS)}; {missing} missing")
-    if state["settings"] != settings:
-        raise CheckpointError(f"{path}: the checkpoint is of another run: {_differences(state['settings'], settings)}")
+    differences = _differences(state["settings"] | {"epochs": settings["epochs"]}, settings)
+    if differences:
+        remedy = "give the options of that run, or another --out for a new one"
+        raise CheckpointError(f"{path}: the checkpoint is of a run with other options: {differences}; {remedy}")
+    if settings["epochs"] < state["epoch"]:
+        least = f"at least the {state['epoch']} that the run in {path} has behind it"
+        raise CheckpointError(f"--epochs: expected {least}, got {settings['epochs']}")
     return state
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
     names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    return "; ".join(f"{name}: expected {expected.get(name)!r}, found {found.get(name)!r}" for name in names)
+    return ", ".join(f"{name} was {found.get(name)!r} and is {expected.get(name)!r} now" for name in names)

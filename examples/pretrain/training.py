@@ -81,8 +81,10 @@ def _train(run: Run) -> Results | None:
     with closing(run.tracer), bar as progress:
         while run.epoch < config.epochs:
             row = run.train_epoch(progress)
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(f"the loss is {row['loss']} in epoch {run.epoch}; a lower --lr may help")
+            if not math.isfinite(row["method_loss"]):
+                raise FloatingPointError(
+                    f"the loss is {row['method_loss']} in epoch {run.epoch}; a lower --lr may help"
+                )
             run.history.append(row)
             run.save(paths[0])
             if processes.first:

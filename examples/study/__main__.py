@@ -51,6 +51,38 @@ def part_e(folder: Path, pictures: Path, quick: bool) -> str:
     return tables.speed(timed, trained)
 
 
+# What stands above each part's tables: a title, what is measured, and the columns that do not say it themselves.
+ABOUT = {
+    "a": """accuracy over batch sizes
+
+Features of all methods after equally many epochs: accuracy on held-out images, in %, of a linear probe and of the
+nearest neighbour (1-NN), each with 10 labels a class. A column a batch size, b; of several seeds mean ± deviation.""",
+    "b": """exact loss and gradient on fixed views
+
+Two views an image, drawn in advance, so that the global loss and its gradient can be computed. At the end of training:
+the exact loss, the squared gradient norm and the same as a mean over the last three tenths (late), the mean cosine of
+all pairs (1: collapse). Of the method's own gradient there, relative to the exact one: error of an epoch's mean (bias),
+error of one batch (bias and noise), scale (1: as long as the exact one). Encodings: over two an image and step.
+*: the learning rate at which the method's exact loss is lowest. Then scale and error of the mean again, after
+epochs held: the parameters stand still and what the method keeps catches up; an error that falls there was its age.""",
+    "c": """the chains' law beside the softmax
+
+Total variation distance to the softmax over all views, 0 to 1, after the most proposals: of as many draws from the
+exact law of the chains (draws), which is noise and what is not forgotten yet, and of the chains; items: the same with
+the two views of an item counted as one. z: how far the two differ, in deviations of the noise, at all points; a
+sampler that does as the theory says stays within a few.""",
+    "d": """options of the walk
+
+First at fixed parameters, relative to the exact gradient's norm: bias of the mean gradient, error of the mean with its
+noise, deviation of one gradient. Then after training, as in part a: probe and 1-NN with 10 labels a class, the share
+of proposals that are accepted (acceptance), of samples that are carried from an earlier batch (carried), and the
+mean cosine (1: collapse). "-": has none.""",
+    "e": """time to an accuracy
+
+A step's time over SimCLR's (median and quartiles, methods taken in turns), final 1-NN of part a, and the time until
+the curve of 1-NN gets to SimCLR's final value and to a point less, over all of SimCLR's. "-": not reached.""",
+}
+
 PARTS: dict[str, Callable[[Path, Path, bool], str]] = {
     "a": part_a,
     "b": part_b,
@@ -73,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for needed in (folder, pictures):
             needed.mkdir(parents=True, exist_ok=True)
         for part in given.parts:
-            print(f"\n## {part}\n\n{PARTS[part](folder, pictures, given.quick)}", flush=True)
+            print(f"\n## {part}. {ABOUT[part]}\n\n{PARTS[part](folder, pictures, given.quick)}", flush=True)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {os.fspath(folder)} holds the finished cells: the same command goes on", file=sys.stderr)
         return 130

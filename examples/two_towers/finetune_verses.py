@@ -20,7 +20,7 @@ from examples.pretrain.config import expect, expect_choice
 from examples.pretrain.report import table
 from examples.two_towers.arguments import parse_settings
 from examples.two_towers.halves import retrieve
-from examples.two_towers.verses import Pair, encoder, verses
+from examples.two_towers.verses import Pair, encoder, package, verses
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -94,7 +94,7 @@ def scores(model: SentenceTransformer, pairs: list[Pair], quiet: bool) -> tuple[
 
 def finetune(settings: Settings, model: SentenceTransformer, pairs: list[Pair], folder: str) -> None:
     """Here are the two lines that GCBS takes: ``batch_sampler`` and ``callbacks``."""
-    from datasets import Dataset
+    dataset = package("datasets", "datasets").Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers import PrinterCallback
@@ -123,7 +123,7 @@ def finetune(settings: Settings, model: SentenceTransformer, pairs: list[Pair], 
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"anchor": [one.bbe for one in pairs], "positive": [one.kjv for one in pairs]}),
+        train_dataset=dataset.from_dict({"anchor": [one.bbe for one in pairs], "positive": [one.kjv for one in pairs]}),
         loss=MultipleNegativesRankingLoss(model),
         callbacks=callbacks,
     )

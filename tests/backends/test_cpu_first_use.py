@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from first_use import MANY_STEPS, STEPS, Outcome, check_fallback, finish, outcome, start_python
 
 from emc2_kernels import files
@@ -41,6 +42,16 @@ def test_the_environment_chooses_the_instruction_sets(monkeypatch: pytest.Monkey
         assert cpu_build.architecture_flags() == flags
         paths.add(cpu_build._library_path.__wrapped__())
     assert len(paths) == 3
+
+
+def test_another_torch_does_not_build_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core has nothing of torch in it, which test_cpu_build.py looks at."""
+    path = cpu_build._library_path.__wrapped__
+    usual = path()
+    monkeypatch.setattr(torch, "__version__", "2.99.0+other")
+    assert path() == usual
+    monkeypatch.setattr(cpu_build.sys.implementation, "cache_tag", "cpython-399")  # what it does depend on
+    assert path() != usual
 
 
 IMPORT = """

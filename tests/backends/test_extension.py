@@ -53,7 +53,7 @@ class Tiny:
 
     def extension(self) -> extensions.Extension:
         """As a process of its own has it."""
-        return extensions.Extension("tiny", "tiny kernels", 1, "CXX", lambda: self.path, self.compiler, self.compile)
+        return extensions.Extension("tiny", "tiny kernels", "CXX", lambda: self.path, self.compiler, self.compile)
 
     def compiler(self) -> list[str]:
         if not self.compilers:
@@ -361,6 +361,65 @@ def test_how_a_compiler_fails_is_told(tmp_path: Path) -> None:
     with pytest.raises(extensions.Unavailable, match="nowhere cannot be run: No such file"):
         extensions.run([str(tmp_path / "nowhere")], tmp_path)
     extensions.run([script(tmp_path / "c++", 'echo warning >&2; test "$TMPDIR" = "$1"'), str(tmp_path)], tmp_path)
+
+
+@pytest.fixture
+def fake_compiler(tmp_path: Path) -> str:
+    """Waits for a file go.<source> beside the source, or fails where that says so; writes what it is to write."""
+    return script(
+        tmp_path / "fake c++",
+        """while test "$1" != -c && test "$1" != -o; do shift; done
+        if test "$1" = -c; then
+          echo "$2" >> "$0.log"
+          while ! test -e "$2.go"; do sleep 0.01; done
+          grep -q fail "$2.go" && exit 1
+          shift 2
+        fi
+        echo made > "$2"
+        """,
+    )
+
+
+def compile_fake(compiler: str, folder: Path, names: list[str], **said: str) -> Path:
+    sources = [folder / name for name in names]
+    for source in sources:
+        if source.name in said:
+            Path(f"{source}.go").write_text(said[source.name])
+    target = folder / "made.so"
+    extensions.compile_and_link([compiler], [], sources[:-1], sources[-1], target)
+    return target
+
+
+def test_a_long_build_tells_how_far_it_is_and_a_short_one_does_not(
+    tmp_path: Path, fake_compiler: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(extensions, "usable_cores", lambda: 2)
+    names = ["a", "b", "c"]
+    assert compile_fake(fake_compiler, tmp_path, names, a="", b="", c="").read_text() == "made\n"
+    assert capsys.readouterr().err == ""
+
+    (tmp_path / "b.go").unlink()
+    monkeypatch.setattr(extensions, "_PROGRESS_SECONDS", 0.05)
+    thread = threading.Thread(target=compile_fake, args=(fake_compiler, tmp_path, names))
+    thread.start()
+    said, end = "", time.monotonic() + 10
+    while said.count("2 of 3 files compiled after ") < 2 and time.monotonic() < end:  # again, as it goes on
+        time.sleep(0.01)
+        said += capsys.readouterr().err
+    (tmp_path / "b.go").touch()
+    thread.join()
+    assert said.count("2 of 3 files compiled after ") >= 2
+    assert "3 of 3" not in said + capsys.readouterr().err
+
+
+def test_when_a_file_does_not_compile_no_further_one_is_begun(
+    tmp_path: Path, fake_compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extensions, "usable_cores", lambda: 1)
+    with pytest.raises(extensions.Unavailable, match="ended with 1"):
+        compile_fake(fake_compiler, tmp_path, ["a", "b", "c", "binding"], binding="fail", a="", b="", c="")
+    begun = Path(f"{fake_compiler}.log").read_text().split()
+    assert Path(begun[0]).name == "binding" and len(begun) < 4
 
 
 def test_a_compiler_is_a_path_or_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

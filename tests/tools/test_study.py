@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from itertools import islice
 
 import pytest
@@ -218,7 +219,14 @@ COLUMNS = {
 def test_all_parts_run_write_and_are_not_measured_again(tmp_path, capsys, monkeypatch):
     assert study.main(["--quick", "--out", str(tmp_path), "--figures", str(tmp_path / "figures")]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n## {part}\n" in printed for part in study.PARTS)
+    titles, *parts = printed.split("\n## ")
+    assert titles == "" and [part[0] for part in parts] == list(study.PARTS)
+    for part in parts:  # each says above its tables what their columns are
+        about, *table = part.split("\n\n|")
+        assert about.startswith(f"{part[0]}. {study.ABOUT[part[0]]}")
+        columns = {cell.strip() for one in table for cell in one.partition("\n")[0].split("|")[1:]}
+        named = {cell.partition(",")[0] for cell in columns if cell and not re.match(r"b = |\d+$", cell)}
+        assert [name for name in named if name.lower() not in " ".join(about.lower().split())] == []
     assert {path.stem for path in tmp_path.glob("*.csv")} == COLUMNS.keys()
     for name, columns in COLUMNS.items():
         with (tmp_path / f"{name}.csv").open() as file:

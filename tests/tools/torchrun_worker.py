@@ -70,8 +70,8 @@ def check_agreement(options, split, processes):
             whole = torch.cat(processes.collect(part))
             assert len(whole) == together.config.batch_size and len(whole.unique()) == len(whole)
             alone.restore(together.state())
-            value = processes.mean(together.train_step(part)["loss"].double())
-            expected = alone.train_step(whole)["loss"].double()
+            value = processes.mean(together.train_step(part)["method_loss"].double())
+            expected = alone.train_step(whole)["method_loss"].double()
             steps += 1
             if differences(chains(together), chains(alone)):  # a score within rounding of a tie
                 ties += 1

@@ -1,8 +1,9 @@
 """The compiled core: built on first use with the machine's C++ compiler (``backends/extension.py`` says where it is
 kept).
 
-What is compiled for one processor may not run on another: the cache's key covers the sources, the flags, Python, torch
-and the processor's features.
+What is compiled for one processor may not run on another: the cache's key covers the sources, the flags, Python and the
+processor's features. It leaves torch out: the core includes no header of torch and calls nothing in it, addresses and
+numbers are all that is passed, and its threads are those of the compiler's own OpenMP library.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-
-import torch
 
 from ..extension import (
     Extension,
@@ -68,7 +67,7 @@ def library() -> ModuleType:
 @cache
 def _library_path() -> Path:
     files = (*sources(), *headers("cpu"))
-    parts = (*FLAGS, *architecture_flags(), sys.implementation.cache_tag, torch.__version__, _processor())
+    parts = (*FLAGS, *architecture_flags(), sys.implementation.cache_tag, _processor())
     key = source_digest(files, parts)
     return cache_root() / key / f"{MODULE}.so"
 
@@ -90,4 +89,4 @@ def _compile(compiler: list[str], target: Path) -> None:
     compile_and_link([*compiler, *flags], ["-shared"], core, binding, target)
 
 
-_extension = Extension(MODULE, "CPU kernels", 15, "CXX", _library_path, compiler, _compile)
+_extension = Extension(MODULE, "CPU kernels", "CXX", _library_path, compiler, _compile)

@@ -34,7 +34,6 @@ from ..extension import (
 MODULE = "emc2_cuda"
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 LINK_FLAGS = ("-shared", "-cudart=static")
-SECONDS = 20
 
 
 def sources() -> list[Path]:
@@ -92,7 +91,7 @@ def library(architecture: int) -> ModuleType:
 
 def extension(architecture: int) -> Extension:
     path, compile = partial(_library_path, architecture), partial(_compile, architecture)
-    made = Extension(MODULE, "CUDA kernels", SECONDS, "CUDACXX", path, compiler, compile)
+    made = Extension(MODULE, "CUDA kernels", "CUDACXX", path, compiler, compile)
     return _extensions.setdefault(architecture, made)  # the first one, also of threads that ask at once
 
 
