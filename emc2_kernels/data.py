@@ -88,6 +88,10 @@ class IndexedDataset(Dataset):
 def indexed(dataset: Any, key: str = "index") -> IndexedDataset:
     """A data set that yields its items' numbers, too: see ``IndexedDataset``.
 
+    Args:
+        dataset: map-style, with ``__len__`` and ``__getitem__``.
+        key: of the number in a mapping.
+
     Example:
         >>> for x0, x1, index in DataLoader(indexed(pairs), batch_size=32, shuffle=True):
         ...     loss(encoder(x0), encoder(x1), index).backward()

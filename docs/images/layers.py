@@ -19,6 +19,7 @@ ROWS = [
     [("__main__", "python -m emc2_kernels")],
     [("machine", "what is here: processor, compilers, cache, backends")],
     [("emc2_kernels", "the public names")],
+    [("adapters", "under the calls of open_clip, sentence-transformers, pytorch-metric-learning")],
     [("batching", "GCBS: graph, order, sampler")],
     [("losses", "one file a method; anchors and in-batch parts shared")],
     [("stores", "chains, embeddings, queue: here or sharded; loaded whole or refused")],
@@ -27,7 +28,7 @@ ROWS = [
     [("mh", "walks"), ("lse", "log-sum-exp"), ("gumbel", "exact draws")],
     [("ops", "operators of torch.library, made from the parameters")],
     [("backends", "reference, cpu, triton, cuda: one table of what runs where")],
-    [("transition", "clamps that compose")],
+    [("transition", "clamps that compose"), ("data", "items' numbers")],
     [("checks", "errors that name the argument"), ("checkpoint", "whole or refused")],
     [
         ("dispatch", "operators"),

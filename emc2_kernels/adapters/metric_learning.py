@@ -14,9 +14,7 @@ class SelfSupervisedLoss(Adapter):
     ``SelfSupervisedLoss(symmetric=True)``, the default. Their losses take class labels, by which rows are positives
     of each other; ours have one positive a row, and ``index`` numbers items, not classes.
 
-    Args:
-        loss: any of ``emc2_kernels.losses``; those that keep something of each item need ``index`` in each call.
-        report: see ``Adapter``.
+    Arguments are those of ``Adapter``; a loss that keeps something of each item needs ``index`` in each call.
 
     Example:
         >>> loss_fn = SelfSupervisedLoss(EMC2Loss(len(dataset), 128))

@@ -11,9 +11,13 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-OTHERS = {"frameworks.md"}  # test_frameworks_page.py runs it by section, and looks at what it did
+OTHERS = {
+    "frameworks.md",
+    "chosen-batches.md",
+}  # test_frameworks_page.py runs them by section, and looks at what they did
 FOLDERS = (DOCS, DOCS / "guide", DOCS / "development")
 PAGES = [page for folder in FOLDERS for page in sorted(folder.glob("*.md")) if page.name not in OTHERS]
+PAGES.append(ROOT / "README.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
