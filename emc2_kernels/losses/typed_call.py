@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 Stats = dict[str, Tensor]
+Scale = float | Tensor | None
 
 
 class CalledWithIndex:
@@ -44,19 +45,37 @@ class Called:
 
         @overload
         def __call__(
-            self, z0: Tensor, z1: Tensor, index: Tensor | None = None, *, return_stats: Literal[False] = False
+            self,
+            z0: Tensor,
+            z1: Tensor,
+            index: Tensor | None = None,
+            *,
+            logit_scale: Scale = None,
+            return_stats: Literal[False] = False,
         ) -> Tensor: ...
 
         @overload
         def __call__(
-            self, z0: Tensor, z1: Tensor, index: Tensor | None = None, *, return_stats: Literal[True]
+            self,
+            z0: Tensor,
+            z1: Tensor,
+            index: Tensor | None = None,
+            *,
+            logit_scale: Scale = None,
+            return_stats: Literal[True],
         ) -> tuple[Tensor, Stats]: ...
 
         @overload
         def __call__(
-            self, z0: Tensor, z1: Tensor, index: Tensor | None = None, *, return_stats: bool
+            self, z0: Tensor, z1: Tensor, index: Tensor | None = None, *, logit_scale: Scale = None, return_stats: bool
         ) -> Tensor | tuple[Tensor, Stats]: ...
 
         def __call__(
-            self, z0: Tensor, z1: Tensor, index: Tensor | None = None, *, return_stats: bool = False
+            self,
+            z0: Tensor,
+            z1: Tensor,
+            index: Tensor | None = None,
+            *,
+            logit_scale: Scale = None,
+            return_stats: bool = False,
         ) -> Tensor | tuple[Tensor, Stats]: ...

@@ -38,6 +38,7 @@ def use_losses(asked: bool) -> None:
     for other in (SogCLRLoss(ITEMS), ISogCLRLoss(ITEMS), CachedSoftmaxLoss(ITEMS, DIM)):
         assert_type(other(z0, z1, index, return_stats=True), tuple[Tensor, Stats])
     assert_type(NTXentLoss(temperature=0.2)(z0, z1), Tensor)
+    assert_type(NTXentLoss()(z0, z1, logit_scale=torch.tensor(5.0)), Tensor)
     assert_type(ClipLoss(learn_temperature=True)(z0, z1, return_stats=True), tuple[Tensor, Stats])
 
 
@@ -100,6 +101,7 @@ def mistakes() -> None:
     loss_fn = EMC2Loss(ITEMS, DIM)
     loss_fn(z0, z1)  # type: ignore[call-overload]  # the index is missing
     loss_fn(z0, z1, [0, 1])  # type: ignore[call-overload]
+    loss_fn(z0, z1, index, logit_scale=5.0)  # type: ignore[call-overload]  # of NT-Xent and CLIP alone
     loss_fn(z0, z1, index, return_stats=True).backward()  # type: ignore[attr-defined]  # of a pair
     EMC2Loss(ITEMS, DIM, temprature=0.2)  # type: ignore[call-arg]
     EMC2Loss(ITEMS)  # type: ignore[call-arg]
