@@ -26,8 +26,8 @@ from examples.pretrain.run import Run
 
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"method": "simclr"},
-    "emc2": {"method": "emc2", "sampler": "mh"},
-    "emc2, i-SIR": {"method": "emc2", "sampler": "isir"},
+    "emc2": {"method": "emc2"},
+    "emc2, walk": {"method": "emc2", "sampler": "mh"},
     "emc2, bank": {"method": "emc2", "proposals": "bank"},
     "sogclr": {"method": "sogclr"},
     "isogclr": {"method": "isogclr"},

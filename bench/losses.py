@@ -40,9 +40,9 @@ LOSSES: dict[str, Callable[[int, int], nn.Module]] = {
     "ClipLoss": lambda b, d: ClipLoss(temperature=TEMPERATURE),
     "SogCLRLoss": lambda b, d: SogCLRLoss(4 * b, temperature=TEMPERATURE),
     "iSogCLR": lambda b, d: SogCLRLoss(4 * b, temperature=TEMPERATURE, individual_temperature=True),
-    "EMC2Loss": lambda b, d: EMC2Loss(4 * b, d, temperature=TEMPERATURE, sampler="mh"),
-    "EMC2, i-SIR": lambda b, d: EMC2Loss(4 * b, d, temperature=TEMPERATURE, sampler="isir"),
-    "EMC2, bank": lambda b, d: EMC2Loss(4 * b, d, temperature=TEMPERATURE, proposals="bank"),
+    "EMC2Loss": lambda b, d: EMC2Loss(4 * b, d, temperature=TEMPERATURE),
+    "EMC2Loss, walk": lambda b, d: EMC2Loss(4 * b, d, temperature=TEMPERATURE, sampler="mh"),
+    "EMC2Loss, bank": lambda b, d: EMC2Loss(4 * b, d, temperature=TEMPERATURE, proposals="bank"),
     "cache": lambda b, d: CachedSoftmaxLoss(4 * b, d, temperature=TEMPERATURE),
 }
 
