@@ -63,6 +63,10 @@ def test_tables_fit_a_page(page):
     assert [number for number, row in tables if max(map(len, row)) > LONGEST_CELL] == []
 
 
+def test_the_readme_is_short():
+    assert len(PAGES[-1].read_text().splitlines()) <= 130
+
+
 def test_the_picture_of_the_layers_is_of_the_layers():
     """In their order, and made by the script that is there."""
     drawn = runpy.run_path(str(ROOT / "docs" / "images" / "layers.py"))["ROWS"]
