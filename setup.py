@@ -49,7 +49,7 @@ def long_description(readme: str) -> str:
 setup(
     name="emc2_kernels",
     version=VERSION,
-    description="Hard negatives for contrastive learning: exact Metropolis-Hastings sampling as one fused step",
+    description="Contrastive losses with hard negatives of the whole data set: EMC2, SogCLR, NT-Xent, CLIP",
     long_description=long_description((ROOT / "README.md").read_text()),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",

@@ -1,7 +1,8 @@
-"""Hard negatives for contrastive learning: exact Metropolis-Hastings sampling as one fused step.
+"""Contrastive losses whose negatives come from the whole data set, by Markov chains, on fused kernels.
 
-``mh_step`` walks the chains of a mini-batch, ``ChainStore`` and ``EmbeddingBank`` keep them for a data set,
-``losses.EMC2Loss`` puts them together. Importing this package compiles nothing and touches no GPU.
+``losses.EMC2Loss`` and its peers are what a training loop calls. Below them, ``isir_step`` and ``mh_step`` move the
+chains of a mini-batch, ``ChainStore`` and ``EmbeddingBank`` keep them for a data set. Importing this package compiles
+nothing and touches no GPU.
 """
 
 from . import batching, checkpoint, data, losses

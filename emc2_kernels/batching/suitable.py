@@ -23,9 +23,9 @@ def check_loss(loss: nn.Module) -> None:
         UserWarning: for ``SogCLRLoss``, whose gradient is then biased about as much as NT-Xent's over the batch. Its
             denominators are means over the batch that stand for means over the data set; over alike items they are too
             large. Weights then sum to less than they should.
-        UserWarning: for carry="corrected" of ``EMC2Loss`` and ``CachedSoftmaxLoss``, their default, likewise. It moves
-            each negative by the difference of two batches' means, the drift where batches are uniform draws; of batches
-            of alike items it is the way from one kind of items to another.
+        UserWarning: for carry="corrected", likewise, the default of ``EMC2Loss(proposals="bank")`` and of
+            ``CachedSoftmaxLoss``. It moves each negative by the difference of two batches' means, the drift where
+            batches are uniform draws; of batches of alike items it is the way from one kind of items to another.
     """
     for module in loss.modules():
         if isinstance(module, EMC2Loss) and module.proposals == "batch":

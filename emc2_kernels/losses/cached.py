@@ -1,4 +1,4 @@
-"""The negative cache: negatives drawn exactly from the softmax over kept embeddings (Lindgren, Reddi, Reddi, Kumar,
+"""The negative cache: negatives drawn exactly from the softmax over kept embeddings (Lindgren, Reddi, Guo, Kumar,
 "Efficient Training of Retrieval Models using Negative Cache", NeurIPS 2021; the third baseline of arXiv 2404.10575)."""
 
 from __future__ import annotations

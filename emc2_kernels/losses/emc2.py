@@ -1,4 +1,5 @@
-"""EMC2, the global contrastive loss with Metropolis-Hastings negatives (arXiv 2404.10575)."""
+"""EMC2, the global contrastive loss with negatives of Markov chains (arXiv 2404.10575), moved by i-SIR or by
+Metropolis-Hastings."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ class EMC2Loss(SampledLoss):
             other only, and each item has a chain each way.
         normalize: L2-normalise the embeddings first, in float32; see ``NTXentLoss``.
         bank_dtype: dtype of the kept embeddings.
-        backend: of ``mh_step``.
+        backend: of ``isir_step`` or ``mh_step``.
         gather: "none": proposals and negatives are the process's own. "all": the keys of all processes, from a
             differentiable all-gather. Each process walks the chains of its own rows and applies the updates of all, so
             that chains are the same everywhere; with contiguous parts of a batch, in rank order, they are those of one
