@@ -33,21 +33,17 @@ def functorch_active() -> bool:
 
 
 def no_double_backward(
-    message: str, *gradients: Tensor | None, of: Sequence[Tensor | None] = ()
+    message: str, *gradients: Tensor | None, of: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """A backward pass's results. With create_graph=True their own gradient is an error with this message: else a
-    penalty on them would have none, and nobody would know.
+    penalty on them would have a wrong one or none, and nobody would know.
 
     Args:
-        of: what they were made of, undetached. torch.func, which differentiates what tensors were made of and knows no
-            requires_grad_(), needs it; a Function that it never sees does not.
+        of: what they were made of, undetached, the incoming gradient among it: ``torch.autograd.grad`` goes only where
+            what it was asked for lies, and torch.func only where tensors were made of others.
     """
     if not torch.is_grad_enabled():
         return gradients
     made = [gradient for gradient in gradients if gradient is not None]
-    if functorch_active():
-        given = _Once.apply(message, len(made), *made, *(source for source in of if source is not None))
-    else:
-        given = _Once.apply(message, len(made), *(gradient.requires_grad_() for gradient in made))
-    rest = iter(given)
+    rest = iter(_Once.apply(message, len(made), *made, *(source for source in of if source is not None)))
     return tuple(None if gradient is None else next(rest) for gradient in gradients)

@@ -111,11 +111,13 @@ class _RingLse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, *ids, lse, learnt = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        queries, keys, *ids, lse, learnt = (x if x is None else x.detach() for x in saved)
         temperature = learnt if ctx.number is None else ctx.number
         of = queries, keys, temperature, ids, ctx.shards, ctx.backend
         gradients = ring_lse_gradient(grad.detach(), lse, *of)
-        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), None, None, None
+        sources = grad, saved[0], saved[1], saved[-1]
+        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients, of=sources), None, None, None
 
 
 def ring_lse_gradient(
@@ -259,7 +261,7 @@ class _RingBag(torch.autograd.Function):
             return [_bag_gradient(grad.detach(), local, share, ctx.views * shards.sizes[source])]
 
         (d_keys,) = rotate_and_sum([], shards, contribution)
-        return *no_double_backward(NO_SECOND_DERIVATIVE, d_keys), None, None, None
+        return *no_double_backward(NO_SECOND_DERIVATIVE, d_keys, of=(grad,)), None, None, None
 
 
 def _bag_gradient(grad: Tensor, rows: Tensor, weights: Tensor, num_keys: int) -> Tensor:

@@ -155,4 +155,5 @@ class _GatherRows(torch.autograd.Function):
         # Every rank has a gradient of every row. All-to-all and a sum in rank order: the same bits on every run.
         found = grad.new_empty(len(shards.sizes) * own, *grad.shape[1:])
         dist.all_to_all_single(found, grad.contiguous(), [own] * len(shards.sizes), shards.sizes, shards.group)
-        return *no_double_backward(NO_SECOND_DERIVATIVE, found.unflatten(0, (len(shards.sizes), own)).sum(0)), None
+        total = found.unflatten(0, (len(shards.sizes), own)).sum(0)
+        return *no_double_backward(NO_SECOND_DERIVATIVE, total, of=(grad,)), None

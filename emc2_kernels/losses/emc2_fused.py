@@ -154,12 +154,14 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, z0: Tensor, z1: Tensor, held: _Held) -> Tensor:
-        ctx.save_for_backward(held.batch.anchors, held.batch.lengths, held.samples, held.made.means, held.made.shares)
-        ctx.coin_labels = held.batch.coin_labels
+        batch, made = held.batch, held.made
+        ctx.save_for_backward(z0, z1, batch.anchors, batch.lengths, held.samples, made.means, made.shares)
+        ctx.coin_labels = batch.coin_labels
         ctx.options = {"temperature": held.temperature, "floor": held.floor, "dtype": z0.dtype}
         return held.value
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        gradients = _kernels().embedding_gradients(grad.detach(), *ctx.saved_tensors, ctx.coin_labels, **ctx.options)
-        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), None
+        z0, z1, *saved = ctx.saved_tensors
+        gradients = _kernels().embedding_gradients(grad.detach(), *saved, ctx.coin_labels, **ctx.options)
+        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients, of=(grad, z0, z1)), None

@@ -121,9 +121,10 @@ class _ByHand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        embeddings, *_, rows = saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = _ByHand.gradients(ctx, grad, *ctx.saved_tensors)
-        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients), *[None] * 7
+            gradients = _ByHand.gradients(ctx, grad, *saved)
+        return *no_double_backward(NO_SECOND_DERIVATIVE, *gradients, of=(grad, embeddings, rows)), *[None] * 7
 
     @staticmethod
     def gradients(
