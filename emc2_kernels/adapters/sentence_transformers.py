@@ -5,6 +5,8 @@ Batches of alike texts for the same trainer are in ``batching.sentence_transform
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -79,7 +81,9 @@ class PairLoss(Adapter):
             raise ValueError(
                 f"sentence_features must be of two text columns, anchors and positives, got {len(columns)}"
             )
-        if labels is None and self.keeps_items and training:
+        if not training and self.keeps_items:
+            labels = None  # of other data: whatever its label column holds, it is no number of an item here
+        elif labels is None and self.keeps_items:
             expected = f"the items' numbers, with {type(self.loss).__name__}: train_dataset=with_index(dataset)"
             raise ValueError(f"labels must be {expected}, got no label column")
         if labels is not None and (labels.dtype != torch.int64 or labels.dim() != 1):
@@ -88,7 +92,7 @@ class PairLoss(Adapter):
         if training or not self.keeps_items:
             return self.value_of(z0, z1, labels)
         of_batch = ClipLoss if self.loss.bimodal else NTXentLoss
-        return of_batch(temperature=self.loss.temperature, normalize=self.loss.normalize)(z0, z1, labels)
+        return of_batch(temperature=self.loss.temperature, normalize=self.loss.normalize)(z0, z1)
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
@@ -140,7 +144,8 @@ class LossStateCallback(trainer_callback.TrainerCallback):
             ``output_dir/checkpoint-STEP``, where the trainer has saved it.
 
     Raises:
-        TypeError: names the argument. When training goes on, CheckpointError: the folder has no whole file.
+        TypeError: names the argument. When training goes on, CheckpointError: the folder has no whole file, or one of
+            another checkpoint than the trainer's.
     """
 
     def __init__(self, loss: PairLoss | Mapping[str, PairLoss], *, resume_from: str | os.PathLike[str] | None = None):
@@ -161,7 +166,8 @@ class LossStateCallback(trainer_callback.TrainerCallback):
     ) -> None:
         if self._own_file(args) or state.is_world_process_zero:
             states = {name: loss.loss.state_dict() for name, loss in self.losses.items()}
-            checkpoint.save(_checkpoint_folder(args, state) / self._file_name(args), states)
+            saved = {"run": _run_of(state), "losses": states}
+            checkpoint.save(_checkpoint_folder(args, state) / self._file_name(args), saved)
 
     def on_train_begin(
         self,
@@ -173,7 +179,12 @@ class LossStateCallback(trainer_callback.TrainerCallback):
         if not state.global_step:
             return
         folder = self.resume_from or args.resume_from_checkpoint or _checkpoint_folder(args, state)
-        states = checkpoint.load(Path(folder) / self._file_name(args))
+        path = Path(folder) / self._file_name(args)
+        saved = checkpoint.load(path)
+        if saved["run"] != _run_of(state):
+            expected = f"the losses of the checkpoint that training goes on from, at step {state.global_step}"
+            raise checkpoint.CheckpointError(f"{path}: expected {expected}, found those of another: see resume_from")
+        states = saved["losses"]
         if states.keys() != self.losses.keys():
             raise ValueError(f"the checkpoint must have the losses {[*self.losses]}, as there are, got {[*states]}")
         for name, loss in self.losses.items():
@@ -185,6 +196,11 @@ class LossStateCallback(trainer_callback.TrainerCallback):
     def _file_name(self, args: SentenceTransformerTrainingArguments) -> str:
         path = Path(STATE_FILE)
         return f"{path.stem}-{args.process_index}{path.suffix}" if self._own_file(args) else path.name
+
+
+def _run_of(state: TrainerState) -> str:
+    """Tells one moment of a run from others: the trainer keeps what it has logged in its checkpoints."""
+    return hashlib.sha256(json.dumps([state.global_step, state.log_history], sort_keys=True).encode()).hexdigest()
 
 
 def _checkpoint_folder(args: SentenceTransformerTrainingArguments, state: TrainerState) -> Path:

@@ -72,7 +72,8 @@ class IndexWatch:
         self.done, self.seen = True, None
         seems = (
             "index seems to name classes, and not the items of the data set, for each of which state is kept (or a "
-            "part of the items alone is visited, or one several times in a batch)"
+            "part of the items alone is visited, or one several times in a batch); emc2_kernels.data.indexed(dataset) "
+            "yields items' numbers"
         )
         # Past look, check_call, the loss's forward, and torch's two frames of a call.
         warnings.warn(f"{seems}: {what}", stacklevel=7)

@@ -112,8 +112,9 @@ class NTXentLoss(Called, TemperedLoss):
                 checks.finite("the similarities of z0 and z1", largest)
         form = {"return_stats": return_stats} if self.gather == "ring" else {}  # the statistics go round too
         log_scale = self.log_scale
-        if logit_scale is not None:
+        if logit_scale is not None and self.gather != "none":  # for the ranks to compare
             log_scale = torch.as_tensor(logit_scale, device=z0.device).detach().double().log()
+            form["logit_scale given"] = True
         shards = batch_shards(self, z0, index, log_scale=log_scale, **form)
         anchors = number_pairs(anchors, 0 if shards is None else shards.first)
         keys = None if shards is None else batch_keys(anchors, shards, self.gather, walked=False)

@@ -200,6 +200,7 @@ def test_slots_are_the_digests_remainders():
     assert [hash_slot(f"key {number}", 10**6) for number in range(3)] == [647594, 519314, 794554]
     assert hash_slot(7, 10**9) == hash_slot("7", 10**9) == hash_slot(b"7", 10**9)
     assert hash_slot("a", 1) == 0
+    assert hash_slot("\udcff.png", 1000) == hash_slot("\udcff.png".encode(errors="surrogatepass"), 1000)
 
 
 def test_several_at_a_time():

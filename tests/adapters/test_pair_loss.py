@@ -16,6 +16,7 @@ datasets = pytest.importorskip("datasets")
 
 from sentence_models import ITEMS, table_model, topics  # noqa: E402
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments  # noqa: E402
+from transformers import TrainerState  # noqa: E402
 
 from emc2_kernels.adapters.sentence_transformers import LossStateCallback, PairLoss, with_index  # noqa: E402
 from emc2_kernels.checkpoint import CheckpointError  # noqa: E402
@@ -96,11 +97,13 @@ def test_the_in_batch_losses_need_no_numbers(make, tmp_path):
 
 
 @pytest.mark.parametrize("make", (KEEPING | STATELESS).values(), ids=KEEPING | STATELESS)
-@pytest.mark.parametrize("numbered", [False, True])
-def test_evaluation_is_in_batch_and_leaves_what_is_kept_alone(make, numbered, tmp_path):
-    """Other texts, whose numbers, if they have any, are not those of the training data."""
+@pytest.mark.parametrize("labels", [None, range(24), [1] * 24, [0.5] * 24], ids=["none", "numbers", "class", "scores"])
+def test_evaluation_is_in_batch_and_leaves_what_is_kept_alone(make, labels, tmp_path):
+    """Other texts: whatever their label column holds, it is no number of an item of the training data."""
     other = topics().select(range(24))
-    run = trainer(tmp_path, make, eval_dataset=with_index(other) if numbered else other, max_steps=2)
+    if labels is not None and (labels == range(24) or make in KEEPING.values()):
+        other = other.add_column("label", list(labels))
+    run = trainer(tmp_path, make, eval_dataset=other, max_steps=2)
     run.train()
     loss = run.loss.loss
     before = {name: value.clone() for name, value in loss.state_dict().items()}
@@ -136,7 +139,7 @@ def test_the_mode_is_that_of_the_model_in_its_wrappers(wrap):
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_its_chains(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 6, "num_train_epochs": 2}
+    saving = {"save_strategy": "steps", "save_steps": 6, "num_train_epochs": 2, "logging_steps": 2}
     make = KEEPING["emc2"]
     whole = trainer(tmp_path / "whole", make, callbacks=[LossStateCallback], **saving)
     whole.train()
@@ -159,6 +162,11 @@ def test_a_run_goes_on_from_its_checkpoint_with_its_chains(tmp_path):
     assert_identical(again.loss.loss.state_dict(), whole.loss.loss.state_dict())
     with pytest.raises(CheckpointError, match=r"emc2_loss\.pt: expected a checkpoint, found no such file"):
         resumed("nowhere", [LossStateCallback])
+    # A folder of the same name is there, and of another run.
+    other = trainer(tmp_path / "other", make, callbacks=[LossStateCallback], **saving | {"learning_rate": 0.2})
+    other.train()
+    with pytest.raises(CheckpointError, match=r"expected the losses of .* at step 6, found those of another"):
+        resumed("other", [LossStateCallback])
 
 
 def test_several_data_sets_have_a_loss_each(tmp_path):
@@ -173,7 +181,7 @@ def test_several_data_sets_have_a_loss_each(tmp_path):
     SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=losses, callbacks=[callback]).train()
     assert {name: loss.loss.step.item() for name, loss in losses.items()} == {"all": 8, "some": 2}
     fresh = {"all": PairLoss(model, SogCLRLoss(64)), "some": PairLoss(model, SogCLRLoss(16))}
-    state = SimpleNamespace(global_step=10)
+    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-10" / "trainer_state.json"))
     LossStateCallback(fresh).on_train_begin(args, state, None)
     for name, loss in losses.items():
         assert_identical(fresh[name].loss.state_dict(), loss.loss.state_dict())
@@ -184,7 +192,7 @@ def test_several_data_sets_have_a_loss_each(tmp_path):
 def test_ranks_that_gather_nothing_save_a_file_each(tmp_path):
     loss = PairLoss(Embeddings(), SogCLRLoss(8))
     (tmp_path / "checkpoint-3").mkdir()
-    state = SimpleNamespace(global_step=3, is_world_process_zero=False)
+    state = SimpleNamespace(global_step=3, log_history=[], is_world_process_zero=False)
     for rank in range(2):
         loss.loss.step.fill_(rank)
         args = SimpleNamespace(output_dir=str(tmp_path), world_size=2, process_index=rank, resume_from_checkpoint=None)

@@ -86,3 +86,12 @@ def test_processors_are_told_by_what_the_system_lists(
     monkeypatch.setattr(machine, "_cpu_listing", lambda: listing)
     assert machine.instruction_sets() == sets
     assert machine.cpu_name() == name if name else machine.cpu_name()
+
+
+def test_letters_that_the_terminal_lacks_are_written_as_escapes(tmp_path: Path) -> None:
+    out, _ = finish(
+        start_python(
+            RUN, TORCH_EXTENSIONS_DIR=tmp_path / "cache \u65e5", PYTHONIOENCODING="latin-1", TRITON_INTERPRET=None
+        )
+    )
+    assert "cache \\u65e5/emc2_kernels" in out

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from rank_losses import averaged, relative
 from torch.nn import functional
 
+from emc2_kernels import losses
 from emc2_kernels.adapters.open_clip import OpenClipLoss
 
 B, D = 5, 8
@@ -70,8 +71,18 @@ def _unlike_scales(rank, size):
         return str(error)
 
 
+def _scale_on_one_rank(rank):
+    """Of 1, whose logarithm is 0, as of none."""
+    features = torch.eye(2)
+    try:
+        losses.ClipLoss(gather="all")(features, features, logit_scale=[None, 1.0][rank])
+    except ValueError as error:
+        return str(error)
+
+
 def checks(rank, size):
     return {
         "open_clip": lambda: _open_clip(rank, size),
         "open_clip, unlike scales": lambda: _unlike_scales(rank, size),
+        "a scale on one rank": lambda: _scale_on_one_rank(rank),
     }
