@@ -24,6 +24,7 @@ RUN := $(PYTHON)
 else
 RUN := .venv/bin/python
 EXAMPLES := .venv/.examples
+DOCS := .venv/.docs
 INSTALLED := .venv/.test
 endif
 
@@ -56,7 +57,7 @@ bench: $(INSTALLED)
 	$(RUN) -m bench.throughput
 
 # The variable silences a notice of the theme's about mkdocs 2, which is not used.
-docs: $(INSTALLED)
+docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 gpu-check: $(INSTALLED)
@@ -85,12 +86,12 @@ core-cycles:
 clean:
 	rm -rf .venv .venv-peers build
 
-# An extra of setup.py: those of the examples are among those of the tests. Not compiled ahead: the packages of texts are
-# 80 MB of Python source, of which tests import a tenth.
-.venv/.examples .venv/.test: setup.py pyproject.toml constraints.txt
+# An extra of setup.py: those of the examples and the pages are among those of the tests. Not compiled ahead: the
+# packages of texts are 80 MB of Python source, of which tests import a tenth.
+.venv/.examples .venv/.docs .venv/.test: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt -e ".[$(subst .,,$(@F))]"
-	touch $@ $(if $(filter %/.test,$@),.venv/.examples)
+	touch $@ $(if $(filter %/.test,$@),.venv/.examples .venv/.docs)
 
 .venv-peers/.installed: setup.py
 	$(PYTHON) -m venv .venv-peers

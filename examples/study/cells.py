@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,6 +25,17 @@ def read(path: Path) -> list[Row]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+@contextmanager
+def worker_pool(jobs: int, **options: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes; options as ``ProcessPoolExecutor`` has them. Ctrl-C and errors leave what is queued undone: an
+    executor of itself would do all of it first."""
+    pool = ProcessPoolExecutor(jobs, **options)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def measure_missing(
@@ -53,7 +65,7 @@ def measure_missing(
     todo = [cell for cell in cells if cell not in done]
     with ExitStack() as stack:
         progress = stack.enter_context(tqdm(total=len(todo), desc=path.stem, unit="cell", disable=None))
-        mapped = map if jobs == 1 else stack.enter_context(ProcessPoolExecutor(jobs)).map
+        mapped = map if jobs == 1 else stack.enter_context(worker_pool(jobs)).map
         for cell, measured in zip(todo, mapped(measure, *zip(*todo, strict=True)) if todo else (), strict=True):
             progress.set_postfix_str(" ".join(map(str, cell)))
             progress.update()

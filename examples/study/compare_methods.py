@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ from tqdm import tqdm
 
 from examples.pretrain.config import Config
 from examples.pretrain.training import Results, train
+from examples.study.cells import worker_pool
+from examples.study.gradient_bias import named
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "SimCLR": {"method": "simclr"},
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
     print(f"{given.data}, {given.epochs} epochs, {given.seeds} seeds: mean +- standard deviation")
     print(f"{'':28}  probe, 10 labels  1-NN, 10 labels  mean cosine  ms a step  peak MB")
-    with ProcessPoolExecutor(given.jobs, **fresh) as pool, given.out.open("w", newline="") as file:
+    with worker_pool(given.jobs, **fresh) as pool, given.out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "batch_size", "seed", *Row._fields])
         jobs = {
@@ -98,9 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = [job.result() for job in found]
             for seed, row in enumerate(rows):
                 writer.writerow([variant, size, seed, *row])
+            file.flush()
             probe, nearest, cosine, step, peak = zip(*rows, strict=True)
             tqdm.write(
-                f"b = {size:<4} {variant:19}  {_spread(probe)}     {_spread(nearest)}"
+                f"b = {size:<4} {named(variant):19}  {_spread(probe)}     {_spread(nearest)}"
                 f"    {statistics.fmean(cosine):11.3f}  {statistics.median(step):9.1f}  {statistics.fmean(peak):7.0f}"
             )
     print(f"written: {given.out}")

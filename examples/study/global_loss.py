@@ -14,7 +14,6 @@ import argparse
 import csv
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from examples.study.cells import worker_pool
 from examples.study.gradient_bias import (
     DIM,
     ITEMS,
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     print("exact global loss: mean and standard deviation over the seeds, at the best learning rate of each method")
     print(f"{'':46}  per step (lr)            per encoding (lr)        cosine  encodings")
-    with ProcessPoolExecutor(given.jobs) as pool, given.out.open("w", newline="") as file:
+    with worker_pool(given.jobs) as pool, given.out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
             ["method", "batch_size", "rate", "seed", "per_step", "per_encoding", "mean_cosine", "encodings"]

@@ -13,7 +13,6 @@ import argparse
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from emc2_kernels import losses
+from examples.study.cells import worker_pool
 
 ITEMS, PIXELS, DIM, TEMPERATURE = 400, 64, 16, 0.2
 WARM_UP = 0.1  # of the batches come first and are not averaged: chains leave their starts, caches fill
@@ -189,7 +189,7 @@ def summary(streams: Sequence[Stream]) -> Found:
 
 def study(methods: Sequence[str], batch_sizes: Sequence[int], batches: int, jobs: int) -> dict[tuple[str, int], Found]:
     cases = [(method, size) for size in batch_sizes for method in methods]
-    with ProcessPoolExecutor(jobs) as pool:
+    with worker_pool(jobs) as pool:
         runs = {
             (method, size): [pool.submit(run, METHODS[method], size, batches, seed) for seed in STREAMS]
             for method, size in cases

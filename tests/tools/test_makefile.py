@@ -38,7 +38,12 @@ def commands(checkout: Path, *arguments: str, **variables: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("target", "extra"), [("demo", "examples"), ("test", "test"), ("lint", "test")])
+STAMPS = {"examples": [".examples"], "docs": [".docs"], "test": [".test", ".examples", ".docs"]}
+
+
+@pytest.mark.parametrize(
+    ("target", "extra"), [("demo", "examples"), ("docs", "docs"), ("test", "test"), ("lint", "test")]
+)
 def test_targets_make_an_environment_with_what_they_need(checkout: Path, target: str, extra: str) -> None:
     """Also where the user's own has torch, and whatever a shell keeps in a variable named ENV."""
     given = python(checkout, has_torch=True)
@@ -47,18 +52,19 @@ def test_targets_make_an_environment_with_what_they_need(checkout: Path, target:
         assert made == f"{given} -m venv .venv"
         assert installed.startswith(".venv/bin/python -m pip install ") and installed.endswith(f'-e ".[{extra}]"')
         assert "-c constraints.txt" in installed
-        assert touched.split() == ["touch", *sorted({f".venv/.{extra}", ".venv/.examples"}, reverse=True)]
+        assert touched.split() == ["touch", *(f".venv/{stamp}" for stamp in STAMPS[extra])]
         assert used and all(line.split(" -m ")[0].endswith(".venv/bin/python") for line in used)
         assert commands(checkout, target, f"PYTHON={given}", "ENV=none", **variables) == [
             line.replace(".venv/bin/python", given) for line in used
         ]
 
 
-def test_what_the_tests_need_is_enough_for_the_demo(checkout: Path) -> None:
+def test_what_the_tests_need_is_enough_for_the_demo_and_the_pages(checkout: Path) -> None:
     (checkout / ".venv").mkdir()
-    for name in (".test", ".examples"):
-        (checkout / ".venv" / name).touch()
+    for stamp in STAMPS["test"]:
+        (checkout / ".venv" / stamp).touch()
     assert commands(checkout, "demo") == [".venv/bin/python -m examples.demo"]
+    assert len(commands(checkout, "docs")) == 1
 
 
 def test_the_gpu_check_takes_an_environment_with_torch_as_it_is(checkout: Path) -> None:
