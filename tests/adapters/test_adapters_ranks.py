@@ -10,6 +10,11 @@ def test_a_given_scale_has_the_gradient_of_one_process(over_ranks):
             assert max(found) < 1e-5, name
 
 
+def test_the_world_is_that_of_the_group(over_ranks):
+    for message in over_ranks(2, "a world of another size"):
+        assert "world_size must be 2, as in the process group, got 3" in message
+
+
 def test_a_scale_is_given_on_all_ranks_or_on_none(over_ranks):
     for message in over_ranks(2, "a scale on one rank"):
         assert "logit_scale given must be the same on all ranks" in message

@@ -94,3 +94,9 @@ def test_statistics(index):
         shares = (side / 0.2).masked_fill(items[:, None] == items, -torch.inf).softmax(1)
         means.append((shares * side).sum(1).mean())
     torch.testing.assert_close(stats["negative_similarity"], sum(means) / 2)
+
+
+def test_a_scale_of_half_precision_is_inverted_in_single():
+    z0, z1, scale = normal(0, 6, 8), normal(1, 6, 8), torch.tensor(14.28, dtype=torch.bfloat16)
+    expected = ClipLoss(temperature=1 / scale.item())(z0, z1)
+    torch.testing.assert_close(ClipLoss()(z0, z1, logit_scale=scale), expected, rtol=1e-6, atol=0)

@@ -71,6 +71,13 @@ def _unlike_scales(rank, size):
         return str(error)
 
 
+def _world_of_another_size(rank, size):
+    try:
+        OpenClipLoss(gather_with_grad=True, rank=rank, world_size=size + 1)
+    except ValueError as error:
+        return str(error)
+
+
 def _scale_on_one_rank(rank):
     """Of 1, whose logarithm is 0, as of none."""
     features = torch.eye(2)
@@ -84,5 +91,6 @@ def checks(rank, size):
     return {
         "open_clip": lambda: _open_clip(rank, size),
         "open_clip, unlike scales": lambda: _unlike_scales(rank, size),
+        "a world of another size": lambda: _world_of_another_size(rank, size),
         "a scale on one rank": lambda: _scale_on_one_rank(rank),
     }
