@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 History = list[dict[str, float]]
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # colour-blind readers can tell these apart, too
+# NT-Xent, EMC² and others as in the study; colour-blind readers can tell these apart, too.
+COLOURS = ("#000000", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
 
 # The last panel shows what the runs have of their own, and the learning rate where they have nothing.
 OWN_PANELS = (
@@ -75,7 +76,7 @@ class TensorBoard:
 def plot_curves(path: Path, runs: dict[str, History], title: str, untrained: float | None = None) -> None:
     """runs: name -> one row per epoch, with the columns of metrics.csv; untrained: few-label 1-NN before training."""
     # Figure instead of pyplot: it draws without a display and leaves the caller's backend alone.
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(8.2, 5.8), layout="constrained")  # fits a page: its letters stay legible
     figure.suptitle(title)
     loss, accuracy, similarity, last = figure.subplots(2, 2, sharex=True).flat
     _panel(loss, runs, {"ntxent": ""}, "In-batch NT-Xent (nats)")

@@ -174,17 +174,17 @@ def plot(path: Path, title: str, rows: Sequence[Epoch], embeddings: tuple[Tensor
     """embeddings: (n, d) of both sides, whose similarities are shown as they lie and in the order of `quantile`."""
     x, y = (normalize(side, dim=1) for side in embeddings)
     order = consecutive_order(similarity_graph(x, y, quantile=quantile, progress=False).matrix)
-    figure = Figure(figsize=(11, 9), layout="constrained")
+    figure = Figure(figsize=(8.2, 6.9), layout="constrained")
     figure.suptitle(title)
     before, after, gap, rank = figure.subplots(2, 2).flat
     images = [_means(x, y), _means(x[order], y[order])]
     low, high = (bound(float(bound(image.flatten())) for image in images) for bound in (min, max))
     for axis, image, name in zip(
-        (before, after), images, ("as the data lie", f"permuted, q = {quantile:g}"), strict=True
+        (before, after), images, ("items as the data lie", f"items permuted, q = {quantile:g}"), strict=True
     ):
         shown = axis.imshow(image, vmin=low, vmax=high, cmap="viridis", extent=(0, len(x), len(x), 0))
-        axis.set_title(f"Similarity of left (rows) and right sides, {name}", fontsize=10)
-    figure.colorbar(shown, ax=after, label=f"cosine, means over blocks of {len(x) // BLOCKS or 1} items")
+        axis.set_title(name)
+    figure.colorbar(shown, ax=after, label=f"left by right, cosine over {len(x) // BLOCKS or 1} items")
     _curves(gap, rows, "gap", "Global minus in-batch loss (nats)")
     _curves(rank, rows, "reciprocal_rank", "Mean reciprocal rank")
     figure.savefig(path, dpi=110)
