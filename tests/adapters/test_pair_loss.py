@@ -201,6 +201,33 @@ def test_ranks_that_gather_nothing_save_a_file_each(tmp_path):
     assert loss.loss.step == 0
 
 
+def test_ranks_that_gather_have_one_file_which_is_that_of_the_checkpoint_they_go_on_from(tmp_path):
+    loss = PairLoss(Embeddings(), SogCLRLoss(8, gather="all"))
+    args = SimpleNamespace(world_size=2, process_index=1, resume_from_checkpoint=None)
+    other, first = (
+        SimpleNamespace(global_step=3, log_history=[], is_world_process_zero=is_first) for is_first in (False, True)
+    )
+    named, asked, here = (tmp_path / name / "checkpoint-3" for name in ("named", "asked", "here"))
+    for step, folder in enumerate((named, asked, here)):
+        folder.mkdir(parents=True)
+        loss.loss.step.fill_(step)
+        args.output_dir = str(folder.parent)
+        LossStateCallback(loss).on_save(args, other, None)
+        assert list(folder.iterdir()) == []
+        LossStateCallback(loss).on_save(args, first, None)
+        assert [path.name for path in folder.iterdir()] == ["emc2_loss.pt"]
+    for step, resume_from, of_args in ((2, None, None), (1, None, str(asked)), (0, named, str(asked))):
+        args.resume_from_checkpoint = of_args
+        LossStateCallback(loss, resume_from=resume_from).on_train_begin(args, other, None)
+        assert loss.loss.step == step
+
+
+def test_evaluation_takes_embeddings_as_the_loss_does():
+    model, rows = Embeddings().eval(), [3 * normal(seed, 4, DIM) for seed in (0, 1)]
+    found = PairLoss(model, SogCLRLoss(8, temperature=2.0, normalize=False))([{"rows": z} for z in rows])
+    assert_identical(found, NTXentLoss(temperature=2.0, normalize=False)(*rows))
+
+
 def test_numbers_stay_with_their_items():
     data = with_index(topics()).shuffle(seed=1).filter(lambda row: "topic3" in row["anchor"])
     assert all(f"a{row['label']} " in row["anchor"] for row in data) and len(data) == ITEMS // 8

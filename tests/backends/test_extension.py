@@ -398,7 +398,7 @@ def test_a_long_build_tells_how_far_it_is_and_a_short_one_does_not(
     assert compile_fake(fake_compiler, tmp_path, names, a="", b="", c="").read_text() == "made\n"
     assert capsys.readouterr().err == ""
 
-    (tmp_path / "b.go").unlink()
+    (tmp_path / "c.go").unlink()  # the binding, which is begun first: others go on beside it
     monkeypatch.setattr(extensions, "_PROGRESS_SECONDS", 0.05)
     thread = threading.Thread(target=compile_fake, args=(fake_compiler, tmp_path, names))
     thread.start()
@@ -406,7 +406,7 @@ def test_a_long_build_tells_how_far_it_is_and_a_short_one_does_not(
     while said.count("2 of 3 files compiled after ") < 2 and time.monotonic() < end:  # again, as it goes on
         time.sleep(0.01)
         said += capsys.readouterr().err
-    (tmp_path / "b.go").touch()
+    (tmp_path / "c.go").touch()
     thread.join()
     assert said.count("2 of 3 files compiled after ") >= 2
     assert "3 of 3" not in said + capsys.readouterr().err

@@ -15,6 +15,7 @@ from emc2_kernels.batching import global_train_gap
 from emc2_kernels.data import hash_slots
 from emc2_kernels.losses import TABLE, ClipLoss, EMC2Loss, NTXentLoss, SogCLRLoss
 from emc2_kernels.losses import index_watch as watch
+from emc2_kernels.losses.index_watch import IndexWatch
 
 LEAST, MOST = 2.0**-63, 2.0**100
 TINY = [1e-46, 1e-40, 1e-38]
@@ -188,6 +189,12 @@ class TestClassLabels:
         loss = SogCLRLoss(10 * items)
         assert self.steps(loss, [slots[part] for part in order.split(b)])[0] == 0
         assert loss._watch.spread and loss._watch.done == (epochs == 25)
+
+    def test_the_second_half_of_the_numbers_is_remembered(self):
+        watch = IndexWatch(6400)
+        for number, share in ((3199, 6400), (3200, 200), (0, 200)):
+            watch.look(torch.tensor([number]), 0)
+            assert watch.share() == share
 
     def test_hashed_class_names_are(self):
         slots = hash_slots([f"class {number}" for number in range(10)], 50_000)
