@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import emc2_kernels as emc2
-from emc2_kernels import batching, checkpoint, losses
+from emc2_kernels import batching, checkpoint, data, losses
+from emc2_kernels.adapters.metric_learning import SelfSupervisedLoss
 from emc2_kernels.losses import CachedSoftmaxLoss, ClipLoss, EMC2Loss, ISogCLRLoss, NTXentLoss, SogCLRLoss
 
 ITEMS, DIM = 12, 8
@@ -95,6 +96,20 @@ def use_batches() -> None:
     assert len(torch.utils.data.DataLoader(dataset, batch_sampler=sampler)) == ITEMS // 4
 
 
+def use_numbers() -> None:
+    dataset = torch.utils.data.TensorDataset(torch.randn(ITEMS, DIM))
+    assert_type(data.indexed(dataset), data.IndexedDataset)
+    assert_type(data.indexed(dataset)[3], tuple[Any, ...] | dict[Any, Any])
+    numbers = data.ItemNumbers(f"{item}.png" for item in range(ITEMS))
+    assert_type(numbers(["3.png"]), Tensor)
+    assert_type(data.hash_slots(["a", b"b", 3], 10), Tensor)
+    assert_type(data.hash_slot("a", 10), int)
+    z0, z1, index = pairs()
+    loss_fn = SelfSupervisedLoss(EMC2Loss(ITEMS, DIM), report=True)
+    assert_type(loss_fn.forward(z0, z1, index), Tensor)
+    assert_type(loss_fn.stats, Stats)
+
+
 def mistakes() -> None:
     """Never called."""
     z0, z1, index = pairs()
@@ -109,6 +124,7 @@ def mistakes() -> None:
     result.sample  # type: ignore[attr-defined]  # noqa: B018
     result.lse.mean()  # type: ignore[union-attr]  # None where it was not asked for
     emc2.isir_step(z0, z1, temperature=0.1, seed=0, step=0)  # type: ignore[call-arg]  # the state is missing
+    data.hash_slots(["a"])  # type: ignore[call-arg]
     emc2.EmbeddingBank(ITEMS, DIM, dtype="float32")  # type: ignore[arg-type]
 
 
@@ -118,3 +134,4 @@ def main(folder: Path) -> None:
     use_steps()
     use_stores(folder)
     use_batches()
+    use_numbers()
