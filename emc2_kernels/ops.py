@@ -48,7 +48,7 @@ def mh_step(
     backend: str,
 ) -> list[Tensor]:
     """[samples, key, score, threshold], then accepted and lse if asked for."""
-    chosen = resolve(backend, walk.queries, walk)
+    chosen = resolve(backend, walk.queries, walk, more_results=return_accepts or return_lse)
     return chosen.step(walk, state_key, state_score, key_labels, return_accepts, return_lse)
 
 

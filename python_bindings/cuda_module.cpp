@@ -22,7 +22,10 @@ void check(const char* error) {
 }
 
 void load(int device) {
-  for (const auto load_some : {emc2::load_gathered, emc2::load_sweep, emc2::load_view_coins}) check(load_some(device));
+  for (const auto load_some :
+       {emc2::load_gathered, emc2::load_sweep, emc2::load_matrix_sweep, emc2::load_view_coins}) {
+    check(load_some(device));
+  }
 }
 
 using Launch = const char* (*)(const emc2::Walk&, emc2::LaunchTarget);
@@ -32,6 +35,13 @@ void walk(int device, uintptr_t stream, const emc2::WalkParams& params, const em
           const emc2::StepInput& input, const emc2::StepOutput& step_output,
           const emc2::TransitionOutput& transition_output) {
   check(kLaunch({params, operands, input, step_output, transition_output}, {device, at<void>(stream)}));
+}
+
+void matrix_sweep(int device, uintptr_t stream, const emc2::WalkParams& params, const emc2::Operands& operands,
+                  const emc2::StepInput& input, const emc2::StepOutput& step_output,
+                  const emc2::TransitionOutput& transition_output, uintptr_t scratch, int64_t scratch_bytes) {
+  check(emc2::launch_matrix_sweep({params, operands, input, step_output, transition_output}, at<void>(scratch),
+                                  scratch_bytes, {device, at<void>(stream)}));
 }
 
 void view_coins(int device, uintptr_t stream, const emc2::StreamParams& streams, int64_t count, uintptr_t views) {
@@ -46,5 +56,7 @@ PYBIND11_MODULE(emc2_cuda, module) {
   module.def("load", &load, ReleaseGil());
   module.def("walk_sweep", &walk<emc2::launch_sweep>, ReleaseGil());
   module.def("walk_gathered", &walk<emc2::launch_gathered>, ReleaseGil());
+  module.def("walk_matrix_sweep", &matrix_sweep, ReleaseGil());
+  module.def("matrix_sweep_scratch", &emc2::matrix_sweep_scratch);
   module.def("view_coins", &view_coins, ReleaseGil());
 }

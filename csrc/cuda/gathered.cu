@@ -174,7 +174,7 @@ const char* launch_typed(const Walk& walk, LaunchTarget target) {
   const int64_t blocks = (walk.num_rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
   const auto kernel =
       rows_are_packs<Element>(walk.operands) ? gathered_kernel<Element, true> : gathered_kernel<Element, false>;
-  return launch(kernel, blocks, kWarpsPerBlock * kWarp, target, timed, width);
+  return launch(kernel, {blocks, kWarpsPerBlock * kWarp}, target, timed, width);
 }
 
 }  // namespace

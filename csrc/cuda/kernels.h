@@ -35,8 +35,13 @@ struct LaunchTarget {
 const char* load_gathered(int device);
 const char* load_sweep(int device);
 const char* load_view_coins(int device);
+const char* load_matrix_sweep(int device);
 const char* launch_gathered(const Walk& walk, LaunchTarget target);
 const char* launch_sweep(const Walk& walk, LaunchTarget target);
 const char* launch_view_coins(const StreamParams& items, int64_t count, int64_t* views, LaunchTarget target);
+
+// A large sweep on the matrix units of compute capability 9.0, and how many bytes of scratch memory it needs.
+const char* launch_matrix_sweep(const Walk& walk, void* scratch, int64_t scratch_bytes, LaunchTarget target);
+int64_t matrix_sweep_scratch(int64_t rows, int64_t keys, int64_t samples, int device);
 
 }  // namespace emc2

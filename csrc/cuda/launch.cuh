@@ -55,28 +55,45 @@ const void* kernel_pointer(void (*kernel)(Parameters...)) {
 }
 
 // CUDA loads a kernel when it is first asked for, which a stream that is being captured may not allow.
-inline const char* load(std::initializer_list<const void*> kernels, int device) {
+// `shared_bytes`: of dynamic shared memory.
+inline const char* load(std::initializer_list<const void*> kernels, int device, size_t shared_bytes = 0) {
   const DeviceScope scope(device);
   cudaError_t error = scope.error();
   cudaFuncAttributes attributes;
   for (const void* kernel : kernels) {
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error == cudaSuccess && shared_bytes > 0) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    }
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+struct Extent {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes = 0;  // dynamic
+  int cluster = 1;          // blocks
+};
+
 template <class... Parameters>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, LaunchTarget target,
+const char* launch(void (*kernel)(Parameters...), Extent extent, LaunchTarget target,
                    const Parameters&... arguments) {
-  if (blocks == 0) return nullptr;
-  if (blocks > INT32_MAX) return "queries have more rows than one launch can take";
+  if (extent.blocks == 0) return nullptr;
+  if (extent.blocks > INT32_MAX) return "queries have more rows than one launch can take";
   const DeviceScope scope(target.device);
   cudaError_t error = scope.error();
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.gridDim = dim3(static_cast<unsigned>(extent.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(extent.threads));
+    config.dynamicSmemBytes = extent.shared_bytes;
     config.stream = static_cast<cudaStream_t>(target.stream);
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(extent.cluster), 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = extent.cluster > 1 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
   if (error == cudaSuccess) return nullptr;

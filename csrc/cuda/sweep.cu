@@ -252,7 +252,7 @@ const char* launch_typed(const Walk& walk, LaunchTarget target) {
   const int rows = walk.num_rows > kManyRows ? 2 : 1;
   const auto kernel = rows == 2 ? sweep_kernel<Element, 2> : sweep_kernel<Element, 1>;
   const int64_t blocks = (walk.num_rows + kWarps * rows - 1) / (kWarps * rows);
-  return launch(kernel, blocks, kThreads, target, timed, is_aligned);
+  return launch(kernel, {blocks, kThreads}, target, timed, is_aligned);
 }
 
 }  // namespace

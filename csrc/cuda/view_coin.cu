@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) view_coin_kernel(StreamParams items,
 const char* load_view_coins(int device) { return load({kernel_pointer(view_coin_kernel)}, device); }
 
 const char* launch_view_coins(const StreamParams& items, int64_t count, int64_t* views, LaunchTarget target) {
-  return launch(view_coin_kernel, (count + kThreads - 1) / kThreads, kThreads, target, items, count, views);
+  return launch(view_coin_kernel, {(count + kThreads - 1) / kThreads, kThreads}, target, items, count, views);
 }
 
 }  // namespace emc2

@@ -28,7 +28,8 @@ class Backend(NamedTuple):
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...] | None  # None: any
     why_unavailable: Callable[[], str | None]  # on this machine; None: it can run
-    prefers: Callable[[WalkParams], bool] = lambda walk: True  # whether "auto" should give it this walk
+    # Whether "auto" should give it this walk; and whether more is wanted of it than its samples and states.
+    prefers: Callable[[WalkParams, bool], bool] = lambda walk, more_results: True
     also: Callable[[], tuple[str, ...]] = tuple  # devices that it takes when asked for by name
 
     def why_not(self) -> str | None:
@@ -70,13 +71,16 @@ def _suits(backend: Backend, op: str, device: str, dtype: torch.dtype, by_name: 
     return device_ok and (backend.dtypes is None or dtype in backend.dtypes or dtype == torch.int64)
 
 
-def resolve(name: str, operand: Tensor, walk: WalkParams | None = None, op: str = "mh") -> ModuleType:
+def resolve(
+    name: str, operand: Tensor, walk: WalkParams | None = None, op: str = "mh", more_results: bool = False
+) -> ModuleType:
     """The module that runs ``name`` on operands like this one.
 
     "auto" is the fastest that can and, of those, the first that prefers this walk.
 
     Args:
         op: of OPERATIONS.
+        more_results: whether accepted proposals or a log-sum-exp are wanted of the walk, too.
 
     Raises:
         ValueError: the named backend takes neither this device nor this dtype.
@@ -86,7 +90,7 @@ def resolve(name: str, operand: Tensor, walk: WalkParams | None = None, op: str 
         able = _able(operand.device.type, operand.dtype, op)
         if walk is None or len(able) == 1:
             return _module(able[0], op)
-        return _module(next(candidate for candidate in able if TABLE[candidate].prefers(walk)), op)
+        return _module(next(candidate for candidate in able if TABLE[candidate].prefers(walk, more_results)), op)
     return _named(name, operand.device.type, operand.dtype, op)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,23 @@ SMALL_SWEEP = 1024  # rows, keys
 SMALL_SWEEP_MULTIPLIES = 1 << 24  # n * m * d
 FEW_CHAINS = 1024
 FEW_CHAINS_PROPOSALS = 4096
+
+# What Hopper's sweep on matrix units takes.
+MATRIX_SWEEP_ARCHITECTURE = 90
+MATRIX_SWEEP_KEYS = 128  # or a multiple
+MATRIX_SWEEP_LARGEST_D = 512
+
+
+class Won(NamedTuple):
+    """Sweeps that it walks faster than Triton's kernel, by a results file in bench/results."""
+
+    card: str
+    largest_d: int
+    least_n: int
+
+
+# "auto" takes it for these alone. There is no results file of a GPU yet. A test holds each row against the files.
+MATRIX_SWEEP_WON: tuple[Won, ...] = ()
 
 OLDEST = (8, 0)  # compute capability: bfloat16 in the matrix unit, asynchronous copies
 
@@ -55,15 +73,43 @@ def architecture(device_index: int | None = None) -> int:
     return 10 * major + minor
 
 
-def prefers_cuda_kernels(walk: WalkParams) -> bool:
+def is_small_sweep(walk: WalkParams) -> bool:
+    """Whether a warp for each chain is the fast way, beside matrix units."""
+    (n, d), m = walk.queries.shape, walk.keys.shape[0]
+    return n <= SMALL_SWEEP and m <= SMALL_SWEEP and n * m * d <= SMALL_SWEEP_MULTIPLIES
+
+
+def takes_matrix_sweep(walk: WalkParams, more_results: bool) -> bool:
+    """Whether the CUDA kernel for Hopper's matrix units (csrc/cuda/sweep_sm90.cu) can walk this.
+
+    Args:
+        walk: of any kind.
+        more_results: whether accepted proposals are counted, or the log-sum-exp is wanted, too.
+    """
+    queries, keys = walk.queries, walk.keys
+    if not walk.is_sweep or more_results or walk.log_proposal is not None or queries.dtype == torch.float32:
+        return False
+    whole_tiles = keys.shape[0] > 0 and keys.shape[0] % MATRIX_SWEEP_KEYS == 0 and walk.first_proposal % 4 == 0
+    if not whole_tiles or not 0 < queries.shape[1] <= MATRIX_SWEEP_LARGEST_D:
+        return False
+    aligned = all(rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0 for rows in (queries, keys))
+    return aligned and architecture(queries.get_device()) == MATRIX_SWEEP_ARCHITECTURE
+
+
+def prefers_cuda_kernels(walk: WalkParams, more_results: bool = False) -> bool:
     """Whether the CUDA kernels are the fast way, beside Triton's sweep on matrix units and its splits.
 
-    A warp walks a whole chain there, so few chains of many proposals would leave the GPU idle.
+    A warp walks a whole chain there, so few chains of many proposals would leave the GPU idle. Hopper's kernel has to
+    have won on a card of this name.
     """
-    (n, d), m = walk.queries.shape, walk.keys.shape[0]
-    if walk.is_sweep:
-        return n <= SMALL_SWEEP and m <= SMALL_SWEEP and n * m * d <= SMALL_SWEEP_MULTIPLIES
-    return n >= FEW_CHAINS or walk.num_proposals <= FEW_CHAINS_PROPOSALS
+    if not walk.is_sweep:
+        return walk.queries.shape[0] >= FEW_CHAINS or walk.num_proposals <= FEW_CHAINS_PROPOSALS
+    if is_small_sweep(walk):
+        return True
+    if not MATRIX_SWEEP_WON or not takes_matrix_sweep(walk, more_results):
+        return False
+    (n, d), card = walk.queries.shape, torch.cuda.get_device_name(walk.queries.get_device())
+    return any(card == won.card and d <= won.largest_d and n >= won.least_n for won in MATRIX_SWEEP_WON)
 
 
 def why_no_triton() -> str | None:

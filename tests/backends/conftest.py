@@ -63,6 +63,6 @@ def emulated(emulated_module, rubbish_in_outputs, monkeypatch):
     resolve = ops.resolve
     monkeypatch.setattr(cuda, "library", lambda device: emulated_module)
     monkeypatch.setattr(cuda, "_current_stream", lambda device: 0)
-    monkeypatch.setattr(ops, "resolve", lambda name, *a: cuda if name == "emulated" else resolve(name, *a))
+    monkeypatch.setattr(ops, "resolve", lambda name, *a, **b: cuda if name == "emulated" else resolve(name, *a, **b))
     monkeypatch.setattr(mh, "NAMES", (*mh.NAMES, "emulated"))
     return "emulated"

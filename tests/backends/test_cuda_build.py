@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 from first_use import run_checked
 
+from bench.gpu import matrix_sweep
 from emc2_kernels.backends.cuda import build as cuda_build
 from emc2_kernels.backends.extension import Unavailable
 
@@ -33,8 +34,12 @@ needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason="nvcc is not installed")
 ARCHITECTURES = (80, 90, 100)
 # Registers: a regression fails. The gathered walk needs 5 blocks of 128 threads on a multiprocessor (96 registers) to
 # keep its loads in flight; a small sweep has a multiprocessor to itself, and holds a tile's loads in registers.
-MOST_REGISTERS = {"gathered_kernel": 96, "sweep_kernel": 240, "view_coin_kernel": 32}
-MOST_SHARED_BYTES = {"gathered_kernel": 0, "sweep_kernel": 40 * 1024, "view_coin_kernel": 0}
+# That on matrix units has three warpgroups of 168, which they then share out anew.
+MOST_REGISTERS = {
+    "gathered_kernel": 96, "sweep_kernel": 240, "view_coin_kernel": 32, "matrix_sweep_kernel": 168,
+    "sweep_epilogue_kernel": 64,
+}  # fmt: skip
+MOST_SHARED_BYTES = dict.fromkeys(MOST_REGISTERS, 0) | {"sweep_kernel": 40 * 1024}
 
 
 class Usage(NamedTuple):
@@ -48,7 +53,7 @@ class Usage(NamedTuple):
 
 def parse_ptxas(log: str) -> list[Usage]:
     entry = re.compile(
-        r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<sm>\d+)'.*?"
+        r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<sm>\d+)a?'.*?"
         r"(?P<frame>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
         r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
         re.DOTALL,
@@ -79,11 +84,33 @@ def test_registers_and_shared_memory(tmp_path):
     found = sorted(entry for source in kernels for entry in usage(source))
     print(*(f"sm_{e[0]:<4}{e[1]:<18}{e[2]:<24}{e[3]:>4} registers{e[4]:>7} bytes shared, stack {e[5]}" for e in found),
           sep="\n")  # fmt: skip
-    assert len(found) == len(ARCHITECTURES) * (6 + 6 + 1)
+    assert len(found) == len(ARCHITECTURES) * (6 + 6 + 1 + 2 + 1)
     for entry in found:
         assert entry.stack == (0, 0, 0), entry
         assert entry.registers <= MOST_REGISTERS[entry.kernel], entry
         assert entry.shared_bytes <= MOST_SHARED_BYTES[entry.kernel], entry
+
+
+@needs_nvcc
+def test_the_sweep_on_matrix_units():
+    """Its products and copies are Hopper's own, asynchronous ones, and nothing else holds the walk up: no local memory,
+    no fence of the whole GPU on the way, no product that the compiler has made wait for another."""
+    kernels, log = matrix_sweep.compile_kernels()
+    assert {kernel.element for kernel in kernels} == {"Bfloat16", "Float16"}
+    assert "serialized" not in log and "Potential Performance Loss" not in log
+    for element, code, opcodes, walk in kernels:
+        print(element, walk)
+        products = re.findall(r"HGMMA\.64x128x16\.F32[.\w]*", code)
+        assert len(products) == 24  # of a chunk four; before the walk, at four places in it, and before a careful one
+        assert set(products) == {"HGMMA.64x128x16.F32" + (".BF16" if element == "Bfloat16" else "")}
+        copies = [opcode for opcode in opcodes if opcode.startswith("UTMALDG")]
+        assert sorted(copies) == ["UTMALDG.2D", "UTMALDG.3D.MULTICAST"]
+        assert opcodes.count("USETMAXREG.DEALLOC.CTAPOOL") == opcodes.count("USETMAXREG.TRY_ALLOC.CTAPOOL") == 1
+        assert not [opcode for opcode in opcodes if opcode.split(".")[0] in ("LDL", "STL")]
+        assert opcodes.count("MEMBAR.ALL.GPU") == 2  # of the cluster's barriers, before all work and after it
+        assert 10 < walk.issue <= 16.5
+        assert 10 < walk.cycles <= 16.5
+        assert walk.binding == "issue" and walk.unknown == 0
 
 
 @needs_nvcc
@@ -101,7 +128,7 @@ def test_assertions_can_be_left_out(asserts, monkeypatch):
 
 
 NAMES = ["Operands", "StepInput", "StepOutput", "StreamParams", "TransitionOutput", "WalkParams"]
-NAMES += ["load", "view_coins", "walk_gathered", "walk_sweep"]
+NAMES += ["load", "matrix_sweep_scratch", "view_coins", "walk_gathered", "walk_matrix_sweep", "walk_sweep"]
 
 BUILD = """
 import sys

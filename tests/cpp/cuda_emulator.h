@@ -1,4 +1,5 @@
-// Runs the kernels of csrc/cuda on the CPU, compiled by g++: each CUDA thread is a fiber, blocks run one after another.
+// Runs the kernels of csrc/cuda on the CPU, compiled by g++: each CUDA thread is a fiber, clusters of blocks run one after
+// another. What only Hopper's kernel uses is in hopper_emulator.h.
 //
 // tests/backends/test_cuda.py puts this header in the place of <cuda_runtime.h>. What it is strict about: all 32 lanes
 // of a warp must meet at the same kind of shuffle, all threads of a block at a barrier, 16-byte loads must be aligned,
@@ -12,6 +13,7 @@
 #include <cassert>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -41,11 +43,14 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 namespace emulator {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kWarpgroup = 128;
 constexpr size_t kStackBytes = 1 << 18;
+
+struct Block;
 
 struct Fiber {
   dim3 thread;
+  Block* block = nullptr;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   ucontext_t entry;
   jmp_buf point;
@@ -62,31 +67,37 @@ struct Meeting {
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<Meeting> warps;
+  std::vector<Meeting> warps, warpgroups;
   Meeting barrier;
   dim3 index;
-  Fiber* current = nullptr;
-  jmp_buf scheduler;
-  ucontext_t scheduler_entry;
-  std::string error;
-  uint64_t progress = 0;
-  void (*run)(void*) = nullptr;
-  void* argument = nullptr;
+  std::unique_ptr<char[]> memory;  // dynamic shared memory, with room to begin at a multiple of 1,024
+  char* shared = nullptr;
 };
 
-inline Block block;
+inline std::vector<std::unique_ptr<Block>> cluster;  // the blocks that run now
+inline Meeting cluster_barrier;
+inline Fiber* current = nullptr;
+inline jmp_buf scheduler;
+inline std::string error;
+inline uint64_t progress = 0;
+inline void (*run)(void*) = nullptr;
+inline void* argument = nullptr;
+inline dim3 grid;
 inline std::string last_error;
 inline int launches = 0, device = 0;
+inline bool late = false;   // whether what need not happen at once happens as late as it may
 
-[[noreturn]] inline void leave() { _longjmp(block.scheduler, 1); }
+inline Block& block() { return *current->block; }
+
+[[noreturn]] inline void leave() { _longjmp(scheduler, 1); }
 
 inline void yield() {
-  if (_setjmp(block.current->point) == 0) leave();
+  if (_setjmp(current->point) == 0) leave();
 }
 
 [[noreturn]] inline void fail(const std::string& what) {
-  if (block.error.empty()) block.error = what;
-  block.current->done = true;
+  if (error.empty()) error = what;
+  current->done = true;
   leave();
 }
 
@@ -97,7 +108,7 @@ inline uint64_t meet(Meeting& meeting, const char* kind) {
   }
   meeting.kind = kind;
   const uint64_t generation = meeting.generation;
-  ++block.progress;
+  ++progress;
   if (++meeting.arrived == meeting.expected) {
     meeting.arrived = 0;
     ++meeting.generation;
@@ -107,8 +118,8 @@ inline uint64_t meet(Meeting& meeting, const char* kind) {
   return generation;
 }
 
-inline int lane() { return static_cast<int>(block.current->thread.x) % kWarp; }
-inline Meeting& warp() { return block.warps[block.current->thread.x / kWarp]; }
+inline int lane() { return static_cast<int>(current->thread.x) % kWarp; }
+inline Meeting& warp() { return block().warps[current->thread.x / kWarp]; }
 
 // Each lane's value, where it can be read until the lane takes part in the exchange after the next.
 template <class Value>
@@ -130,15 +141,15 @@ Value shuffled(unsigned mask, Value value, int source, bool inside, const char* 
 }
 
 inline void enter() {
-  block.run(block.argument);
-  block.current->done = true;
-  ++block.progress;
+  run(argument);
+  current->done = true;
+  ++progress;
   leave();
 }
 
 inline void resume(Fiber& fiber) {
-  block.current = &fiber;
-  if (_setjmp(block.scheduler) != 0) return;
+  current = &fiber;
+  if (_setjmp(scheduler) != 0) return;
   if (fiber.started) _longjmp(fiber.point, 1);
   fiber.started = true;
   getcontext(&fiber.entry);
@@ -149,35 +160,55 @@ inline void resume(Fiber& fiber) {
   setcontext(&fiber.entry);
 }
 
-inline void run_block(int threads, bool backwards) {
+inline void prepare(Block& block, int threads, size_t shared_bytes) {
   while (static_cast<int>(block.fibers.size()) < threads) block.fibers.emplace_back();
   block.warps.assign(threads / kWarp, Meeting{});
   for (Meeting& meeting : block.warps) meeting.expected = kWarp;
+  block.warpgroups.assign(threads / kWarpgroup, Meeting{});
+  for (Meeting& meeting : block.warpgroups) meeting.expected = kWarpgroup;
   block.barrier = Meeting{};
   block.barrier.expected = threads;
+  constexpr size_t kAlignment = 1024;
+  block.memory.reset(new char[shared_bytes + kAlignment]);
+  std::memset(block.memory.get(), 0xff, shared_bytes + kAlignment);  // of halves, NaN: what nobody has written shows
+  block.shared = block.memory.get() + kAlignment - reinterpret_cast<uintptr_t>(block.memory.get()) % kAlignment;
   for (int i = 0; i < threads; ++i) {
     block.fibers[i].thread.x = static_cast<unsigned>(i);
+    block.fibers[i].block = &block;
     block.fibers[i].started = block.fibers[i].done = false;
   }
-  for (int left = threads; left > 0 && block.error.empty();) {
-    const uint64_t before = block.progress;
+}
+
+inline void run_cluster(int first, int blocks, int threads, size_t shared_bytes, bool backwards) {
+  while (static_cast<int>(cluster.size()) < blocks) cluster.emplace_back(new Block);
+  cluster_barrier = Meeting{};
+  cluster_barrier.expected = blocks * threads;
+  for (int i = 0; i < blocks; ++i) {
+    prepare(*cluster[i], threads, shared_bytes);
+    cluster[i]->index.x = static_cast<unsigned>(first + i);
+  }
+  for (int left = blocks * threads; left > 0 && error.empty();) {
+    const uint64_t before = progress;
     left = 0;
-    for (int i = 0; i < threads && block.error.empty(); ++i) {
-      Fiber& fiber = block.fibers[backwards ? threads - 1 - i : i];
+    for (int i = 0; i < blocks * threads && error.empty(); ++i) {
+      const int at = backwards ? blocks * threads - 1 - i : i;
+      Fiber& fiber = cluster[at / threads]->fibers[at % threads];
       if (fiber.done) continue;
       resume(fiber);
       left += !fiber.done;
     }
-    if (left > 0 && block.progress == before) block.error = "threads wait for others that have ended or wait elsewhere";
+    if (left > 0 && progress == before) error = "threads wait for others that have ended or wait elsewhere";
   }
 }
 
 }  // namespace emulator
 
-#define threadIdx (emulator::block.current->thread)
-#define blockIdx (emulator::block.index)
+#define threadIdx (emulator::current->thread)
+#define blockIdx (emulator::block().index)
+inline dim3& gridDim = emulator::grid;
 
-inline void __syncthreads() { emulator::meet(emulator::block.barrier, "__syncthreads"); }
+inline void __syncwarp() { emulator::meet(emulator::warp(), "__syncwarp"); }
+inline void __syncthreads() { emulator::meet(emulator::block().barrier, "__syncthreads"); }
 #define __assert_fail(assertion, ...) emulator::fail(assertion)
 
 template <class Value>
@@ -200,6 +231,8 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   for (int lane = 0; lane < emulator::kWarp; ++lane) ballot |= static_cast<unsigned>(votes[lane] != 0) << lane;
   return ballot;
 }
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __ffs(int word) { return __builtin_ffs(word); }
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
 
 template <class Value>
@@ -228,15 +261,33 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::device, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return emulator::device = device, cudaSuccess; }
 struct cudaFuncAttributes {};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  const char* const asked = std::getenv("EMC2_EMULATED_PROCESSORS");
+  return *value = asked ? std::atoi(asked) : 4, cudaSuccess;
+}
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::last_error.c_str(); }
@@ -245,15 +296,17 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   auto call = [&] { kernel(arguments...); };
-  emulator::Block& block = emulator::block;
-  block.run = [](void* argument) { (*static_cast<decltype(call)*>(argument))(); };
-  block.argument = &call;
-  block.error.clear();
-  const bool backwards = emulator::launches++ % 2 == 1;
-  for (unsigned x = 0; x < config->gridDim.x && block.error.empty(); ++x) {
-    block.index.x = x;
-    emulator::run_block(static_cast<int>(config->blockDim.x), backwards);
+  emulator::run = [](void* argument) { (*static_cast<decltype(call)*>(argument))(); };
+  emulator::argument = &call;
+  emulator::error.clear();
+  emulator::grid = config->gridDim;
+  const int mode = emulator::launches++ % 4;
+  emulator::late = mode / 2 == 1;
+  const unsigned blocks = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
+  for (unsigned x = 0; x < config->gridDim.x && emulator::error.empty(); x += blocks) {
+    emulator::run_cluster(static_cast<int>(x), static_cast<int>(blocks), static_cast<int>(config->blockDim.x),
+                          config->dynamicSmemBytes, mode % 2 == 1);
   }
-  emulator::last_error = block.error;
-  return block.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+  emulator::last_error = emulator::error;
+  return emulator::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }

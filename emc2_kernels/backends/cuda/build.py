@@ -58,8 +58,9 @@ def definitions() -> list[str]:
 
 
 def gencode_flags(*architectures: int) -> list[str]:
-    """nvcc's flags: code for exactly these, such as 90 for compute capability 9.0."""
-    return [flag for a in architectures for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+    """nvcc's flags: code for exactly these, such as 90 for compute capability 9.0, with what only Hopper has."""
+    names = [f"{a}a" if a == gpu.MATRIX_SWEEP_ARCHITECTURE else f"{a}" for a in architectures]
+    return [flag for name in names for flag in ("-gencode", f"arch=compute_{name},code=sm_{name}")]
 
 
 def why_unavailable_here() -> str | None:

@@ -1,5 +1,5 @@
-"""The CUDA backend: one launch a call, on the current stream. The kernels are in csrc/cuda; nothing here waits for the
-device.
+"""The CUDA backend: one launch a call, of a sweep on matrix units two, on the current stream. The kernels are in
+csrc/cuda; nothing here waits for the device.
 
 A step on a small batch is a few microseconds on the GPU, so this side of it is kept to one allocation for each output
 and one call.
@@ -7,7 +7,8 @@ and one call.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -35,27 +36,39 @@ def _number(value: int | Tensor, bits: int) -> Number:
     return (0, value.data_ptr()) if isinstance(value, Tensor) else (value & ((1 << bits) - 1), 0)
 
 
-def _run(core: ModuleType, walk: WalkParams, *input_and_outputs: Any) -> None:
+def _run(core: ModuleType, walk: WalkParams, *input_and_outputs: Any, on_matrix_units: bool = False) -> None:
     index = walk.queries.get_device()
     params = kernel_calls.walk_params(core, walk, _number(walk.seed, 64), _number(walk.step, 32))
-    launch = core.walk_sweep if walk.is_sweep else core.walk_gathered
+    operands = kernel_calls.operands(core, walk.queries, walk.keys)
     # Once a launch is on the stream, torch's allocator hands the memory of what it reads to later work only.
-    launch(
-        index, _current_stream(index), params, kernel_calls.operands(core, walk.queries, walk.keys), *input_and_outputs
-    )
+    call = index, _current_stream(index), params, operands, *input_and_outputs
+    if not walk.is_sweep:
+        core.walk_gathered(*call)
+    elif on_matrix_units:
+        size = core.matrix_sweep_scratch(walk.queries.shape[0], walk.keys.shape[0], walk.num_samples, index)
+        scratch = torch.empty(size, dtype=torch.uint8, device=walk.queries.device)
+        core.walk_matrix_sweep(*call, scratch.data_ptr(), size)
+    else:
+        core.walk_sweep(*call)
+
+
+def _choose_run(walk: WalkParams, more_results: bool) -> Callable[..., None]:
+    """Which kernel a sweep takes. A small one is all waiting, and matrix units are no help."""
+    on_matrix_units = gpu.takes_matrix_sweep(walk, more_results) and not gpu.is_small_sweep(walk)
+    return partial(_run, on_matrix_units=True) if on_matrix_units else _run
 
 
 def transition(walk: WalkParams) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold, score and position of the prefixes at the sample points, (n, R) each."""
-    return kernel_calls.transition(library(walk.queries.get_device()), _run, walk)
+    return kernel_calls.transition(library(walk.queries.get_device()), _choose_run(walk, False), walk)
 
 
 def step(
     walk: WalkParams, key: Tensor, score: Tensor, key_labels: Tensor | None, return_accepts: bool, return_lse: bool
 ) -> list[Tensor]:
     """[samples, key, score, threshold], then accepted and lse if asked for; see ``emc2_kernels.mh_step``."""
-    core = library(walk.queries.get_device())
-    return kernel_calls.step(core, _run, walk, key, score, key_labels, return_accepts, return_lse)
+    core, run = library(walk.queries.get_device()), _choose_run(walk, return_accepts or return_lse)
+    return kernel_calls.step(core, run, walk, key, score, key_labels, return_accepts, return_lse)
 
 
 def view_coin(items: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
