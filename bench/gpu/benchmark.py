@@ -32,9 +32,10 @@ import torch
 import emc2_kernels as emc2
 from bench.gpu.context import DEAD_CONTEXT, Context, Row, context_is_alive
 from bench.gpu.predictions import find_prediction
-from bench.gpu.rows import HEADLINE, HEADLINE_NOT_ON_CUDA, NONE_ON_CUDA, OF_ALL_BACKENDS, ROWS
+from bench.gpu.rows import HEADLINE, HEADLINE_NOT_ON_CUDA, NONE_ON_CUDA, OF_ALL_BACKENDS, ROWS, SWEEPS
 from bench.harness import machine
 from bench.harness.report import REHEARSAL, results_path, write_json
+from emc2_kernels.backends import gpu
 
 GPU_BACKENDS = ("triton", "cuda")
 SCHEMA = 1  # of the results file; raise it when a field changes its meaning
@@ -70,9 +71,10 @@ def names(options: argparse.Namespace) -> list[str]:
     return [name for name in HEADLINE if name in ROWS] if options.headline else list(ROWS)
 
 
-def plan(options: argparse.Namespace, available: Sequence[str]) -> list[tuple[str, str]]:
-    """(row, backend) in order; a row of all backends comes once."""
-    not_on_cuda = {*NONE_ON_CUDA, *(HEADLINE_NOT_ON_CUDA if options.headline else ())}
+def plan(options: argparse.Namespace, available: Sequence[str], hopper: bool = False) -> list[tuple[str, str]]:
+    """(row, backend) in order; a row of all backends comes once. hopper: whether the cuda backend has matrix units."""
+    slow = (*HEADLINE_NOT_ON_CUDA, *(() if hopper else SWEEPS)) if options.headline else ()
+    not_on_cuda = {*NONE_ON_CUDA, *slow}
     wanted = [name for name in names(options) if not options.only or name.startswith(tuple(options.only))]
     return [
         (name, backend)
@@ -80,6 +82,11 @@ def plan(options: argparse.Namespace, available: Sequence[str]) -> list[tuple[st
         for backend in (["all"] if name in OF_ALL_BACKENDS else available)
         if available and not (backend == "cuda" and name in not_on_cuda)
     ]
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the GPU has what csrc/cuda/matrix_sweep.cuh needs."""
+    return device.type == "cuda" and gpu.architecture() == gpu.MATRIX_SWEEP_ARCHITECTURE
 
 
 def device_name(device: torch.device) -> str:
@@ -184,7 +191,7 @@ def run_all(options: argparse.Namespace, context: Context, results: dict, target
     """Runs the rows that the file lacks, and writes it after each. Returns the exit status."""
     deadline = time.perf_counter() + options.budget
     have, earlier = {(row["name"], row["backend"]) for row in results["rows"]}, results.get("limits", {})
-    for name, backend in plan(options, context.backends):
+    for name, backend in plan(options, context.backends, is_hopper(context.device)):
         if (name, backend) in have:
             continue
         if time.perf_counter() > deadline:
@@ -213,7 +220,7 @@ def run_and_print(name: str, backend: str, context: Context) -> dict[str, object
 def warm(options: argparse.Namespace, context: Context) -> int:
     """Compiles and loads what the rows need, frees their operands, and keeps no figure; 1 where a row failed."""
     deadline, failed = time.perf_counter() + options.budget, False
-    for name, backend in plan(options, context.backends):
+    for name, backend in plan(options, context.backends, is_hopper(context.device)):
         if time.perf_counter() > deadline:
             break
         failed |= "error" in run_and_print(name, backend, context)

@@ -37,6 +37,8 @@ LONG: Shape = (33_755, 1301), (70, 1301)  # more than eight tiles: a second laun
 SPLIT_LONG: Shape = (8000, 2600), (140, 2600)  # the same in two splits
 SPLIT: Shape = (3000, 1500), (40, 300)  # three tiles a split on an H100
 ALIGNED: Shape = (512, 1024), (32, 128)
+WHOLE_TILES: Shape = (33_755, 1280), (70, 256)  # as the sweep on Hopper's matrix units takes them
+SPLIT_TILES: Shape = (3000, 6144), (40, 384)
 FEW_ROWS: Shape = (40, 1800), (20, 300)
 FEW_ROWS_WIDE: Shape = (60, 500), (20, 200)
 GATHERED: Shape = (3001, 7001, 300), (33, 70, 40)
@@ -93,10 +95,14 @@ def walk_problem(
     kind: str,
     full: bool,
     num_samples: int = NUM_SAMPLES,
+    weights: bool = True,
 ) -> Problem:
-    """A walk of a kind, "sweep", "uniform" or "given", with everything that it can be given or with nothing."""
+    """A walk of a kind, "sweep", "uniform" or "given", with everything that it can be given or with nothing. Without
+    ``weights`` proposals have none in any case."""
     n, m, *drawn = shape
     temperatures, options = all_options(n, m, temperature) if full else (temperature, {})
+    if not weights:
+        options.pop("log_proposal", None)
     count = drawn[0] if drawn else m
     if kind == "uniform":
         options |= {"proposal": "uniform", "num_proposals": count}
@@ -130,11 +136,14 @@ def walks(
     full: bool = False,
     counts: bool = False,
     num_samples: int = NUM_SAMPLES,
+    weights: bool = True,
 ) -> Iterator[Trial]:
     """Walks against the literal one. ``full``: every option, seed and step on the device. ``counts``: accepts counted,
     and the log-sum-exp of a sweep."""
     for shape in (context.choose(*both) for both in shapes):
-        problem = move_problem(walk_problem(shape, d, dtype, temperature, kind, full, num_samples), context.device)
+        problem = move_problem(
+            walk_problem(shape, d, dtype, temperature, kind, full, num_samples, weights), context.device
+        )
         changes: dict[str, object] = {"return_accepts": counts, "return_lse": counts and kind == "sweep"}
         if full:
             changes |= {name: number_tensor(getattr(problem, name), context.device) for name in ("seed", "step")}

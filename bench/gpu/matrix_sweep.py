@@ -1,6 +1,7 @@
 """What nvcc makes of the sweep on Hopper's matrix units (csrc/cuda/sweep_sm90.cu); the GPU need not be there.
 
     python -m bench.gpu.matrix_sweep
+    python -m bench.gpu.matrix_sweep --won bench/results/FILE.json    rows of gpu.MATRIX_SWEEP_WON, from a GPU's results
 
 The walk is counted as bench.gpu.compiled counts Triton's: instructions of a thread for each (row, key), by the pipe
 that executes them. A tile costs a thread more: its 64 products by the scale, and some 50 instructions for each 64
@@ -9,9 +10,12 @@ dimensions by which the matrix unit is given its next products.
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +55,30 @@ def compile_kernels() -> tuple[list[Compiled], str]:
     return kernels, log
 
 
-def main() -> None:
+def rows_won(results: dict) -> list[gpu.Won]:
+    """For each d that a GPU has been tried with (the row "large-crossover"), the least number of rows from which on
+    this kernel was faster than Triton's at every size."""
+    [row] = [row for row in results["rows"] if row["name"] == "large-crossover" and "error" not in row]
+    columns, table = row["notes"]["columns"], row["notes"]["us"]
+    cuda, triton = columns.index("cuda"), columns.index("triton")
+    won = []
+    for d in sorted({line[1] for line in table}):
+        least = gpu.NEVER
+        for line in sorted((line for line in table if line[1] == d), reverse=True):
+            if line[cuda] >= line[triton]:
+                break
+            least = line[0]
+        won.append(gpu.Won(results["machine"]["device"], d, least))
+    return won
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--won", type=Path, metavar="FILE", help="a results file of bench.gpu.check")
+    options = parser.parse_args(arguments)
+    if options.won:
+        print(*rows_won(json.loads(options.won.read_text())), sep="\n")
+        return
     kernels, log = compile_kernels()
     registers = re.findall(r"Used (\d+) registers", log)
     print(f"registers of a thread at launch: {', '.join(registers)} (168 leaves a walking warp 232)")

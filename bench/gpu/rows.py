@@ -26,14 +26,16 @@ from emc2_kernels.losses import EMC2Loss
 
 TEMPERATURE = 0.07
 SAMPLES = 16
+CLUSTER = 256, 512  # rows that share the keys in csrc/cuda/matrix_sweep.cuh, and dimensions that stay there
 LOSS_LAUNCHES = 6  # of EMC2Loss on a GPU: five forward, one backward (emc2_kernels/losses/emc2_fused.py)
 
 
 def sweep_work(backend: str, n: int, m: int, d: int, call: Call, ids: bool = False) -> Work:
     """What a bfloat16 sweep cannot do without; `call` makes one, alone or in a loss."""
-    tuning = None if backend == "cuda" else triton_tuning()
-    l2_bytes = 0
-    if tuning is not None:
+    tuning, l2_bytes = triton_tuning(), 0
+    if backend == "cuda":
+        l2_bytes = sweep_l2_bytes(n, m, d, 2, *CLUSTER, ids)
+    elif tuning is not None:
         chosen = tuning.sweep(tuning.device(0)[0], True, d, n)
         l2_bytes = sweep_l2_bytes(n, m, d, 2, chosen.block_m, chosen.block_d, ids)
     operands = 2 * (n + m) * d
@@ -299,9 +301,9 @@ def split(context: Context, backend: str) -> Row:
     return row
 
 
-def crossover(context: Context, _: str) -> Row:
-    """Replayed small sweeps by every backend: which is faster at which size. Microseconds, in the notes."""
-    sides = (32, 64, 128, 256, 512, 1024) if not context.rehearsal else (32, 48)
+def crossover(context: Context, _: str, sides: tuple[int, ...]) -> Row:
+    """Replayed sweeps by every backend: which is faster at which size. Microseconds, in the notes."""
+    sides = (32, 48) if context.rehearsal else sides
     row = Row({"n = m": sides, "R": SAMPLES, "dtype": "bfloat16"})
     row.notes["columns"] = ["n", "d", *context.backends]
     row.notes["us"] = table = []
@@ -337,12 +339,14 @@ ROWS: dict[str, RowFunction] = {  # in the order of their weight: what the time 
     "split": split,
     "small-64-float32": partial(small, m=64, dtype=torch.float32),
     "sweep-1024": partial(sweep, d=1024, bound=None),
-    "crossover": crossover,
+    "large-crossover": partial(crossover, sides=(2048, 4096, 8192, 16_384)),
+    "crossover": partial(crossover, sides=(32, 64, 128, 256, 512, 1024)),
 }
-OF_ALL_BACKENDS = ("crossover",)
+OF_ALL_BACKENDS = ("large-crossover", "crossover")
 NONE_ON_CUDA = ("lse-128", "lse-backward-128", "lse-backward-512", "isir-128")
 
 # What is measured first where a GPU is lent for minutes. No name begins another's: each can be asked for alone.
 HEADLINE = tuple(ROWS)[:11]
-# Without matrix units, which the cuda backend leaves to Triton, such a sweep takes several times as long.
-HEADLINE_NOT_ON_CUDA = ("sweep-512", "sweep-128", "sweep-ids-512", "sweep-ids-128", "loss-16384")
+# Without matrix units, which the cuda backend uses on Hopper alone, such a sweep takes several times as long.
+SWEEPS = ("sweep-512", "sweep-128", "sweep-ids-512", "sweep-ids-128")
+HEADLINE_NOT_ON_CUDA = ("loss-16384",)

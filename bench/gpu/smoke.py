@@ -32,8 +32,11 @@ from bench.gpu.families import (
     LONG,
     SPLIT,
     SPLIT_LONG,
+    SPLIT_TILES,
+    WHOLE_TILES,
 )
 from bench.gpu.trial import Case, Context, Trial
+from emc2_kernels.backends import gpu
 
 MOST_WORDS = 2000
 NO_GPU = "bench.gpu.smoke needs a CUDA GPU and found none; --rehearse walks every family on the CPU at toy sizes"
@@ -42,7 +45,7 @@ NO_GPU = "bench.gpu.smoke needs a CUDA GPU and found none; --rehearse walks ever
 class Family(NamedTuple):
     """Kernels that stand or fall together, and how many binaries a process has to compile for them: few."""
 
-    kind: str  # of backend: "triton" or "cuda"
+    kind: str  # of backend: "triton", "cuda", or what of that only a GPU of compute capability 9.0 has: "hopper"
     trials: Callable[[Context, str], Iterator[Trial]]
 
 
@@ -99,6 +102,14 @@ FAMILIES = {
     "cuda-gathered": _variants(
         "cuda", *BOTH_GATHERED, *({**each, "full": True} for each in BOTH_GATHERED), counts=True
     ),
+    "hopper-sweep-128": _variants(
+        "hopper",
+        {"shapes": (WHOLE_TILES, SPLIT_TILES)},
+        {"shapes": (SPLIT_TILES,), "dtype": torch.float16, "d": 72},
+    ),
+    "hopper-sweep-samples": _walks("hopper", shapes=(WHOLE_TILES,), num_samples=200),
+    "hopper-sweep-512": _walks("hopper", d=512, temperature=0.5, shapes=(WHOLE_TILES, SPLIT_TILES)),
+    "hopper-sweep-options": _walks("hopper", shapes=(WHOLE_TILES, SPLIT_TILES), full=True, weights=False),
     "cuda-loss": Family("cuda", SMALL_LOSS),  # Triton's kernels around the CUDA walk
     "cuda-graph": Family("cuda", families.graphs),
     "cuda-log2": Family("cuda", families.kernel_draws),
@@ -155,8 +166,10 @@ def run_family(name: str, context: Context, warm: bool = False) -> dict[str, obj
     record |= {"seconds": 0.0, "why": ""}
     reason = emc2.backends()[backend]
     if reason != "available":
-        status = "SKIP" if family.kind == "cuda" else "FAIL"
+        status = "FAIL" if family.kind == "triton" else "SKIP"
         return record | {"status": status, "why": f"backend {backend!r}: {reason}"[:MOST_WORDS]}
+    if family.kind == "hopper" and not context.rehearsal and gpu.architecture() != gpu.MATRIX_SWEEP_ARCHITECTURE:
+        return record | {"status": "SKIP", "why": f"the kernel is for sm_90, and this GPU is sm_{gpu.architecture()}"}
     torch.backends.cuda.matmul.fp32_precision = "ieee"  # bounds are those of full products
     try:
         for trial in family.trials(context, backend):

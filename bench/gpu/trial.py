@@ -69,7 +69,7 @@ class Context:
 
     def backend(self, kind: str) -> str:
         """The backend that runs the families of a kind."""
-        return {"triton": self.triton, "cuda": self.cuda}[kind]
+        return {"triton": self.triton, "cuda": self.cuda, "hopper": self.cuda}[kind]
 
     def choose(self, real: tuple, toy: tuple) -> tuple:
         """A shape: the real one, or the toy in a rehearsal."""

@@ -24,14 +24,17 @@ MATRIX_SWEEP_LARGEST_D = 512
 
 
 class Won(NamedTuple):
-    """Sweeps that it walks faster than Triton's kernel, by a results file in bench/results."""
+    """From which number of rows on it walks faster than Triton's kernel, by a results file in bench/results."""
 
     card: str
-    largest_d: int
-    least_n: int
+    d: int  # of the measurement; it stands for those above the card's next smaller one
+    least_n: int  # NEVER: for none
 
 
-# "auto" takes it for these alone. There is no results file of a GPU yet. A test holds each row against the files.
+NEVER = 1 << 62
+
+# "auto" takes it for these alone (`python -m bench.gpu.matrix_sweep --won FILE` prints rows, and a test holds them
+# against the files). There is no results file of a GPU yet.
 MATRIX_SWEEP_WON: tuple[Won, ...] = ()
 
 OLDEST = (8, 0)  # compute capability: bfloat16 in the matrix unit, asynchronous copies
@@ -109,7 +112,8 @@ def prefers_cuda_kernels(walk: WalkParams, more_results: bool = False) -> bool:
     if not MATRIX_SWEEP_WON or not takes_matrix_sweep(walk, more_results):
         return False
     (n, d), card = walk.queries.shape, torch.cuda.get_device_name(walk.queries.get_device())
-    return any(card == won.card and d <= won.largest_d and n >= won.least_n for won in MATRIX_SWEEP_WON)
+    measured = min((won for won in MATRIX_SWEEP_WON if won.card == card and d <= won.d), default=None)
+    return measured is not None and n >= measured.least_n
 
 
 def why_no_triton() -> str | None:

@@ -211,10 +211,10 @@ def assert_matches(result, expected, error, min_rows=0.9):
         torch.testing.assert_close(result.lse.double(), lse.double(), rtol=1e-6, atol=worst)
 
 
-def check_walk(device, backend, values, *, layout="contiguous", dots=None, min_rows=0.9, expected=None):
-    """One call against the oracle: accepts always counted, the log-sum-exp of sweeps always asked for."""
+def check_walk(device, backend, values, *, layout="contiguous", dots=None, min_rows=0.9, expected=None, more=True):
+    """One call against the oracle. ``more``: accepts counted, and the log-sum-exp of sweeps asked for."""
     is_sweep = isinstance(values.get("proposal", "sweep"), str) and values.get("proposal", "sweep") == "sweep"
-    result = step_of(values, device, backend, layout, return_accepts=True, return_lse=is_sweep)
+    result = step_of(values, device, backend, layout, return_accepts=more, return_lse=more and is_sweep)
     error = score_error(values["temperature"], values["queries"].shape[1], dots)
     assert_matches(result, column_walk(values) if expected is None else expected, error, min_rows)
     return result
