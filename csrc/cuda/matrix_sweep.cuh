@@ -51,6 +51,7 @@ struct Shared {
   Barrier full[kSlots], empty[kSlots];  // of the stages
   Barrier queries_full, queries_empty;
 };
+static_assert(sizeof(Shared) <= 227 * 1024, "the most that a block of compute capability 9.0 may have");
 
 struct MatrixSweep : SegmentedWalk {
   hopper::TensorMap query_map, key_map;

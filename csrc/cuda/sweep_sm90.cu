@@ -12,6 +12,13 @@ namespace {
 constexpr int kMaxSplits = 256;
 constexpr int kEnding = 2;  // what the beginning and the end of a piece of work cost, in tiles; not measured
 
+bool is_hopper(int device) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+}
+
 // That run at the same time: a block takes all shared memory of a multiprocessor.
 int64_t count_clusters(int device) {
   int processors = 0;
@@ -45,8 +52,9 @@ const char* encode_operands(MatrixSweep& sweep) {
                            {kChunk, kSegments, kSteps / kCluster});
 }
 
-const char* why_not(const Walk& walk, int64_t scratch_bytes, int64_t needed) {
+const char* why_not(const Walk& walk, int64_t scratch_bytes, int64_t needed, int device) {
   const Operands& operands = walk.operands;
+  if (!is_hopper(device)) return "a sweep on matrix units needs a GPU of compute capability 9.0";
   const auto is_pack = [](const void* rows, int64_t stride) {
     return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride % 8 == 0;
   };
@@ -77,6 +85,7 @@ const char* launch_typed(const MatrixSweep& sweep, int64_t items, LaunchTarget t
 }  // namespace
 
 const char* load_matrix_sweep(int device) {
+  if (!is_hopper(device)) return nullptr;  // which may not have that much shared memory
   const char* error = load({kernel_pointer(sweep_epilogue_kernel)}, device);
   for (const void* kernel : {kernel_pointer(matrix_sweep_kernel<Bfloat16>), kernel_pointer(matrix_sweep_kernel<Float16>)}) {
     if (!error) error = load({kernel}, device, sizeof(Shared));
@@ -91,7 +100,7 @@ int64_t matrix_sweep_scratch(int64_t rows, int64_t keys, int64_t samples, int de
 
 const char* launch_matrix_sweep(const Walk& walk, void* scratch, int64_t scratch_bytes, LaunchTarget target) {
   const int64_t needed = matrix_sweep_scratch(walk.num_rows, walk.num_keys, walk.num_samples, target.device);
-  if (const char* error = why_not(walk, scratch_bytes, needed)) return error;
+  if (const char* error = why_not(walk, scratch_bytes, needed, target.device)) return error;
   if (walk.num_rows == 0) return nullptr;
   MatrixSweep sweep{};
   static_cast<Walk&>(sweep) = walk;

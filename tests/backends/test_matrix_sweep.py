@@ -58,7 +58,7 @@ def assert_same(result, queries, keys, state=None, min_rows=0.9, **options):
 @pytest.mark.parametrize(
     ("n", "m", "d"),
     [(1, 128, 8), (65, 128, 16), (128, 256, 64), (200, 384, 72), (257, 128, 128), (5, 256, 136), (300, 128, 40)]
-    + [(3, 1024, 512), (130, 128, 448), (17, 1280, 24)],
+    + [(3, 512, 512), (130, 128, 448), (17, 1280, 24)],
 )
 def test_a_sweep_is_the_oracles(hopper, n, m, d, dtype):
     """One cluster and several, chunks of 64 dimensions and parts of one."""
@@ -106,13 +106,15 @@ def test_ids(hopper, share):
     n, m = 70, 256
     query_ids, key_ids = torch.arange(n), torch.arange(m) + (1 << 40) - m
     if share == "one":
-        key_ids[200] = query_ids[33]
+        key_ids[200] = query_ids[33]  # in the first of two tiles, the sixth of eight segments
+        key_ids[60] = query_ids[41]  # in the second
         key_ids[7] = query_ids[33] + (1 << 32)  # the low word alone
     elif share == "all":
         query_ids, key_ids = torch.zeros(n, dtype=torch.int64), torch.zeros(m, dtype=torch.int64)
     elif share == "row":
         key_ids[:] = query_ids[69]
     queries, keys = unit(n, 64, seed=3, dtype=BF16), unit(m, 64, seed=4, dtype=BF16)
+    keys[200], keys[60] = queries[33], queries[41]  # which they would take
     options = {"query_ids": query_ids, "key_ids": key_ids, "chain_ids": torch.arange(n), "num_samples": m}
     for number in range(2):
         result = step(hopper, queries, keys, step=number, **options)
@@ -120,7 +122,8 @@ def test_ids(hopper, share):
     if share == "all":
         assert (result.samples == -1).all()
     if share == "one":
-        assert not (result.samples[33] == 200).any() and (result.samples != -1).all()
+        assert not (result.samples[33] == 200).any() and not (result.samples[41] == 60).any()
+        assert (result.samples != -1).all()
     if share == "row":
         assert (result.samples[69] == -1).all() and (result.samples[:69] != -1).all()
 
@@ -224,6 +227,15 @@ def test_what_the_kernel_does_not_take(hopper, emulated_module, reason, monkeypa
     with pytest.raises(RuntimeError, match=reason):
         cuda.transition(REFUSED[reason])
     assert expected[0].isfinite().all()
+
+
+@pytest.mark.parametrize("capability", ["80", "86", "89", "100"])
+def test_other_cards_load_the_rest(hopper, emulated_module, capability, monkeypatch):
+    """They have not so much shared memory, and must not be asked for it."""
+    monkeypatch.setenv("EMC2_EMULATED_CAPABILITY", capability)
+    emulated_module.load(0)
+    with pytest.raises(RuntimeError, match="compute capability 9.0"):
+        cuda.transition(sweep())
 
 
 @pytest.mark.parametrize("wanted", ["return_accepts", "return_lse"])

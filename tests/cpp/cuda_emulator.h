@@ -282,11 +282,29 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::devic
 inline cudaError_t cudaSetDevice(int device) { return emulator::device = device, cudaSuccess; }
 struct cudaFuncAttributes {};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  const char* const asked = std::getenv("EMC2_EMULATED_PROCESSORS");
-  return *value = asked ? std::atoi(asked) : 4, cudaSuccess;
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+// As the environment says, at each call.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const auto number = [](const char* name, int usual) {
+    const char* const asked = std::getenv(name);
+    return asked ? std::atoi(asked) : usual;
+  };
+  const int capability = number("EMC2_EMULATED_CAPABILITY", 90);
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? number("EMC2_EMULATED_PROCESSORS", 4)
+           : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
+                                                            : capability % 10;
+  return cudaSuccess;
+}
+// Dynamic shared memory beyond what Ampere has is for Hopper.
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  int major;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  if (bytes > (99 << 10) && major < 9) emulator::last_error = "so much shared memory there is not";
+  return bytes > (99 << 10) && major < 9 ? cudaErrorLaunchFailure : cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
