@@ -10,7 +10,7 @@ CARD = "H100"
 # Row -> quantity, or "quantity [backend]" where it is of one backend alone -> (low, high), in the quantity's unit.
 PREDICTED: dict[str, dict[str, tuple[float, float]]] = {
     # Of the cuda backend: csrc/cuda/matrix_sweep.cuh, 15.8 instructions a pair for the walk, 1.0 for the scale and 0.85
-    # for each 64 dimensions are 0.70 ms of the schedulers at d = 128; at d = 512 the product alone takes 1.41.
+    # for each 64 dimensions are 0.69 ms of the schedulers at d = 128; at d = 512 the product alone takes 1.41.
     "sweep-128": {"time, ms": (1.25, 1.45), "time, ms [cuda]": (0.75, 0.95), "torch.mm, ms": (0.75, 0.85)},
     "sweep-ids-128": {"time, ms": (1.5, 1.75), "time, ms [cuda]": (0.78, 1.0), "torch.mm, ms": (0.75, 0.85)},
     "sweep-512": {"time, ms": (2.3, 4.2), "time, ms [cuda]": (1.5, 1.8), "torch.mm, ms": (1.45, 1.45)},
