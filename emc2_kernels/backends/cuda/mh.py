@@ -54,7 +54,7 @@ def _run(core: ModuleType, walk: WalkParams, *input_and_outputs: Any, on_matrix_
 
 def _choose_run(walk: WalkParams, more_results: bool) -> Callable[..., None]:
     """Which kernel a sweep takes. A small one is all waiting, and matrix units are no help."""
-    on_matrix_units = gpu.takes_matrix_sweep(walk, more_results) and not gpu.is_small_sweep(walk)
+    on_matrix_units = not gpu.is_small_sweep(walk) and gpu.takes_matrix_sweep(walk, more_results)
     return partial(_run, on_matrix_units=True) if on_matrix_units else _run
 
 
