@@ -349,8 +349,7 @@ def state(value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     except (TypeError, ValueError):
         raise TypeError(f"state must be an MHState(key, score), got {describe(value)}") from None
     vector("state.key", key, like.shape[0], torch.int64, like.device)
-    tensor("state.score", score)
-    wide = like.dtype == torch.float64 and score.dtype == torch.float64
+    wide = like.dtype == torch.float64 and isinstance(score, Tensor) and score.dtype == torch.float64
     vector("state.score", score, like.shape[0], torch.float64 if wide else torch.float32, like.device)
     return key, score
 

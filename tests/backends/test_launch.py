@@ -1,7 +1,8 @@
 """Launching through the real Triton, compiler included, with a driver that has no GPU and writes down what it is told.
 
 In a process of its own, in which nothing is interpreted. What the interpreter cannot show: that a launch past Triton's
-own bookkeeping says the same as the launch through it, and when a binary is shared.
+own bookkeeping says the same as the launch through it, to the last byte that the driver is given, and when a binary is
+shared.
 """
 
 import json
@@ -42,9 +43,11 @@ class Launcher:
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, exit, *arguments):
         shown = [
-            [list(value.shape), str(value.dtype)] if isinstance(value, torch.Tensor) else value for value in arguments
+            [list(value.shape), str(value.dtype), value.data_ptr()] if isinstance(value, torch.Tensor) else value
+            for value in arguments
         ]
         launched.append([self.name, [x, y, z], stream, shown])
+        exit(launch_metadata) if exit else None
 
 
 class Driver:
@@ -85,7 +88,16 @@ def step(n, m, offset=0, seed=0, burn_in=0):
 
 
 tuning.splits = lambda *sizes: 1
-binaries = [step(48, 64), step(48, 64), step(37, 33, seed=2**64 - 1, burn_in=1), step(1, 16), step(48, 64, offset=1)]
+told, launch_it = [], launch.Kernel.__call__
+launch.Kernel.__call__ = lambda kernel, *call: told.append(call) or launch_it(kernel, *call)
+step(48, 64)
+launch.Kernel.__call__ = launch_it
+sweep.SWEEP_KERNEL(*told[0])  # on the same tensors
+seen = []
+triton.knobs.runtime.launch_exit_hook.add(seen.append)
+sweep.SWEEP_KERNEL(*told[0])
+triton.knobs.runtime.launch_exit_hook.remove(seen.append)
+binaries = [step(48, 64), step(37, 33, seed=2**64 - 1, burn_in=1), step(1, 16), step(48, 64, offset=1)]
 names = sweep.SWEEP_KERNEL.names
 whole = len(launched)
 tuning.splits = lambda *sizes: 2  # whose second launch is told of no chain ids here
@@ -128,14 +140,17 @@ def differences(kernel, key):
 def coarser(part):
     "A key without some of ours."
     return lambda kernel, arguments: tuple(
-        each for place, each in enumerate(kernel.key(arguments, {"num_warps": 4})) if place != part
+        each
+        for place, each in enumerate(kernel.bind([arguments[name] for name in kernel.names], {"num_warps": 4})[0])
+        if place != part
     )
 
 
 fine = {each.function.__name__: differences(each, coarser(None)) for each in kernels.values()}
 kernel = sweep.SWEEP_KERNEL
-coarse = [len(differences(kernel, coarser(part))) for part in range(1, 1 + len(kernel.pointers) + len(kernel.strides))]
+coarse = [len(differences(kernel, coarser(part))) for part in range(len(kernel.pointers) + len(kernel.strides))]
 said = {"binaries": binaries, "names": names, "launched": launched, "split": split, "fine": fine, "coarse": coarse}
+said["hooked"] = len(seen)
 print(json.dumps(said))
 """
 )
@@ -156,9 +171,11 @@ def seen():
 
 
 def test_a_launch_past_triton_says_what_one_through_it_does(seen):
-    through, past = seen["launched"][:2]
+    (*through, arguments), (*past, addresses) = seen["launched"][:2]
     assert past == through
-    name, grid, stream, arguments = past
+    assert addresses == [value[2] if isinstance(value, list) else value for value in arguments]
+    assert any(isinstance(value, list) for value in arguments)
+    name, grid, stream = past
     assert name == "sweep_kernel" and grid == [2, 1, 1] and stream == 77
     assert len(arguments) == len(seen["names"])
     said = dict(zip(seen["names"], arguments, strict=True))
@@ -168,12 +185,18 @@ def test_a_launch_past_triton_says_what_one_through_it_does(seen):
         and said["stride_key_row"] == 32
         and said["d_over_align"] * said["ALIGN_D"] == 32
     )
-    assert said["samples_ptr"] == [[48, 2], "torch.int32"] and said["labels_ptr"] is None
+    assert said["samples_ptr"][:2] == [[48, 2], "torch.int32"] and said["labels_ptr"] is None
+
+
+def test_a_launch_that_somebody_listens_to_goes_through_triton(seen):
+    """Which tells a profiler's hooks."""
+    assert seen["hooked"] == 1
+    assert seen["launched"][2] == seen["launched"][0]
 
 
 def test_a_binary_serves_all_sizes_and_numbers_but_not_other_alignments(seen):
-    assert seen["binaries"] == [1, 1, 1, 1, 2]
-    other = dict(zip(seen["names"], seen["launched"][2][3], strict=True))
+    assert seen["binaries"] == [1, 1, 1, 2]
+    other = dict(zip(seen["names"], seen["launched"][4][3], strict=True))
     assert (other["n"], other["m"], other["burn_in"], other["num_kept"]) == (37, 33, 1, 32)
     assert (other["seed_low"], other["seed_high"], other["step"]) == (-1, -1, 3)
 
@@ -211,19 +234,28 @@ calls = {"through": {}, "past": {}}
 
 
 class Compiled:
-    "In the place of a binary."
+    "In the place of a kernel's function, and of its binary."
+
+    packed_metadata = None
 
     def __init__(self, function):
-        self.function, self.way = function, "past"
+        self.function = function
+
+    def count(self, way):
+        calls[way][self.function.__name__] = calls[way].get(self.function.__name__, 0) + 1
 
     def __getitem__(self, grid):
         def call(*values, **options):
             self.function.device_caches[0][-1](*values, **options)  # Triton looks at each
-            counts = calls["through" if options else "past"]
-            counts[self.function.__name__] = counts.get(self.function.__name__, 0) + 1
+            self.count("through")
             return self
 
         return call
+
+    def run(self, x, y, z, stream, function, packed, metadata, enter, exit, *addresses):
+        assert len(addresses) == len(self.function.arg_names)
+        assert not any(isinstance(value, torch.Tensor) for value in addresses)
+        self.count("past")
 
 
 submodules = [each.name for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
@@ -264,3 +296,44 @@ def test_every_family_of_kernels_is_launched_as_on_a_gpu():
     }
     losses = {"gather_batch_kernel", "mean_negatives_kernel", "update_stores_kernel", "embedding_gradient_kernel"}
     assert families | losses <= calls["past"].keys()
+
+
+LAUNCHER = """
+import json
+
+from bench.gpu import host
+from bench.gpu.no_cuda import pass_for_a_gpu
+from emc2_kernels.backends.triton import launch
+
+library, called, launch_it = pass_for_a_gpu(), [], launch.Kernel.__call__
+launch.Kernel.__call__ = lambda kernel, *call: called.append((kernel, *call)) or launch_it(kernel, *call)
+for name in ("mh_step", "mh_step, with ids", "EMC2Loss(sampler='mh')", "EMC2Loss"):
+    host.CASES[name]()()
+found = []
+for kernel, grid, arguments, options in called:
+    values = [arguments[name] for name in kernel.names]
+    library.keep(kernel.compiled[kernel.bind(values, options)[0]])
+    asked, launches = library.pointer_queries, library.launches
+    kernel.function[grid](*values, **options, **launch.ALWAYS)
+    through, asked_through = library.parameters(), library.pointer_queries - asked
+    launch_it(kernel, grid, arguments, options)
+    past, asked_past = library.parameters(), library.pointer_queries - asked - asked_through
+    found.append([kernel.function.__name__, through, past, asked_through, asked_past, library.launches - launches])
+print(json.dumps(found))
+"""
+
+
+def test_the_driver_is_given_the_same_by_address():
+    """Triton's launcher in C reads each tensor's address, and asks the driver about it; of an address it does not."""
+    found = compiling(LAUNCHER)
+    for name, through, past, asked_through, asked_past, launches in found:
+        assert past == through and launches == 2, name
+        assert asked_through > 0 and asked_past == 0, name
+    kernels = {name for name, *_ in found}
+    assert {
+        "sweep_kernel",
+        "gather_batch_kernel",
+        "isir_kernel",
+        "lse_gradient_kernel",
+        "update_stores_kernel",
+    } <= kernels

@@ -230,13 +230,24 @@ def test_a_binary_is_kept_for_all_it_does_not_depend_on():
     base = {"queries_ptr": torch.zeros(8), "stride_query_row": 128, "n": 5, "D": 64, "labels_ptr": None}
 
     def key(options=(("num_warps", 4),), **changes):
-        return kernel.key(base | changes, dict(options))
+        values = [(base | changes)[name] for name in kernel.names]
+        return kernel.bind(values, dict(options))[0]
 
     assert key(n=6) == key() and key(stride_query_row=64) == key() and key(queries_ptr=torch.zeros(9)) == key()
     others = [{"D": 65}, {"stride_query_row": 129}, {"stride_query_row": 1}, {"labels_ptr": torch.zeros(8)}]
     others += [{"queries_ptr": torch.zeros(9)[1:]}, {"queries_ptr": torch.zeros(8, dtype=torch.bfloat16)}]
     others += [{"options": (("num_warps", 8),)}]
     assert all(key(**other) != key() for other in others)
+
+
+def test_a_binary_is_given_addresses():
+    class Function:
+        arg_names = ("queries_ptr", "n", "labels_ptr", "out_ptr")
+
+    values = [torch.zeros(8), 5, None, torch.zeros(3)]
+    addresses = launch.Kernel(Function).bind(values, {})[1]
+    assert addresses == [values[0].data_ptr(), 5, None, values[3].data_ptr()]
+    assert isinstance(values[0], torch.Tensor)  # what Triton is given where it has no binary yet
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .. import gpu
 from ..params import ScoreParams, WalkParams
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
+_HERE = nullcontext()
 _ALIGNMENT = 16  # bytes, on which Triton compiles wide loads
 # Multiplications and additions fuse by default, which Triton 3.9 warns will change. Assertions on values that nobody
 # has seen on the host are compiled in; Triton's own, on every addition, are not.
@@ -34,6 +36,10 @@ class Kernel:
     Triton looks at every argument at every launch to find the right binary. Here the key is made of what can differ:
     the constants, which tensors are given, their dtype and alignment, and whether strides are multiples of 16. Numbers
     that are neither must be named in ``NUMBERS``, or Triton would compile for the divisibility of the first one seen.
+
+    Binaries that are there are given addresses: of each tensor Triton's launcher would ask the driver whose it is. The
+    caller keeps the tensors until the call returns; then the launch is on the stream, and torch's allocator hands their
+    memory to later work of that stream only.
     """
 
     def __init__(self, function: triton.JITFunction) -> None:
@@ -42,6 +48,10 @@ class Kernel:
         self.pointers = [name for name in self.names if name.endswith("_ptr")]
         self.strides = [name for name in self.names if name.startswith("stride")]
         self.constants = [name for name in self.names if name.isupper()]
+        places = {name: place for place, name in enumerate(self.names)}
+        self._pointers, self._strides, self._constants = (
+            [places[name] for name in names] for names in (self.pointers, self.strides, self.constants)
+        )
         self.compiled: dict[tuple, Any] = {}
 
     def __call__(self, grid: tuple[int, int, int], arguments: Arguments, options: Arguments) -> None:
@@ -51,23 +61,45 @@ class Kernel:
         if _INTERPRETED:
             self.function[grid](*values)
             return
-        key = self.key(arguments, options)
+        key, addresses = self.bind(values, options)
         kernel = self.compiled.get(key)
         if kernel is None:
             self.compiled[key] = self.function[grid](*values, **options, **ALWAYS)
-        else:
+        elif _hooks_are_set():
             kernel[grid](*values)
+        else:
+            stream = triton.runtime.driver.active.get_current_stream(key[-1])
+            kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *addresses)
 
-    def key(self, arguments: Arguments, options: Arguments) -> tuple:
-        """What the binary depends on, its device included."""
-        tensors = [arguments[name] for name in self.pointers]
-        return (
-            next(tensor for tensor in tensors if tensor is not None).get_device(),
-            *[None if tensor is None else (tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0) for tensor in tensors],
-            *[(stride % _ALIGNMENT == 0, stride == 1) for stride in [arguments[name] for name in self.strides]],
-            *[arguments[name] for name in self.constants],
-            *options.values(),
-        )
+    def bind(self, values: list[Any], options: Arguments) -> tuple[tuple, list[Any]]:
+        """What the binary depends on, its device last, and the arguments with addresses in the place of tensors.
+
+        Args:
+            values: of all arguments, in order.
+            options: for the compiler, always in the same order.
+        """
+        addresses, key = values.copy(), []
+        for place in self._pointers:
+            tensor = values[place]
+            if tensor is None:
+                key.append(None)
+            else:
+                here, address = tensor, tensor.data_ptr()
+                addresses[place] = address
+                key.append((tensor.dtype, address % _ALIGNMENT == 0))
+        for place in self._strides:
+            stride = values[place]
+            key.append((stride % _ALIGNMENT == 0, stride == 1))
+        for place in self._constants:
+            key.append(values[place])
+        return (*key, *options.values(), here.get_device()), addresses
+
+
+def _hooks_are_set() -> bool:
+    """Whether somebody, a profiler say, wants to be told of launches. Of a chain of hooks there may be none."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def power_of_two(number: int) -> int:
@@ -95,17 +127,20 @@ def random_arguments(seed: int | Tensor, step: int | Tensor) -> Arguments:
 
 def _operand_arguments(params: WalkParams | ScoreParams, excludes: bool) -> Arguments:
     """excludes: whether rows have ids that leave keys out."""
-    return temperature_arguments(params.temperature) | {
-        "queries_ptr": params.queries,
-        "keys_ptr": params.keys,
-        "stride_query_row": params.queries.stride(0),
-        "stride_key_row": params.keys.stride(0),
-        "n": params.queries.shape[0],
-        "m": params.keys.shape[0],
+    queries, keys = params.queries, params.keys
+    arguments = temperature_arguments(params.temperature)
+    arguments |= {
+        "queries_ptr": queries,
+        "keys_ptr": keys,
+        "stride_query_row": queries.stride(0),
+        "stride_key_row": keys.stride(0),
+        "n": queries.shape[0],
+        "m": keys.shape[0],
         "query_ids_ptr": dense(params.query_ids),
         "key_ids_ptr": dense(params.key_ids) if excludes else None,
         "log_proposal_ptr": dense(params.log_proposal),
     }
+    return arguments
 
 
 def temperature_arguments(temperature: float | Tensor) -> Arguments:
@@ -125,22 +160,29 @@ def score_arguments(scores: ScoreParams) -> Arguments:
 
 def walk_arguments(walk: WalkParams) -> Arguments:
     """What the kernels are told of a walk, whatever its proposals."""
-    own = {
+    arguments, count = _operand_arguments(walk, walk.query_ids is not None), walk.num_proposals
+    arguments |= random_arguments(walk.seed, walk.step)
+    arguments |= {
         "chain_ids_ptr": dense(walk.chain_ids),
         "positions_ptr": dense(walk.positions),
-        "stride_position_row": walk.num_proposals,
+        "stride_position_row": count,
         "first_proposal": walk.first_proposal,
-        "num_proposals": walk.num_proposals,
+        "num_proposals": count,
         "burn_in": walk.burn_in,
         "num_kept": walk.total_proposals - walk.burn_in,
         "num_samples": walk.num_samples,
     }
-    return random_arguments(walk.seed, walk.step) | _operand_arguments(walk, walk.query_ids is not None) | own
+    return arguments
 
 
 def pointers(tensors: tuple) -> Arguments:
     """A NamedTuple of tensors by the kernels' names for its fields."""
-    return {f"{name}_ptr": tensor for name, tensor in tensors._asdict().items()}
+    return dict(zip(_pointer_names(type(tensors)), tensors, strict=True))
+
+
+@cache
+def _pointer_names(kind: type) -> list[str]:
+    return [f"{name}_ptr" for name in kind._fields]
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
@@ -150,16 +192,17 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 def device_guard(operand: Tensor) -> AbstractContextManager:
     """Launches go to the current device, which need not be the operand's."""
-    index = operand.device.index
-    if not operand.is_cuda or index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(index)
+    if not operand.is_cuda or operand.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(operand.get_device())
 
 
+@lru_cache(maxsize=256)
 def dimensions(d: int, largest: int) -> Arguments:
     """How rows of d elements are cut; a binary serves every d with the same answers.
 
-    d comes as a multiple of ALIGN_D, so that the compiler knows how wide its loads may be.
+    d comes as a multiple of ALIGN_D, so that the compiler knows how wide its loads may be. What is returned is kept for
+    the next call: it is not for changing.
     """
     block, align = min(largest, max(32, power_of_two(d))), min(16, d & -d) or 16
     return {

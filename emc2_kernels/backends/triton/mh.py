@@ -40,13 +40,14 @@ def step(
 ) -> list[Tensor]:
     """[samples, key, score, threshold], then accepted and lse if asked for; see ``emc2_kernels.mh_step``."""
     n, new = walk.queries.shape[0], walk.queries.new_empty
-    samples, new_key = new(n, walk.num_samples, dtype=torch.int32), new(n, dtype=torch.int64)
-    new_score, threshold = new(n, dtype=torch.float32), new(n, dtype=torch.float32)
+    key, score = dense(key), dense(score)
+    samples, new_key = new(n, walk.num_samples, dtype=torch.int32), torch.empty_like(key)
+    new_score, threshold = torch.empty_like(score), torch.empty_like(score)
     accepted = walk.queries.new_zeros(n, dtype=torch.int32) if return_accepts else None  # added to
     lse = new(n, dtype=torch.float32) if return_lse else None
     outputs = {
-        "state_key_ptr": dense(key),
-        "state_score_ptr": dense(score),
+        "state_key_ptr": key,
+        "state_score_ptr": score,
         "labels_ptr": dense(key_labels),
         "samples_ptr": samples,
         "out_key_ptr": new_key,

@@ -8,6 +8,7 @@ those with, and a second launch walks them again (replay.py).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -109,44 +110,52 @@ def sweep_kernel(
 
 
 SWEEP_KERNEL = Kernel(sweep_kernel)
+_NO_RESULTS = dict.fromkeys(RESULTS)  # which another launch stores
 
 
 class Plan(NamedTuple):
     """How a sweep is cut into programs."""
 
     grid: tuple[int, int, int]
-    arguments: Arguments
+    arguments: Arguments  # of every launch
     options: Arguments
     splits: int
     split_length: int  # proposals
     lead: int  # by which the first split starts before the first proposal
-    records: bool  # on the way, in one launch
+    tiles: int  # of a program
+    samples: int  # that a program takes, at most
 
 
-def plan(walk: WalkParams, wants_lse: bool) -> Plan:
-    (n, d), m = walk.queries.shape, walk.keys.shape[0]
+def plan(walk: WalkParams) -> Plan:
+    """Made once for all walks of such sizes: a training step has the same again."""
+    (n, d), m, dtype = walk.queries.shape, walk.keys.shape[0], walk.queries.dtype
     generation, processors = tuning.device(walk.queries.device.index or 0)
-    chosen = tuning.sweep(generation, walk.queries.dtype != torch.float32, d, n)
+    chosen = tuning.sweep(generation, dtype != torch.float32, d, n)
     blocks, lead = -(-n // chosen.block_m), walk.first_proposal % 4
     splits = tuning.splits(blocks, -(-(m + lead) // TILE.value), processors)
+    kept = walk.total_proposals - walk.burn_in
+    return _cut(chosen, precision(dtype), d, m, blocks, splits, lead, walk.num_samples, kept)
+
+
+@lru_cache(maxsize=256)
+def _cut(
+    chosen: tuning.Sweep, dot: str, d: int, m: int, blocks: int, splits: int, lead: int, num_samples: int, kept: int
+) -> Plan:
     segment_length = STEPS.value * max(1, -(-(m + lead) // (splits * TILE.value)))
     split_length = SEGMENTS.value * segment_length
-    kept = walk.total_proposals - walk.burn_in
-    samples = min(walk.num_samples, -(-walk.num_samples * split_length // max(kept, 1)))  # of a program, at most
+    samples = min(num_samples, -(-num_samples * split_length // max(kept, 1)))
     arguments = {
         "segment_length": segment_length,
-        "lse_parts_ptr": walk.queries.new_empty(n, splits, 2, dtype=torch.float32)
-        if wants_lse and splits > 1
-        else None,
         "BLOCK_M": chosen.block_m,
         **dimensions(d, chosen.block_d),
-        "PRECISION": precision(walk.queries.dtype),
+        "PRECISION": dot,
         "SPLIT": splits > 1,
         "BLOCK_R": BLOCK_R,
+        "KIND": SWEEP.value,
     }
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}
-    records = tuning.records_on_the_way(segment_length // STEPS.value, samples)
-    return Plan((blocks, splits, 1), arguments, options, splits, split_length, lead, records)
+    tiles = segment_length // STEPS.value
+    return Plan((blocks, splits, 1), arguments, options, splits, split_length, lead, tiles, samples)
 
 
 def launch_sweep(walk: WalkParams, outputs: Arguments) -> None:
@@ -158,19 +167,18 @@ def launch_sweep(walk: WalkParams, outputs: Arguments) -> None:
     rows and keys that predicts 1.02 ms (1.26), at d = 512 0.84 (1.08), where the product alone would take 1.4 ms, and
     17.2 GB from the L2 up to 3.1. None of it has been measured.
     """
-    cut = plan(walk, outputs["lse_ptr"] is not None)
+    cut, n = plan(walk), walk.queries.shape[0]
+    split, records = cut.splits > 1, tuning.records_on_the_way(cut.tiles, cut.samples)
+    has_parts = split and outputs["lse_ptr"] is not None
+    parts = walk.queries.new_empty(n, cut.splits, 2, dtype=torch.float32) if has_parts else None
     arguments = walk_arguments(walk)
     arguments |= outputs
     arguments |= cut.arguments
-    arguments |= {
-        "KIND": SWEEP.value,
-        "RECORD": cut.records,
-        "scratch_ptr": empty_scratch(walk.queries, cut.splits, walk.num_samples, SEGMENTS.value),
-    }
-    split, no_results = cut.splits > 1, dict.fromkeys(RESULTS)
-    SWEEP_KERNEL(cut.grid, arguments | no_results if split or not cut.records else arguments, cut.options)
-    if not cut.records:
-        REPLAY_KERNEL(cut.grid, arguments | no_results if split else arguments, cut.options)
+    arguments["RECORD"], arguments["lse_parts_ptr"] = records, parts
+    arguments["scratch_ptr"] = empty_scratch(walk.queries, cut.splits, walk.num_samples, SEGMENTS.value)
+    SWEEP_KERNEL(cut.grid, arguments | _NO_RESULTS if split or not records else arguments, cut.options)
+    if not records:
+        REPLAY_KERNEL(cut.grid, arguments | _NO_RESULTS if split else arguments, cut.options)
     if split:
         launch_epilogue(arguments, cut.splits, cut.split_length, cut.lead)
     if outputs["accepted_ptr"] is not None:  # the state in which a chain enters a segment is known now
