@@ -9,6 +9,8 @@
     gcbs            what choosing batches costs
     scaling         bytes and modelled time of a step over many GPUs
     gpu.check       on a GPU: is it right, and how fast (make gpu-check); its parts are in gpu/
+    gpu_peers       on a GPU: the losses over a whole batch beside public kernels; the goals
+    gpu.host        what small batches cost the host, measured without a GPU
     gpu.compiled    what the Triton kernels compile to, for GPUs that need not be here
 
 harness/ is what they share; results/ is what they measured, by machine.

@@ -8,6 +8,7 @@
     warm       compiles what the next two need, many processes at a time
     smoke      every family of kernels against float64 on the same GPU (smoke.py)
     headline   the first rows of the benchmark beside the machine's limits and the predictions (benchmark.py --headline)
+    peers      the losses over a whole batch beside public kernels, and the goals (bench/gpu_peers.py)
     tests      tests/gpu
     rest       compute-sanitizer; the other rows of the benchmark; measures other sizes for the kernels (tune.py)
 
@@ -33,6 +34,7 @@ from pathlib import Path
 import torch
 
 import emc2_kernels as emc2
+from bench import gpu_peers
 from bench.gpu import benchmark, compile_cache, smoke, stages
 from bench.gpu.rows import HEADLINE, ROWS
 from bench.gpu.stages import Session
@@ -44,12 +46,13 @@ from emc2_kernels import files
 BUDGET = 530.0
 CACHE = CHECKOUT / "build" / "gpu-cache"
 PROCESS_BYTES = 3e9  # of GPU memory, for one process of smoke
-STAGES = ("warm", "smoke", "headline", "tests", "rest")
+STAGES = ("warm", "smoke", "headline", "peers", "tests", "rest")
 # The parts of each stage, in order: what runs it, and the seconds that it may take.
 PARTS: dict[str, dict[str, tuple[Callable[[Session, float], dict], float]]] = {
     "warm": {"warm": (stages.warm_up, 45)},
     "smoke": {"smoke": (stages.run_smoke, 60)},
     "headline": {"headline": (stages.run_headline, 75)},
+    "peers": {"peers": (stages.run_peers, 100)},
     "tests": {"tests": (stages.run_tests, 240)},
     "rest": {
         "sanitizer": (stages.run_sanitizers, 90),
@@ -71,6 +74,7 @@ class Report:
         self.machine, self.out, self.target = described, out, target
         self.work = Path(tempfile.mkdtemp(prefix="emc2-gpu-check-"))
         self.bench, self.tuned = self.work / "bench.json", self.work / "tune.json"
+        self.peers = self.work / "peers.json"
         self.parts: dict[str, dict] = {}
         self.ran: dict[str, dict] = {}  # in this run
 
@@ -113,6 +117,8 @@ class Report:
         """Each file whole or not at all."""
         for folder in filter(None, (self.target.parent, self.out)):
             write_json(self.results(), folder / self.target.name)
+            if self.peers.exists():
+                files.write(folder / f"{self.target.stem}-peers.json", self.peers.read_text())
         if self.out is not None:
             files.write(self.out / "gpu-check.log", self.logs())
 
@@ -161,7 +167,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=parse_stages, default=list(STAGES), help=f"of {','.join(STAGES)} (all)")
     parser.add_argument("--only", action="append", default=[], metavar="NAME",
-                        help="of smoke and of the benchmark: families and rows whose names begin so")  # fmt: skip
+                        help="families, rows and cases (smoke, the benchmark, peers) whose names begin so")  # fmt: skip
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="put results, log and what was compiled there, too")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="what an earlier run left in --out, to begin with")
@@ -172,10 +178,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.cache is not None and not options.cache.is_file():
         parser.error(f"--cache: there is no file {options.cache}")
-    known = [*smoke.FAMILIES, *ROWS]
+    known = [*smoke.FAMILIES, *ROWS, *(case.name for case in gpu_peers.cases(options.rehearse))]
     for name in options.only:
         if not any(each.startswith(name) for each in known):
-            parser.error(f"--only {name}: families and rows are {', '.join(known)}")
+            parser.error(f"--only {name}: families, rows and cases are {', '.join(known)}")
     return options
 
 
@@ -264,6 +270,8 @@ def summary(report: Report) -> str:
         lines.append(f"{failure['outcome'].upper()} {failure['test']}\n    {failure['why'][-300:].strip()}")
     if report.bench.exists():
         lines.append(benchmark.table(json.loads(report.bench.read_text())["rows"]))
+    if report.peers.exists():
+        lines.append(gpu_peers.table(json.loads(report.peers.read_text())))
     if STOP.is_set():
         lines.append("stopped before its end")
     return "\n".join([*lines, "gpu-check passed" if report.passed() else "gpu-check FAILED"])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import emc2_kernels as emc2
+from bench import gpu_peers
 from bench.gpu import benchmark
 from bench.gpu.rows import HEADLINE, ROWS
 from bench.gpu.smoke import FAMILIES
@@ -307,6 +308,25 @@ def run_rows(session: Session, limit: float, *words: str) -> dict:
 def run_headline(session: Session, limit: float) -> dict:
     """The rows that a first reader asks for."""
     return run_rows(session, limit, "--headline")
+
+
+def run_peers(session: Session, limit: float) -> dict:
+    """The losses beside public kernels, and the goals' answers."""
+    target, log = session.bench.with_name("peers.json"), session.work / "peers.log"
+    names = [case.name for case in gpu_peers.cases(session.rehearse)]
+    named = session.choose(names)
+    if not named:
+        return {"status": "not run", "why": "no case has such a name"}
+    words = [word for name in named if session.only for word in ("--only", name)]
+    words += ["--rehearse"] if session.rehearse else []
+    budget = f"{max(1.0, limit - LEAST_FOR_ROWS):.0f}"
+    code = run_logged(module_command("bench.gpu_peers", "--json", target, "--budget", budget, *words), log, limit)
+    found = json.loads(target.read_text()) if target.exists() else {"cases": [], "goals": []}
+    late = sum("contestants" not in case for case in found["cases"])
+    status = "timed out" if code is None or (code == 0 and late) else "passed" if code == 0 else "failed"
+    answers = {goal["goal"]: goal["answer"] for goal in found["goals"]}
+    why = {} if code in (0, None) else {"why": tail(log, 600)}
+    return {"status": status, "cases": len(found["cases"]) - late, "not begun": late, **answers, **why}
 
 
 def run_tuner(session: Session, limit: float) -> dict:

@@ -11,6 +11,7 @@ import torch
 
 from bench.gpu import benchmark, check, stages
 from bench.harness import CHECKOUT, machine, report
+from bench.harness.report import write_json
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 
@@ -41,18 +42,19 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
 
 def test_the_first_contact_takes_five_minutes_and_all_of_it_less_than_a_call():
     limits = {name: limit for parts in check.PARTS.values() for name, (_, limit) in parts.items()}
-    assert [limits[name] for name in ("warm", "smoke", "headline", "tests")] == [45, 60, 75, 240]
+    assert [limits[name] for name in ("warm", "smoke", "headline", "peers", "tests")] == [45, 60, 75, 100, 240]
     assert limits["smoke"] >= 2 * stages.FAMILY_SECONDS  # or a family that hangs were never said to
     assert (
         sum(limits[name] for name in ("warm", "smoke", "headline")) <= 300 - 60
     )  # imports, and packing what is compiled
-    assert sum(limits[name] for name in ("warm", "smoke", "headline", "tests")) < check.BUDGET < 600 - 60
+    assert sum(limits[name] for name in ("warm", "smoke", "headline", "peers", "tests")) < check.BUDGET < 600 - 60
 
 
 GOOD = {
     "warm": {"status": "passed"},
     "smoke": stages.summarize_families([{"family": "log2", "status": "PASS"}]),
     "headline": {"status": "passed", "met": 3},
+    "peers": {"status": "passed", "cases": 20},
     "tests": {"status": "passed", "passed": 10, "failed": 0, "failures": []},
     "sanitizer": {"status": "not run", "why": "compute-sanitizer was not found"},
     "rows": {"status": "passed"},
@@ -69,6 +71,9 @@ def fake_stages(monkeypatch, **records):
             if name == "headline":
                 row = {"name": "row", "backend": "triton", "error": "no\nmore"}
                 benchmark.write_results({"machine": {}, "rows": [row]}, session.bench)
+            if name == "peers":
+                goal = {"goal": "a goal", "sense": "<=", "bound": 1, "answer": "missed by 3%"}
+                write_json({"peak": None, "cases": [], "goals": [goal]}, session.bench.with_name("peers.json"))
             if name == "tune":
                 session.bench.with_name("tune.json").write_text('{"shapes": [1]}')
             if isinstance(records[name], Exception):
@@ -97,6 +102,7 @@ CHECKS = {
     "warming timed out": ({"warm": {"status": "timed out"}}, "all", 0),
     "the sanitizer found something": ({"sanitizer": {"status": "failed"}}, "all", 1),
     "a row failed": ({"headline": {"status": "failed"}}, "all", 1),
+    "peers failed": ({"peers": {"status": "failed"}}, "all", 1),
     "rows timed out": ({"headline": {"status": "timed out"}}, "all", 0),
     "tuning failed": ({"tune": {"status": "failed"}}, "all", 1),
     "the first three": ({}, "headline,warm,smoke", 0),
@@ -199,9 +205,11 @@ def test_stages_results_and_exit_status(changes, stages, status, monkeypatch, tm
     written = tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
     results = json.loads(written.read_text())
     assert (tmp_path / "out" / written.name).read_text() == written.read_text()
+    beside = written.with_name("nvidia-h100-80gb-hbm3-peers.json")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        written.name, "gpu-check.log", "compile-cache.tar.gz",
+        written.name, "gpu-check.log", "compile-cache.tar.gz", *([beside.name] if "peers" in expected else []),
     }  # fmt: skip
+    assert beside.exists() == ("peers" in expected)
     log = (tmp_path / "out" / "gpu-check.log").read_text()
     assert all(f"=== {name}\n" in log for name in expected) and str(tmp_path) not in written.read_text()
     parts = results["check"]["stages"]
@@ -214,6 +222,7 @@ def test_stages_results_and_exit_status(changes, stages, status, monkeypatch, tm
     assert ("FAILED test_x" in printed) == ("test_x" in str(changes))
     assert ("PASS    log2" in printed) == ("smoke" not in changes and "smoke" in expected)
     assert ("FAILED  no" in printed) == ("headline" in expected)
+    assert ("a goal, goal <= 1: missed by 3%" in printed) == ("peers" in expected)
 
 
 def test_a_stage_without_time_is_not_begun(monkeypatch, tmp_path):
@@ -257,9 +266,15 @@ def test_a_rehearsal_walks_the_stages(tmp_path):
     assert (parts["warm"]["done"], parts["smoke"]["passed"]) == (2, 1)
 
 
+def test_a_rehearsal_stands_beside_its_peers(tmp_path):
+    parts = rehearse(tmp_path, "--stages", "peers", "--only", "CLIP-64-16")
+    assert (parts["peers"]["status"], parts["peers"]["cases"]) == ("passed", 1)
+    assert [case["name"] for case in json.loads((tmp_path / "x-peers.json").read_text())["cases"]] == ["CLIP-64-16"]
+
+
 @pytest.mark.slow
 def test_a_rehearsal_walks_every_stage(tmp_path):
     statuses = {name: part["status"] for name, part in rehearse(tmp_path).items()}
     assert statuses.pop("warm") in ("passed", "timed out")  # 40 processes, 45 s
     assert statuses.pop("sanitizer") == "not run"
-    assert statuses == dict.fromkeys(["smoke", "headline", "tests", "rows", "tune"], "passed")
+    assert statuses == dict.fromkeys(["smoke", "headline", "peers", "tests", "rows", "tune"], "passed")

@@ -253,3 +253,40 @@ def assert_ends(child):
             return
         time.sleep(0.1)
     raise AssertionError("the child still runs")
+
+
+PEERS = """
+import json, sys, time
+target, end = sys.argv[sys.argv.index("--json") + 1], "END"
+cases = [{"name": "a", "contestants": {}}, {"name": "b", "why": "not begun within 1 s"}][: 1 if end == "passed" else 2]
+json.dump({"cases": cases, "goals": [{"goal": "a goal", "answer": "met"}]}, open(target, "w"))
+print("a reason")
+time.sleep(100 if end == "hang" else 0)
+sys.exit(1 if end == "failed" else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "left"),
+    [("passed", "passed", 0), ("late", "timed out", 1), ("hang", "timed out", 1), ("failed", "failed", 1)],
+)
+def test_what_peers_found(end, status, left, monkeypatch, tmp_path):
+    asked = []
+
+    def command(module, *words):
+        asked.append((module, *words))
+        return [sys.executable, "-c", PEERS.replace("END", end), *map(str, words)]
+
+    monkeypatch.setattr(stages, "module_command", command)
+    record = stages.run_peers(session(tmp_path, only=("CLIP-16384",)), 3.0)
+    assert (record["status"], record["cases"], record["not begun"]) == (status, 1, left)
+    assert record["a goal"] == "met" and ("a reason" in record.get("why", "")) == (end == "failed")
+    module, *words = asked[0]
+    assert module == "bench.gpu_peers" and words[words.index("--budget") + 1] == "1"
+    assert [word for word in words if str(word).startswith("CLIP")] == ["CLIP-16384-512", "CLIP-16384-128"]
+    assert "--rehearse" not in words
+
+
+def test_peers_without_such_a_case(tmp_path):
+    record = stages.run_peers(session(tmp_path, only=("log2",)), 30.0)
+    assert record == {"status": "not run", "why": "no case has such a name"}
