@@ -112,17 +112,18 @@ class SlotTable(StrictState):
             slots = slots if writable is None else torch.where(writable, slots, -1)
             (slots, given), writable = self.owners.send(slots, given, self._call("write", tuple(values))), None
             distinct = False
-        if distinct and writable is None:
-            for name, value in zip(values, given, strict=True):
-                getattr(self, name).index_copy_(0, slots, value)
-            return
-        last = last_duplicates(slots, writable)
+        last = None if distinct else last_duplicates(slots, writable)
+        if last is not None and writable is not None:
+            writable = writable[last]
         for name, value in zip(values, given, strict=True):
-            table, new = getattr(self, name), value[last]
+            table, new = getattr(self, name), value if last is None else value[last]
             if writable is not None:
-                writes = writable[last].view(-1, *[1] * (new.dim() - 1))
+                writes = writable.view(-1, *[1] * (new.dim() - 1))
                 new = torch.where(writes, new, table[slots])
-            table[slots] = new
+            if distinct:
+                table.index_copy_(0, slots, new)
+            else:
+                table[slots] = new
 
     def report_errors(self) -> AbstractContextManager[None]:
         """For what a method does before ``rows`` or ``put``: where stores lie over ranks, an error in it ends the other
