@@ -6,11 +6,12 @@ kernel takes one of two ways by its rows: where they are fewer than the GPU has 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import emc2_kernels as emc2
 from bench.gpu.oracle import (
@@ -336,6 +337,35 @@ def replay_pairs(problem: Problem, backend: str, context: Context) -> list[tuple
         step.fill_(number)
         out.append((replay(), tensors(step=number)))
     return out
+
+
+def by_address(context: Context, backend: str) -> Iterator[Trial]:
+    """Calls made twice: Triton launches a binary the first time, and we do the second time, by addresses; the same
+    bits. Of kernels that the other families call once."""
+    options = {"d": 128, "dtype": torch.bfloat16}
+    for name, trials in {
+        "walk": walk_variants(
+            context,
+            backend,
+            each=({"shapes": (FEW_ROWS,)}, {"shapes": (GATHERED_SPLIT,), "kind": "uniform"}),
+            **options,
+        ),
+        "draw": gumbels(context, backend, num_samples=1, full=False),
+        "lse": lses(context, backend, **options),
+        "i-SIR": isirs(context, backend, full=False, **options),
+    }.items():
+        for trial in trials:
+            yield Trial(f"{name} {trial.name}", partial(call_twice, trial.call), partial(judge_again, name, trial.name))
+
+
+def call_twice(call: Callable[[], object]) -> list[list[Tensor]]:
+    """The tensors of both results."""
+    return [[leaf for leaf in tree_leaves(call()) if isinstance(leaf, Tensor)] for _ in range(2)]
+
+
+def judge_again(kind: str, name: str, found: list[list[Tensor]]) -> list[Case]:
+    """All of a call's tensors as one case."""
+    return merge_cases([compare_exactly(f"{kind} {name} again", *pair) for pair in zip(*found, strict=True)])
 
 
 def logarithms(context: Context, backend: str) -> Iterator[Trial]:

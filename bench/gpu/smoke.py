@@ -91,6 +91,7 @@ FAMILIES = {
     "loss-2500": _triton(loss_trials.losses, b=(2500, 20), items=(4000, 40), d=128, dtype=SINGLE),
     "graph": _triton(families.graphs),
     "loss-graph": _triton(loss_trials.loss_graphs),
+    "by-address": _triton(families.by_address),
     "log2": _triton(families.logarithms),
     "cuda-sweep": _variants(
         "cuda",

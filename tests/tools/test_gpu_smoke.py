@@ -348,6 +348,16 @@ def test_what_is_made_to_judge_is_made_on_the_device(name, rehearsal):
             assert trial.judge(found)
 
 
+def test_a_second_call_that_differs_from_the_first_fails():
+    first = families.call_twice(lambda: (torch.ones(3), [torch.zeros(2, 2), None, "no tensor"]))
+    assert [len(tensors) for tensors in first] == [2, 2]
+    (case,) = families.judge_again("walk", "a", first)
+    assert (case.case, case.rows, case.mismatches, case.failure()) == ("walk a again", 5, 0, None)
+    first[1][1][1, 0] = 2.0**-149
+    (case,) = families.judge_again("walk", "a", first)
+    assert case.mismatches == 1 and "1 of 5" in case.failure()
+
+
 # Warming up, and what is not there.
 
 
