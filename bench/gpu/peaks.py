@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 # By what is in torch's name of the card, the first that is; flop/s. NVIDIA's data sheets give twice that with sparsity.
 PEAKS: dict[str, tuple[float, str]] = {
+    "GB200": (2500e12, "GB200 NVL72 data sheet"),
     "B200": (2250e12, "HGX B200 data sheet"),
-    "GH200": (989.4e12, "GH200 data sheet"),
-    "H200 NVL": (835.5e12, "H200 data sheet"),
-    "H200": (989.4e12, "H200 data sheet"),
-    "H100 PCIe": (756e12, "H100 data sheet"),
-    "H100 NVL": (835.5e12, "H100 data sheet"),
+    "H200": (989.4e12, "H200 data sheet, SXM"),
     "H100": (989.4e12, "H100 data sheet, SXM"),
     "A100": (312e12, "A100 data sheet"),
 }
+SLOWER = ("H100 NVL", "H100 PCIe", "H200 NVL", "GH200")  # of the same names, with other clocks or fewer multiprocessors
 
 
 class Peak(NamedTuple):
@@ -28,7 +26,7 @@ class Peak(NamedTuple):
 def find_peak(card: str, measure: Callable[[], float | None]) -> Peak | None:
     """Of a card by its name; of another one what ``measure`` finds, and None where that finds nothing."""
     for name, (flops, source) in PEAKS.items():
-        if name in card:
+        if name in card and not any(word in card for word in SLOWER):
             return Peak(flops, source)
     measured = measure()
     return None if measured is None else Peak(measured, "no data sheet is known: the fastest torch.mm here")

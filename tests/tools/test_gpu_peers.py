@@ -192,11 +192,13 @@ def test_the_peak_is_that_of_the_card(monkeypatch):
         raise AssertionError
 
     cards = {
-        "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989.4e12,
-        "NVIDIA H200 NVL": 835.5e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2250e12,
+        "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12,
+        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+        "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,
     }  # fmt: skip
     assert {card: peaks.find_peak(card, never).flops for card in cards} == cards
-    assert peaks.find_peak("NVIDIA T4", lambda: 5e13) == (5e13, "no data sheet is known: the fastest torch.mm here")
+    for card in ("NVIDIA T4", "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GH200 480GB"):
+        assert peaks.find_peak(card, lambda: 5e13) == (5e13, "no data sheet is known: the fastest torch.mm here"), card
     assert peaks.find_peak("NVIDIA T4", lambda: None) is None
 
 
