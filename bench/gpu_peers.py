@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 
 import emc2_kernels as emc2
-from bench.gpu import rows
+from bench.gpu import benchmark, rows
 from bench.gpu.contestants import CONTESTANTS, Missing, memeff_version, rows_and_keys, useful_flops
 from bench.gpu.context import DEAD_CONTEXT, Context, context_is_alive
 from bench.gpu.limits import BEST
@@ -190,10 +190,18 @@ def _time(
             found[name]["time / ours"] = asdict(summarize(ratios(series, own)))
 
 
+def sweep_backends(context: Context) -> list[str]:
+    """Those that walk on matrix units here."""
+    if context.rehearsal:
+        return ["reference"]
+    hopper = benchmark.is_hopper(context.device) and emc2.backends()["cuda"] == "available"
+    return ["triton", "cuda"] if hopper else ["triton"]
+
+
 def run_sweep(d: int, context: Context, backend: str) -> dict[str, object]:
     """The goal of a large sweep beside torch.mm, in turns with it."""
     bound = SWEEP_GOALS[d]
-    goal = {"goal": f"sweep-{d}: time / torch.mm", "sense": "<=", "bound": bound}
+    goal = {"goal": f"sweep-{d} [{backend}]: time / torch.mm", "sense": "<=", "bound": bound}
     try:
         row = rows.sweep(context, backend, d, bound)
     except Exception as error:
@@ -262,7 +270,7 @@ def run_all(options: argparse.Namespace, context: Context, results: dict, target
     deadline = time.perf_counter() + options.budget
     peak = results["peak"] and Peak(**results["peak"])
     for d in () if options.only else SWEEP_GOALS:
-        results["goals"].append(run_sweep(d, context, "reference" if context.rehearsal else "triton"))
+        results["goals"] += [run_sweep(d, context, backend) for backend in sweep_backends(context)]
     for case in options.cases:
         if options.only and not case.name.startswith(tuple(options.only)):
             continue

@@ -171,6 +171,17 @@ def test_the_share_of_the_peak_is_answered(records, answer):
     assert gpu_peers.share_goal(records, PEAK, False)["answer"] == answer
 
 
+@pytest.mark.parametrize(
+    ("hopper", "nvcc", "expected"),
+    [(True, True, ["triton", "cuda"]), (True, False, ["triton"]), (False, True, ["triton"])],
+)
+def test_a_sweep_is_asked_of_each_backend_with_matrix_units(hopper, nvcc, expected, monkeypatch):
+    monkeypatch.setattr(gpu_peers.benchmark, "is_hopper", lambda device: hopper)
+    monkeypatch.setattr(gpu_peers.emc2, "backends", lambda: {"cuda": "available" if nvcc else "no nvcc"})
+    assert gpu_peers.sweep_backends(gpu_context.Context(CPU, [])) == expected
+    assert gpu_peers.sweep_backends(context()) == ["reference"]
+
+
 def test_the_sweeps_are_answered(monkeypatch):
     assert gpu_peers.run_sweep(512, context(), "reference")["answer"] == "a rehearsal answers nothing"
     for ratio, answers in ((0.99, ["met", "met"]), (1.1, ["met", "missed by 10%"]), (1.5, ["missed by 25%"] * 1)):
