@@ -179,6 +179,23 @@ inline void prepare(Block& block, int threads, size_t shared_bytes) {
   }
 }
 
+// A turn of each of a block's threads; where things happen late, turns until none gets on. How many have not ended.
+inline int run_threads(Block& block, int threads, bool backwards) {
+  int left;
+  uint64_t before;
+  do {
+    before = progress;
+    left = 0;
+    for (int i = 0; i < threads && error.empty(); ++i) {
+      Fiber& fiber = block.fibers[backwards ? threads - 1 - i : i];
+      if (fiber.done) continue;
+      resume(fiber);
+      left += !fiber.done;
+    }
+  } while (late && left > 0 && progress != before && error.empty());
+  return left;
+}
+
 inline void run_cluster(int first, int blocks, int threads, size_t shared_bytes, bool backwards) {
   while (static_cast<int>(cluster.size()) < blocks) cluster.emplace_back(new Block);
   cluster_barrier = Meeting{};
@@ -190,12 +207,8 @@ inline void run_cluster(int first, int blocks, int threads, size_t shared_bytes,
   for (int left = blocks * threads; left > 0 && error.empty();) {
     const uint64_t before = progress;
     left = 0;
-    for (int i = 0; i < blocks * threads && error.empty(); ++i) {
-      const int at = backwards ? blocks * threads - 1 - i : i;
-      Fiber& fiber = cluster[at / threads]->fibers[at % threads];
-      if (fiber.done) continue;
-      resume(fiber);
-      left += !fiber.done;
+    for (int i = 0; i < blocks && error.empty(); ++i) {
+      left += run_threads(*cluster[backwards ? blocks - 1 - i : i], threads, backwards);
     }
     if (left > 0 && progress == before) error = "threads wait for others that have ended or wait elsewhere";
   }
