@@ -56,6 +56,8 @@ CASES = {
     "drawn": Case(torch.bfloat16, 32768, 10_000_000, 128, "drawn", accepts=True),
     "given": Case(torch.bfloat16, 32768, 100_000, 128, "given", step=False),
     "lse d=128": Case(torch.bfloat16, 131072, 131072, 128, "lse"),
+    "lse d=256": Case(torch.bfloat16, 32768, 32768, 256, "lse"),
+    "lse d=512": Case(torch.bfloat16, 32768, 32768, 512, "lse"),
     "lse d=1024": Case(torch.float16, 8192, 8192, 1024, "lse", ids=False),
     "lse float32": Case(torch.float32, 4096, 4096, 128, "lse"),
     "lse, split": Case(torch.bfloat16, 64, 1_000_000, 100, "lse", all_tensors=True),
@@ -273,18 +275,20 @@ def work(launched: Launch) -> Work | None:
     from emc2_kernels.backends.triton.scores import SEGMENTS, TILE
 
     given = launched.arguments
-    block, tile, d = given["BLOCK_M"], TILE.value, given["d_over_align"] * given["ALIGN_D"]
+    block, tile, d = given["BLOCK_M"], given.get("BLOCK_N", TILE.value), given["d_over_align"] * given["ALIGN_D"]
     keys = SEGMENTS.value * given["segment_length"] if "segment_length" in given else given["split_length"]
     tiles = math.prod(launched.grid) * keys // tile
+    depth = -(-d // given["BLOCK_D"]) * given["BLOCK_D"]  # of the first product, what fills its last chunk included
     roles = given.get("AS_QUERY", 0) + given.get("AS_KEY", 0) or 1
     columns = given.get("BLOCK_OUT", 0)  # of a second product, of weights and others
     keeps_others = given["WHOLE_D"] and columns == given["BLOCK_D"]
-    loaded = tile * d + (0 if given["WHOLE_D"] else block * d) + (0 if keeps_others else tile * columns)
+    again = 0 if keeps_others or not columns else d / launched.grid[2]
+    loaded = tile * d + (0 if given["WHOLE_D"] else block * d) + tile * again
     operand = next(iter(given.values()))
     return Work(
         tiles * block * tile * roles * given.get("SAMPLES", 1),
-        tiles * block * tile * 2 * (d + columns),
-        tiles * loaded * operand.element_size(),
+        tiles * block * tile * 2 * (depth + columns),
+        round(tiles * loaded) * operand.element_size(),
     )
 
 
@@ -302,7 +306,7 @@ def measure(name: str, generation: int) -> list[Compiled]:
         registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
         fits = min(65536 // (registers * threads), (227 << 10) // max(shared, 1), 2048 // threads)
         does, mark = work(launched), sass.MARKS.get(launched.function.__name__)
-        read = sass.read_cubin(cubin, mark.count, mark.opcode) if does is not None else None
+        read = sass.read_cubin(cubin, mark.count, mark.opcode, mark.whole_loop) if does is not None else None
         assertions = re.findall(r'tt\.assert .*?"(.*?)"', compiled.asm["ttgir"])
         sizes = registers, stack, shared, fits
         rows.append(Compiled(name, generation, kernel_name(launched), *sizes, read, does, assertions))

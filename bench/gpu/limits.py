@@ -26,7 +26,7 @@ from bench.peers import MatrixProduct
 if TYPE_CHECKING:
     from bench.gpu.context import Context
 
-TILE = 128  # keys of a product, in all of Triton's kernels here
+TILE = 128  # keys of a product, in all of Triton's kernels here but the gradient's, whose tuning names them
 ID_BYTES = 8
 SPECIAL_LANES = 16  # results of exp2 a clock and multiprocessor: NVIDIA's programming guide, 8.0 to 10.0
 
@@ -74,7 +74,9 @@ def sweep_l2_bytes(n: int, m: int, d: int, element: int, block_m: int, block_d: 
     return blocks * (keys + queries)
 
 
-def gradient_l2_bytes(n: int, m: int, d: int, element: int, block_m: int, block_d: int, block_out: int) -> int:
+def gradient_l2_bytes(
+    n: int, m: int, d: int, element: int, block_m: int, block_n: int, block_d: int, block_out: int
+) -> int:
     """From the L2 to the multiprocessors in the gradient of n owners over m others, one kernel.
 
     Scores are made again for each chunk of `block_out` columns of the result; where a chunk is not the whole row, the
@@ -82,11 +84,11 @@ def gradient_l2_bytes(n: int, m: int, d: int, element: int, block_m: int, block_
     """
     widest = max(32, 1 << (d - 1).bit_length())  # what a row of d elements is cut into at most
     block_d, block_out = min(block_d, widest), min(block_out, widest)
-    blocks, tiles, chunks = -(-n // block_m), -(-m // TILE), -(-d // block_out)
+    blocks, tiles, chunks = -(-n // block_m), -(-m // block_n), -(-d // block_out)
     whole = d <= block_d
     again = 0 if whole and block_out == block_d else min(block_out, d)
     owners = block_m * d * element * (1 if whole else tiles)
-    return blocks * chunks * (owners + tiles * TILE * (d + again) * element)
+    return blocks * chunks * (owners + tiles * block_n * (d + again) * element)
 
 
 @dataclass(frozen=True)

@@ -227,8 +227,9 @@ def lse_gradient_work(n: int, m: int, d: int) -> Work:
     tuning = triton_tuning()
     l2_bytes = 0
     if tuning is not None:
-        chosen = tuning.lse_gradient(tuning.device(0)[0], True)
-        l2_bytes = gradient_l2_bytes(n, m, d, 2, chosen.block_m, chosen.block_d, chosen.block_out)
+        chosen = tuning.lse_gradient(tuning.device(0)[0], True, d)
+        sizes = chosen.block_m, chosen.block_n, chosen.block_d, chosen.block_out
+        l2_bytes = gradient_l2_bytes(n, m, d, 2, *sizes)
     return Work(4 * n * m * d, 2 * (2 * n + m) * d, l2_bytes, exponentials=n * m)
 
 

@@ -5,7 +5,8 @@ role). Each thread makes its own, so that the instructions of a thread for one e
 They are counted in the *main block*: of the blocks without a branch and without a global store, the one with the most
 of an opcode that an element needs a known number of (MARKS), and what else of its loop has at least half as many: noise
 that depends on no product may be made before its chunks. What the loop runs beside that is not in it: the chunks of a
-product where d is longer than one, a sample point's second walk, the ending.
+product where d is longer than one, a sample point's second walk, the ending. A gradient runs all blocks of its loop for
+each tile: there all count but those of a loop within.
 
 A pipe takes a warp instruction every so many cycles (LIMITS), and all pipes work side by side. So the pipe that needs
 the most cycles is a lower limit of the time, and no more than that: nothing is said of latencies, of loads that are
@@ -34,6 +35,7 @@ class Mark(NamedTuple):
 
     opcode: str
     count: int  # for each element
+    whole_loop: bool = False  # whether each block of the loop runs once a tile
 
 
 # Of lse_kernel each row of a tile has one more (2 beside 64 in a thread): its figures are up to 3 % low.
@@ -43,7 +45,7 @@ MARKS = {
     "gumbel_kernel": Mark("MUFU.LG2", 2),
     "isir_kernel": Mark("MUFU.LG2", 2),
     "lse_kernel": Mark("MUFU.EX2", 1),
-    "lse_gradient_kernel": Mark("MUFU.EX2", 1),
+    "lse_gradient_kernel": Mark("MUFU.EX2", 1, whole_loop=True),
 }
 
 # Opcodes by what executes them. That LOP3, IADD3, ISETP, SEL, FSEL, FMNMX, SHF, PRMT, MOV and their like share one
@@ -173,7 +175,7 @@ def innermost_loop(blocks: list[Block], place: int) -> range:
     return min(loops, key=len, default=range(place, place + 1))
 
 
-def read_code(code: str, logarithms: int = 1, opcode: str = "MUFU.LG2") -> Pipes | None:
+def read_code(code: str, logarithms: int = 1, opcode: str = "MUFU.LG2", whole_loop: bool = False) -> Pipes | None:
     """The main block of a disassembly, which has ``logarithms`` times ``opcode`` for each element; None without one."""
     generation = int(re.search(r"\.target\s+sm_(\d+)|EF_CUDA_SM(\d+)", code).expand(r"\1\2"))
     blocks = straight_blocks(code)
@@ -186,18 +188,22 @@ def read_code(code: str, logarithms: int = 1, opcode: str = "MUFU.LG2") -> Pipes
     main = max(marks, key=lambda place: (marks[place], len(blocks[place].opcodes)), default=None)
     if main is None:
         return None
-    counted = [place for place in innermost_loop(blocks, main) if 2 * marks.get(place, 0) >= marks[main]]
+    loop = innermost_loop(blocks, main)
+    if whole_loop:
+        counted = [place for place in loop if innermost_loop(blocks, place) == loop]
+    else:
+        counted = [place for place in loop if 2 * marks.get(place, 0) >= marks[main]]
     opcodes = [each for place in counted for each in blocks[place].opcodes]
-    elements = sum(marks[place] for place in counted) / logarithms
+    elements = sum(marks.get(place, 0) for place in counted) / logarithms
     counts = dict.fromkeys(Pipes._fields[2:], 0.0)
     for each in opcodes:
         counts[classify(each)] += 1 / elements
     return Pipes(generation, len(opcodes) / elements, **counts)
 
 
-def read_cubin(cubin: bytes, logarithms: int = 1, opcode: str = "MUFU.LG2") -> Pipes | None:
+def read_cubin(cubin: bytes, logarithms: int = 1, opcode: str = "MUFU.LG2", whole_loop: bool = False) -> Pipes | None:
     """``read_code`` of a compiled kernel."""
-    return read_code(run_tool("nvdisasm", cubin, "-c"), logarithms, opcode)
+    return read_code(run_tool("nvdisasm", cubin, "-c"), logarithms, opcode, whole_loop)
 
 
 def run_tool(name: str, cubin: bytes, *options: str) -> str:

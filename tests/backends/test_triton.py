@@ -215,6 +215,9 @@ def test_a_gpu_of_any_age_and_any_size_of_walk_has_a_row():
             used = {tuning.sweep(generation, half, d, n) for d in (0, 1, 128, 129, 512, 4096) for n in sizes}
             rows = [key for key in tuning.SWEEPS if key[0] == min(generation, 10) and key[1] == half]
             assert used == {tuning.SWEEPS[key] for key in rows}, "a row that no size reaches"
+            used = {tuning.lse_gradient(generation, half, d) for d in (0, 1, 128, 129, 256, 257, 512, 513, 4096)}
+            rows = [key for key in tuning.LSE_GRADIENTS if key[0] == min(generation, 10) and key[1] == half]
+            assert used == {tuning.LSE_GRADIENTS[key] for key in rows}, "a row that no size reaches"
     assert tuning.sweep(9, True, 128, 64) == tuning.SWEEPS[9, True, 128, tuning.ANY]
     assert tuning.sweep(9, True, 512, 64).block_m == 64  # no product is half empty
     assert tuning.sweep(9, True, 512, 65) == tuning.SWEEPS[9, True, tuning.ANY, tuning.ANY]

@@ -4,10 +4,18 @@ that begin anywhere; and the sums of scores with all that they can have, cut in 
 import oracle
 import pytest
 import torch
-from helpers import assert_identical, chi_square, normal, poisoned, relative_rms
+from helpers import assert_identical, chi_square, normal, poisoned, relative_rms, with_rows
 from oracle import unit
 from test_isir import assert_drawn, assert_steps, chains_at, error_of, everything, operator_step, own_of, resample
-from test_isir_gradients import assert_equals_formula, lse_of_scores, lse_of_step, options_of, started, temperatures
+from test_isir_gradients import (
+    assert_equals_formula,
+    lse_of_scores,
+    lse_of_step,
+    options_of,
+    started,
+    temperatures,
+    value_and_gradients,
+)
 
 from emc2_kernels import MHState, ops
 from emc2_kernels.backends import gpu
@@ -22,6 +30,7 @@ import triton.language as tl  # noqa: E402
 from emc2_kernels.backends.triton import isir, tuning  # noqa: E402
 
 SMALL = tuning.Sweep(16, 16, 4, 1, None, "chosen for tests")
+SHIPPED = tuning.lse_gradient
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +38,9 @@ def small_tiles_of_rubbish(monkeypatch):
     """Small blocks; what a kernel must fill comes with rubbish in it."""
     monkeypatch.setattr(tuning, "sweep", lambda *key: SMALL)
     monkeypatch.setattr(tuning, "lse", lambda *key: tuning.Lse(16, 16, 4, 1, "for tests"))
-    monkeypatch.setattr(tuning, "lse_gradient", lambda *key: tuning.LseGradient(16, 16, 32, 4, 1, "for tests"))
+    monkeypatch.setattr(
+        tuning, "lse_gradient", lambda *key: tuning.LseGradient(16, 128, 16, 32, 4, 1, False, "for tests")
+    )
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poisoned(new_empty(*args, **options)))
 
@@ -179,6 +190,51 @@ def test_sums_and_gradients_of_scores_with_all_their_options(n, m, d, dtype, spl
     given["temperature"] = temperatures(n, per_row=splits == 1)
     assert_equals_formula(lse_of_scores("triton"), given | options_of(n, m))
     assert_equals_formula(lse_of_step("triton"), started(given | options_of(n, m)))
+
+
+# Beside the edges of tiles of 32, 64 and 128, and on and beside those of the table's rows.
+ON_HOPPER = [
+    (65, 129, 100),
+    (70, 257, 128),
+    (64, 33, 130),
+    (6, 100, 256),
+    (66, 65, 257),
+    (130, 129, 512),
+    (65, 70, 1030),
+]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("n", "m", "d"), ON_HOPPER)
+def test_gradients_in_the_sizes_of_a_hopper(n, m, d, splits, monkeypatch):
+    """Whose products the compiler must not see together: here as queries, as keys, and as both at once."""
+    split_into(monkeypatch, splits)
+    monkeypatch.setattr(tuning, "device", lambda index: (9, 132))
+    monkeypatch.setattr(tuning, "lse_gradient", SHIPPED)
+    dtype = torch.bfloat16 if d % 2 else torch.float16
+    given = {"queries": unit(n, d, seed=1, dtype=dtype), "keys": unit(m, d, seed=2, dtype=dtype)}
+    given["temperature"] = temperatures(n, per_row=splits == 1)
+    assert_equals_formula(lse_of_scores("triton"), given | options_of(n, m))
+    bad, weights = given | {"keys": with_rows(given["keys"], m - 1, torch.inf)}, torch.linspace(-1, 2, n)
+    found, gradients = value_and_gradients(lse_of_scores("triton"), bad, weights)
+    expected, without = value_and_gradients(lse_of_scores("triton"), given | {"keys": given["keys"][:-1]}, weights)
+    assert relative_rms(found, expected) < 1e-6 and not gradients["keys"][-1].any()
+    assert relative_rms(gradients["queries"], without["queries"]) < 1e-2
+    assert relative_rms(gradients["keys"][:-1], without["keys"]) < 1e-2
+    ids = torch.arange(n) % (n // 2)
+    among = {
+        "keys": None,
+        "temperature": 0.1,
+        "query_ids": ids,
+        "key_ids": ids,
+        "carried_ids": (ids * 3 + 1) % (n // 2),
+    }
+    assert_equals_formula(lse_of_scores("triton"), given | among | {"log_proposal": normal(7, n)})
+
+
+def test_all_sizes_of_a_hopper_are_tried():
+    tried = {SHIPPED(9, True, d) for _, _, d in ON_HOPPER}
+    assert tried == {row for key, row in tuning.LSE_GRADIENTS.items() if key[:2] == (9, True)}
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["", "temperatures"])

@@ -25,7 +25,9 @@ def small_poisoned_kernels(monkeypatch):
     from emc2_kernels.backends.triton import tuning
 
     monkeypatch.setattr(tuning, "lse", lambda *key: tuning.Lse(16, 16, 4, 1, "for tests"))
-    monkeypatch.setattr(tuning, "lse_gradient", lambda *key: tuning.LseGradient(16, 16, 32, 4, 1, "for tests"))
+    monkeypatch.setattr(
+        tuning, "lse_gradient", lambda *key: tuning.LseGradient(16, 128, 16, 32, 4, 1, False, "for tests")
+    )
     new_empty = torch.Tensor.new_empty
 
     def poisoned(*sizes, **options):

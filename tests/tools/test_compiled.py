@@ -168,8 +168,17 @@ def test_bounds_are_printed_as_they_are_written(compiled, monkeypatch, capsys):
         # Eight programs of two samples make the same products; the last tile of the keys is filled.
         ("gumbel d=128", "gumbel_kernel", 16 * 32768 * 100_000, 8 * 2**16 * 128 * 100_000, None),
         ("isir d=128", "isir_kernel", 2**30, 2**38, 2**30 // 64 * 128 * 2),
-        # Each of four chunks of columns makes the scores of both roles anew.
-        ("lse, symmetric d=512", "lse_gradient_kernel", 2 * 4 * 2**26, 4 * 2**27 * (512 + 128), None),
+        # All columns at once: scores once, of whole rows that serve both products.
+        ("lse d=512", "lse_gradient_kernel", 2**30, 2**31 * (512 + 512), 2**30 // 64 * 512 * 2),
+        ("lse, symmetric d=512", "lse_gradient_kernel", 2 * 2**26, 2**27 * (512 + 512), 2**26 // 64 * 512 * 2),
+        # Each of two chunks of columns makes the scores anew, and reads its part of the others once more.
+        (
+            "lse d=1024",
+            "lse_gradient_kernel",
+            2 * 2**26,
+            2 * 2**27 * (1024 + 512),
+            2 * 2**14 * 2 * 64 * (2 * 1024 + 512),
+        ),
     ],
 )
 def test_work_of_a_launch(case, kernel, elements, flops, l2_bytes):

@@ -241,15 +241,18 @@ def test_bytes_through_the_l2_are_counted_from_the_launch():
     assert count(65, 129, 128, 2, 64, 128, ids=False) == 2 * (64 * 256 + 2 * 128 * 256)
     gradient = gpu_limits.gradient_l2_bytes
     # d = 128 in halves: a tile takes 16 KB of owners, 32 KB of others, and these again for the second product.
-    assert gradient(n, n, 128, 2, 64, 64, 128) == 512 * 256 * 1024 * (16 + 32 + 32)
+    assert gradient(n, n, 128, 2, 64, 128, 64, 128) == 512 * 256 * 1024 * (16 + 32 + 32)
     # d = 512: scores are made four times, once for each 128 columns of the result.
-    assert gradient(n, n, 512, 2, 64, 64, 128) == 4 * 512 * 256 * 1024 * (64 + 128 + 32)
+    assert gradient(n, n, 512, 2, 64, 128, 64, 128) == 4 * 512 * 256 * 1024 * (64 + 128 + 32)
     # Whole rows: owners once, others once for both products. Shorter rows than a block are whole, too.
-    assert gradient(n, n, 128, 2, 128, 128, 128) == 256 * (32 * 1024 + n * 256)
-    assert gradient(n, n, 64, 2, 128, 128, 128) == 256 * (16 * 1024 + n * 128)
-    assert gradient(n, n, 64, 2, 128, 64, 128) == 256 * (16 * 1024 + n * 128)
+    assert gradient(n, n, 128, 2, 128, 128, 128, 128) == 256 * (32 * 1024 + n * 256)
+    assert gradient(n, n, 64, 2, 128, 128, 128, 128) == 256 * (16 * 1024 + n * 128)
+    assert gradient(n, n, 64, 2, 128, 128, 64, 128) == 256 * (16 * 1024 + n * 128)
     # Whole rows, but half of the result at a time: for that the others' half is read once more.
-    assert gradient(n, n, 128, 2, 128, 128, 64) == 2 * 256 * (32 * 1024 + n * (256 + 128))
+    assert gradient(n, n, 128, 2, 128, 128, 128, 64) == 2 * 256 * (32 * 1024 + n * (256 + 128))
+    # All of 512 at once, of 64 owners and 64 others; a last tile is filled.
+    assert gradient(n, n, 512, 2, 64, 64, 512, 512) == 512 * (64 * 1024 + n * 1024)
+    assert gradient(n, 65, 512, 2, 64, 64, 512, 512) == 512 * (64 * 1024 + 128 * 1024)
 
 
 def test_work_is_that_of_the_shipped_settings():

@@ -78,6 +78,17 @@ def test_what_the_loop_makes_of_an_element_in_another_block_is_counted_too():
     assert sass.read_code(disassembly(*loop[:-1]), 2).alu == 6  # no loop: the longer of two
 
 
+def test_a_whole_loop_is_all_that_goes_round_once_a_tile():
+    """Products, exponentials and loads in blocks of their own: but what goes round within is left out."""
+    exponentials, chunk = ["MUFU.EX2 R1, R2"] * 4 + ["FADD R1, R2, R3"] * 4, ["HGMMA R1", "@P0 BRA `(.L_x_2)"]
+    loop = [["LDGSTS [R1], [R2]"] * 4, chunk, exponentials, ["LOP3 R1, R2, R3"] * 3 + ["@P1 BRA `(.L_x_1)"]]
+    outside = ["MUFU.EX2 R1, R2"] * 3 + ["LOP3 R1, R2, R3"] * 20
+    code = disassembly(outside, *loop, outside)
+    expected = {"issue": 4, "memory": 1, "mufu": 1, "fma": 1, "alu": 0.75, "control": 0.25}
+    assert sass.read_code(code, 1, "MUFU.EX2", whole_loop=True) == sass.Pipes(90, **NONE | expected)
+    assert sass.read_code(code, 1, "MUFU.EX2") == sass.Pipes(90, **NONE | {"issue": 2, "mufu": 1, "fma": 1})
+
+
 @pytest.mark.parametrize(
     ("target", "generation"),
     [(".target\tsm_90a", 90), (".target sm_100a", 100), ('.headerflags @"EF_CUDA_SM80 EF_CUDA_VIRTUAL_SM(80)"', 80)],

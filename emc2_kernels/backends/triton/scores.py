@@ -113,11 +113,11 @@ def multiply(
     resident, queries, keys, d, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, 128) float32 inner products of two operands; ``resident`` is what ``load_resident`` made of the first.
+    """(rows, rows) float32 inner products of two operands; ``resident`` is what ``load_resident`` made of the first.
 
     Longer rows come in chunks, queries too: all of 512 dimensions would not fit into shared memory.
     """
-    products = tl.zeros((queries.row.shape[0], TILE), tl.float32)
+    products = tl.zeros((queries.row.shape[0], keys.row.shape[0]), tl.float32)
     if WHOLE_D:
         key_block = load_rows(keys, 0, d, BLOCK_D, EVEN_D)
         products = tl.dot(resident, tl.trans(key_block), products, input_precision=PRECISION)

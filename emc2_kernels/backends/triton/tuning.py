@@ -37,10 +37,12 @@ class Lse(NamedTuple):
 
 class LseGradient(NamedTuple):
     block_m: int
+    block_n: int  # others of a tile
     block_d: int
     block_out: int  # dimensions of a program's result
     num_warps: int
     num_stages: int
+    apart: bool  # whether the compiler is kept from seeing that its first product feeds the second
     measured: str
 
 
@@ -66,16 +68,28 @@ SWEEPS: dict[tuple[int, bool, int, int], Sweep] = {
 }
 GATHERED: dict[int, Gathered] = {8: Gathered(32, 256, 2, NOT_MEASURED)}
 
-# By (generation, half precision?), as above. A gradient has two accumulators: with fewer warps they spill.
+# By (generation, half precision?), as above; of gradients by the largest d, too.
+#
+# A gradient keeps the result of its owners in registers. Up to d = 512 on Hopper that is all of it: scores are made
+# once, of a tile that is loaded once. 64 owners of 512 columns take 128 registers of 256 threads each, owners and two
+# tiles of 64 others 192 KB of shared memory. Up to 256, two programs of 4 warps share a multiprocessor: one multiplies
+# while the other makes weights. On Blackwell the compiler keeps accumulators elsewhere, and what is for Hopper spills.
 LSES: dict[tuple[int, bool], Lse] = {
     (8, True): Lse(128, 128, 8, 2, NOT_MEASURED),
     (8, False): Lse(64, 32, 4, 2, NOT_MEASURED),
     (10, True): Lse(64, 64, 4, 3, NOT_MEASURED),
     (10, False): Lse(64, 32, 4, 2, NOT_MEASURED),
 }
-LSE_GRADIENTS: dict[tuple[int, bool], LseGradient] = {
-    (8, True): LseGradient(64, 64, 128, 8, 2, NOT_MEASURED),
-    (8, False): LseGradient(32, 32, 64, 4, 2, NOT_MEASURED),
+LSE_GRADIENTS: dict[tuple[int, bool, int], LseGradient] = {
+    (8, True, ANY): LseGradient(64, 128, 64, 128, 8, 2, False, NOT_MEASURED),
+    (8, False, ANY): LseGradient(32, 128, 32, 64, 4, 2, False, NOT_MEASURED),
+    (9, True, 128): LseGradient(64, 128, 128, 128, 4, 2, True, NOT_MEASURED),
+    (9, True, 256): LseGradient(64, 32, 256, 256, 4, 3, True, NOT_MEASURED),
+    (9, True, 512): LseGradient(64, 64, 512, 512, 8, 2, True, NOT_MEASURED),
+    (9, True, ANY): LseGradient(64, 64, 64, 512, 8, 3, True, NOT_MEASURED),
+    (9, False, ANY): LseGradient(32, 128, 32, 64, 4, 2, False, NOT_MEASURED),
+    (10, True, ANY): LseGradient(64, 128, 64, 128, 8, 2, False, NOT_MEASURED),
+    (10, False, ANY): LseGradient(32, 128, 32, 64, 4, 2, False, NOT_MEASURED),
 }
 
 PROGRAMS_PER_PROCESSOR = 2  # of the sweep, at once
@@ -111,9 +125,11 @@ def lse(generation: int, half: bool) -> Lse:
     return LSES[_newest(LSES, generation), half]
 
 
-@lru_cache(maxsize=16)
-def lse_gradient(generation: int, half: bool) -> LseGradient:
-    return LSE_GRADIENTS[_newest(LSE_GRADIENTS, generation), half]
+@lru_cache(maxsize=64)
+def lse_gradient(generation: int, half: bool, d: int) -> LseGradient:
+    """The row for gradients of d elements each."""
+    newest = _newest(LSE_GRADIENTS, generation)
+    return LSE_GRADIENTS[min(row for row in LSE_GRADIENTS if row[:2] == (newest, half) and d <= row[2])]
 
 
 def _newest(table: dict, generation: int) -> int:
