@@ -77,7 +77,7 @@ def test_results_do_not_depend_on_how_the_keys_are_split(hopper, monkeypatch):
     options = {"burn_in": 100, "num_samples": 64}
     expected = step("reference", queries, keys, **options)
     results, sizes = [], set()
-    for processors in (1, 2, 3, 8, 24, 132):
+    for processors in (2, 1, 5, 8, 24, 132):
         monkeypatch.setenv("EMC2_EMULATED_PROCESSORS", str(processors))
         results.append(step(hopper, queries, keys, **options))
         sizes.add(hopper.module.matrix_sweep_scratch(258, 12 * 128, 64, 0))

@@ -307,7 +307,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     return asked ? std::atoi(asked) : usual;
   };
   const int capability = number("EMC2_EMULATED_CAPABILITY", 90);
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? number("EMC2_EMULATED_PROCESSORS", 4)
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? number("EMC2_EMULATED_PROCESSORS", 2)
            : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
                                                             : capability % 10;
   return cudaSuccess;
