@@ -167,12 +167,28 @@ def straight_blocks(code: str) -> list[Block]:
     return blocks
 
 
-def innermost_loop(blocks: list[Block], place: int) -> range:
-    """The blocks of the smallest loop around one of them, itself among them; itself alone where there is no loop."""
+def innermost_loop(blocks: list[Block], place: int) -> range | None:
+    """The blocks of the smallest loop around one of them, itself among them."""
     places = {block.label: number for number, block in enumerate(blocks) if block.label}
     ends = [(places[block.target], end) for end, block in enumerate(blocks) if block.target in places]
     loops = [range(begin, end + 1) for begin, end in ends if begin <= place <= end]
-    return min(loops, key=len, default=range(place, place + 1))
+    return min(loops, key=len, default=None)
+
+
+def main_block(blocks: list[Block], marks: dict[int, int]) -> int:
+    """The place of the block with the most marks, of which ``marks`` has the number.
+
+    Of two with as many, one is the loop and one its first or last round, taken out of it: the longer one is safe. Of
+    two loops one after the other the first one is for plain tiles, which most are, and the other for the rest.
+    """
+
+    def length(place: int) -> int:
+        return len(blocks[place].opcodes)
+
+    most = [place for place in marks if marks[place] == max(marks.values())]
+    loops = {loop: place for place in sorted(most, key=length) if (loop := innermost_loop(blocks, place))}
+    apart = [loop for loop in loops if not any(other != loop and other.start in loop for other in loops)]
+    return loops[min(apart, key=lambda loop: loop.start)] if len(apart) > 1 else max(most, key=length)
 
 
 def read_code(code: str, logarithms: int = 1, opcode: str = "MUFU.LG2", whole_loop: bool = False) -> Pipes | None:
@@ -184,15 +200,14 @@ def read_code(code: str, logarithms: int = 1, opcode: str = "MUFU.LG2", whole_lo
         for place, block in enumerate(blocks)
         if opcode in block.opcodes and "STG" not in {each[:3] for each in block.opcodes}
     }
-    # Of two with as many, one is the loop and one its first or last round, taken out of it: the longer one is safe.
-    main = max(marks, key=lambda place: (marks[place], len(blocks[place].opcodes)), default=None)
-    if main is None:
+    if not marks:
         return None
-    loop = innermost_loop(blocks, main)
+    main = main_block(blocks, marks)
+    around = innermost_loop(blocks, main) or range(main, main + 1)
     if whole_loop:
-        counted = [place for place in loop if innermost_loop(blocks, place) == loop]
+        counted = [place for place in around if innermost_loop(blocks, place) in (around, None)]
     else:
-        counted = [place for place in loop if 2 * marks.get(place, 0) >= marks[main]]
+        counted = [place for place in around if 2 * marks.get(place, 0) >= marks[main]]
     opcodes = [each for place in counted for each in blocks[place].opcodes]
     elements = sum(marks.get(place, 0) for place in counted) / logarithms
     counts = dict.fromkeys(Pipes._fields[2:], 0.0)

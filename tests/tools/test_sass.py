@@ -89,6 +89,18 @@ def test_a_whole_loop_is_all_that_goes_round_once_a_tile():
     assert sass.read_code(code, 1, "MUFU.EX2") == sass.Pipes(90, **NONE | {"issue": 2, "mufu": 1, "fma": 1})
 
 
+def test_of_two_loops_one_after_the_other_the_first_counts():
+    """A sweep's plain tiles, whichever loop is longer; not two rounds of one loop, nor one around the other."""
+    plain = ["MUFU.LG2 R1, R2", "FADD R1, R2, R3", "@P0 BRA `(.L_x_1)"]
+    rest = ["MUFU.LG2 R1, R2", *["LOP3 R1, R2, R3"] * 5, "@P0 BRA `(.L_x_2)"]
+    begin = ["MUFU.LG2 R1, R2", *["FADD R1, R2, R3"] * 9]
+    assert sass.read_code(disassembly(begin, plain, rest)).issue == 3
+    assert sass.read_code(disassembly(begin, [*rest[:-1], plain[-1]], [*plain[:-1], rest[-1]])).issue == 7
+    assert sass.read_code(disassembly(begin, plain)).issue == 10
+    around = ["MUFU.LG2 R1, R2", *["LOP3 R1, R2, R3"] * 5, "@P0 BRA `(.L_x_0)"]
+    assert sass.read_code(disassembly(begin, plain, around)).issue == pytest.approx(20 / 3)  # all go round
+
+
 @pytest.mark.parametrize(
     ("target", "generation"),
     [(".target\tsm_90a", 90), (".target sm_100a", 100), ('.headerflags @"EF_CUDA_SM80 EF_CUDA_VIRTUAL_SM(80)"', 80)],
