@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emc2_kernels.backends.triton.philox import _log2, log2_uniform
+from emc2_kernels.backends.triton.philox import _log2, scaled_exponential
 
 BLOCK = 1024
 
@@ -17,7 +17,7 @@ def log2_kernel(raw_ptr, clamped_ptr, count, stride, BLOCK: tl.constexpr):  # no
     u = (k.to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23; 24 bits hold it
     word = (k.to(tl.uint32) << 9) | 0x155  # the low bits are not looked at
     tl.store(raw_ptr + i, _log2(u), i < count)
-    tl.store(clamped_ptr + i, log2_uniform(word), i < count)
+    tl.store(clamped_ptr + i, scaled_exponential(word) * -32.0, i < count)
 
 
 def fill_log2(raw: Tensor, clamped: Tensor, stride: int) -> None:

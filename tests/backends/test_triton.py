@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(not gpu.interpreting(), reason="with a GPU, test
 pytest.importorskip("triton")
 
 from emc2_kernels.backends import triton  # noqa: E402  Triton first
-from emc2_kernels.backends.triton import launch, tuning, view_coin  # noqa: E402
+from emc2_kernels.backends.triton import launch, philox, tuning, view_coin  # noqa: E402
 
 SMALL = tuning.Sweep(16, 16, 4, 1, None, "chosen for tests")  # the interpreter's time goes by programs and chunks
 
@@ -90,6 +91,27 @@ def test_samples_replayed_are_those_recorded_on_the_way(m, splits, samples, smal
     assert torch.equal(results[0].samples, expected.samples) and torch.equal(results[0].state.key, expected.state.key)
     expected = emc2.mh_transition(queries, keys, backend="reference", **shard, **options)
     assert torch.equal(results[1].position, expected.position)
+
+
+@pytest.mark.parametrize(("splits", "has_ids"), [(1, False), (2, True)])
+def test_plain_tiles_with_a_score_of_infinity_are_walked_again(splits, has_ids, small_tiles, monkeypatch):
+    """All tiles of 512 keys are plain. For a row of ones three keys score +inf, for others -inf or NaN, too."""
+    split_into(monkeypatch, splits)
+    queries, keys = exact(5, 3, seed=1), exact(512, 3, seed=2)
+    queries[0], keys[[3, 100, 300]] = 1.0, torch.inf
+    options = {"num_samples": 5, "burn_in": 30, "return_accepts": True, "return_lse": True}
+    if has_ids:
+        options |= {"query_ids": torch.arange(5), "key_ids": torch.arange(512) % 7}
+    state = emc2.MHState(torch.arange(5), torch.linspace(-3, 3, 5))
+    results = []
+    for on_the_way in (True, False):
+        recording(monkeypatch, on_the_way)
+        results.append(call("triton", queries, keys, state, **options))
+    assert_identical(results[1], results[0])
+    expected = call("reference", queries, keys, state, **options)
+    assert torch.equal(results[1].samples, expected.samples) and torch.equal(results[1].state.key, expected.state.key)
+    assert torch.equal(results[1].num_accepted, expected.num_accepted)
+    assert results[1].threshold.isfinite().all() and results[1].state.score.isfinite().all()
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -187,6 +209,15 @@ def test_every_state_of_a_long_schedule(small_tiles):
         call("triton", queries, keys, state, **options).samples,
         call("reference", queries, keys, state, **options).samples,
     )
+
+
+def test_the_clamp_of_an_exponential_draw_is_as_interpreted():
+    """Its PTX, which no interpreter runs: -log2 u / 32 as it is, and 0 for a logarithm that came out above 0."""
+    opcode, operands, constant = re.fullmatch(r"(\S+) (.*), 0f(\w+);", philox.SCALE_AND_CLAMP.value).groups()
+    factor = torch.tensor(int(constant, 16) - 2**32, dtype=torch.int32).view(torch.float32)
+    log2 = torch.cat((-torch.rand(1000) * 24, torch.tensor([-24.0, -(2.0**-24), -0.0, 0.0, 2.0**-22])))
+    assert (opcode, operands) == ("mul.sat.f32", "$0, $1")
+    assert torch.equal((log2 * factor).clamp(0, 1) * -32, log2.clamp_max(0))
 
 
 def test_view_coin():

@@ -23,6 +23,8 @@ _WEYL_1 = tl.constexpr(0xBB67AE85)
 
 _ONE_BITS = tl.constexpr(0x3F800000)
 _ONE_LESS_HALF_STEP = tl.constexpr(1.0 - 2.0**-24)
+_MINUS_TWO_TO_MINUS_5 = tl.constexpr(-(2.0**-5))
+SCALE_AND_CLAMP = tl.constexpr("mul.sat.f32 $0, $1, 0fBD000000;")  # by it, and to [0, 1]
 _TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 _TWO_TO_MINUS_33 = tl.constexpr(2.0**-33)
 
@@ -114,15 +116,21 @@ def _log2(x):
 
 
 @triton.jit
-def log2_uniform(word):
-    """log2 u <= 0, u = (word >> 9) * 2^-23 + 2^-24; the approximation is within 2^-22, or 2^-22 of itself if larger.
+def scaled_exponential(word):
+    """E / (32 ln 2), in [0, 1): E = -log u, u = (word >> 9) * 2^-23 + 2^-24, within 2^-22 of log2 u, or 2^-22 of itself
+    if larger.
 
     The bits below a float's leading one give 1 + (word >> 9) * 2^-23, and the difference is exact: no conversion of
     integers, which is four times slower than any other instruction here. Near u = 1 the approximate logarithm may come
-    out above 0, and a threshold below its score would break the composition of steps: hence the minimum.
+    out above 0, and a threshold below its score would break the composition of steps. So -log2 u, which is 24 at most,
+    is multiplied by 2^-5, exactly, in a product that saturates to [0, 1]: a minimum would take the pipe that binds.
     """
     u = ((word >> 9) | _ONE_BITS).to(tl.float32, bitcast=True) - _ONE_LESS_HALF_STEP
-    return tl.minimum(_log2(u), 0.0)
+    log2 = _log2(u)
+    if INTERPRETED:
+        return tl.maximum(log2 * _MINUS_TWO_TO_MINUS_5, 0.0)
+    else:
+        return tl.inline_asm_elementwise(SCALE_AND_CLAMP, "=f,f", [log2], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -18,26 +18,30 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = tl.constexpr(2.0**-120), tl.constexpr(2.0**10
 
 
 @triton.jit
-def load_chain(chain_ids_ptr, rows, row_ok):
+def load_chain(chain_ids_ptr, rows, row_ok, ASSERT: tl.constexpr = True):
     """Chain ids name the random streams; by default they are the row numbers.
 
-    On a GPU nobody has looked at the values before: an assertion here is seen at the next synchronisation.
+    On a GPU nobody has looked at the values before: an assertion here is seen at the next synchronisation. ASSERT: or
+    leave it to another launch of the call. It is a function, and where one may be called, the assembler waits for each
+    of a product's instructions before it begins the next.
     """
     if chain_ids_ptr is not None:
         chain = tl.load(chain_ids_ptr + rows, row_ok, other=0)
-        tl.device_assert((chain >= 0) & (chain < MAX_CHAIN_ID), "chain_ids (or query_ids) must be in [0, 2^40)")
+        if ASSERT:
+            tl.device_assert((chain >= 0) & (chain < MAX_CHAIN_ID), "chain_ids (or query_ids) must be in [0, 2^40)")
         return chain
     else:
         return rows
 
 
 @triton.jit
-def load_temperature(temperatures_ptr, temperature, rows, row_ok):
+def load_temperature(temperatures_ptr, temperature, rows, row_ok, ASSERT: tl.constexpr = True):
     """One for all rows, or one for each."""
     if temperatures_ptr is not None:
         own = tl.load(temperatures_ptr + rows, row_ok, other=1.0)
         in_range = (own >= MIN_TEMPERATURE) & (own <= MAX_TEMPERATURE)
-        tl.device_assert(in_range, "temperature must be in [2^-120, 2^100]")
+        if ASSERT:
+            tl.device_assert(in_range, "temperature must be in [2^-120, 2^100]")
         return own
     else:
         return temperature
@@ -80,13 +84,14 @@ class Rows(NamedTuple):
 @triton.jit
 def load_chain_rows(
     n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, carried_ids_ptr, STREAM: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, ASSERT: tl.constexpr = True,
 ):  # fmt: skip
     """The rows of a program of a grid whose first axis they are; scores are UNIT / temperature times the products."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < n
-    chain_low, tag = chain_words(load_chain(chain_ids_ptr, row, row_ok), STREAM)
-    scale = tl.full((BLOCK_M,), UNIT, tl.float32) / load_temperature(temperatures_ptr, temperature, row, row_ok)
+    chain_low, tag = chain_words(load_chain(chain_ids_ptr, row, row_ok, ASSERT), STREAM)
+    own_temperature = load_temperature(temperatures_ptr, temperature, row, row_ok, ASSERT)
+    scale = tl.full((BLOCK_M,), UNIT, tl.float32) / own_temperature
     query_id, carried_id = load_row_ids(query_ids_ptr, carried_ids_ptr, row, row_ok)
     return Rows(row, row_ok, scale, chain_low, tag, query_id, carried_id)
 

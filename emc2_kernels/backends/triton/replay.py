@@ -23,9 +23,10 @@ from .sweep_tile import (
     next_sample_step,
     split_segments,
     store_split,
+    walk_program,
     walk_tile,
 )
-from .transition import Schedule, load_state_score, load_transition, scratch_layout
+from .transition import NEG_INF, Schedule, load_state_score, load_transition, scratch_layout
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -69,8 +70,8 @@ def replay_kernel(
         to, has_sample = entry_records(tile, sweep)
         walk = load_transition(scratch.records_ptr, to, has_sample)
         tl.debug_barrier()  # the sample is stored where this was
-        products = multiply_tile(operands, tile, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
-        walk_tile(walk, (), products, tile * STEPS, sweep, scratch.records_ptr, due, True, False, False)
+        products = multiply_tile(operands, tile, False, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
+        walk_tile(walk, (), products, tile * STEPS, sweep, scratch.records_ptr, due, True, False, False, False)
         due = next_sample_step((tile + 1) * STEPS, sweep)
 
     results = Results(
@@ -126,14 +127,14 @@ def count_kernel(
     segments = split_segments(segment_length, schedule)
     sweep = Sweep(rows, segments, schedule, generator, key_ids_ptr, log_proposal_ptr)
     entry = load_entry_score(state_score_ptr, scratch, rows, SPLIT)
-    walk = entry, entry, tl.zeros((BLOCK_M, SEGMENTS), tl.int32)
+    walk = tl.full(entry.shape, NEG_INF, tl.float32), entry, tl.zeros(entry.shape, tl.int32)
     operands = load_queries(
         queries_ptr, stride_query_row, keys_ptr, stride_key_row, rows, segment_length, schedule, d, BLOCK_D, WHOLE_D,
         EVEN_D,
     )  # fmt: skip
-    for tile in range(0, (segment_length // STEPS).to(tl.int32)):
-        products = multiply_tile(operands, tile, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
-        walk, _sums = walk_tile(walk, (), products, tile * STEPS, sweep, None, 0, False, True, False)
+    walk, _sums = walk_program(
+        walk, (), operands, sweep, segment_length, None, False, True, False, BLOCK_D, WHOLE_D, EVEN_D, PRECISION
+    )
     tl.atomic_add(accepted_ptr + rows.index, tl.sum(walk[2], 1), rows.ok)
 
 

@@ -56,7 +56,7 @@ class Operand(NamedTuple):
     ptr: tl.tensor
     stride_row: tl.tensor
     row: tl.tensor  # which ones, (rows,)
-    row_ok: tl.tensor  # whether there is one
+    row_ok: tl.tensor | None  # whether there is one; None: all are there
 
 
 @triton.jit
@@ -89,8 +89,10 @@ def larger(a, b):
 def load_rows(operand, begin, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
     """(rows, BLOCK_D) of a matrix with d columns, from column ``begin`` on; zeros where there is nothing."""
     dim = begin + tl.arange(0, BLOCK_D)
-    at = operand.ptr + operand.row[:, None] * operand.stride_row + dim[None, :]
-    if EVEN_D:
+    at = operand.ptr + (operand.row[:, None] * operand.stride_row + dim[None, :])
+    if operand.row_ok is None:
+        block = tl.load(at) if EVEN_D else tl.load(at, (dim < d)[None, :], other=0.0)
+    elif EVEN_D:
         block = tl.load(at, operand.row_ok[:, None], other=0.0)
     else:
         block = tl.load(at, operand.row_ok[:, None] & (dim < d)[None, :], other=0.0)

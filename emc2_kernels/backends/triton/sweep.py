@@ -25,14 +25,11 @@ from .replay import COUNT_KERNEL, REPLAY_KERNEL
 from .scores import SEGMENTS, STEPS, TILE
 from .sweep_tile import (
     Sweep,
-    entry_records,
     load_queries,
-    multiply_tile,
-    next_sample_step,
     shard_transition,
     split_segments,
     store_split,
-    walk_tile,
+    walk_program,
 )
 from .transition import NEG_INF, Schedule, empty_scratch, identity, scratch_layout, store_transition
 
@@ -66,8 +63,8 @@ def sweep_kernel(
     d = d_over_align * ALIGN_D
     generator = load_generator(seed_ptr, seed_low, seed_high, step_ptr, step)
     rows = load_chain_rows(
-        n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, None, ACCEPTANCE, 1.0, BLOCK_M
-    )
+        n, temperatures_ptr, temperature, chain_ids_ptr, query_ids_ptr, None, ACCEPTANCE, 1.0, BLOCK_M, RECORD
+    )  # replay_kernel asserts for a long walk
     schedule = Schedule(first_proposal, m, burn_in, num_kept, num_samples)
     segments = split_segments(segment_length, schedule)
     sweep = Sweep(rows, segments, schedule, generator, key_ids_ptr, log_proposal_ptr)
@@ -76,20 +73,13 @@ def sweep_kernel(
         EVEN_D,
     )  # fmt: skip
     HAS_LSE: tl.constexpr = lse_ptr is not None
-    walk = identity((BLOCK_M, SEGMENTS))
-    sums = tl.full((BLOCK_M, SEGMENTS), NEG_INF, tl.float32), tl.zeros((BLOCK_M, SEGMENTS), tl.float32)
-    due = next_sample_step(0, sweep)
-    for tile in range(0, (segment_length // STEPS).to(tl.int32)):
-        products = multiply_tile(operands, tile, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
-        due_here = due
-        if due < (tile + 1) * STEPS:
-            if not RECORD:
-                to, has_sample = entry_records(tile, sweep)
-                store_transition(scratch.records_ptr, to, has_sample, walk)
-            due = next_sample_step((tile + 1) * STEPS, sweep)
-        walk, sums = walk_tile(
-            walk, sums, products, tile * STEPS, sweep, scratch.records_ptr, due_here, RECORD, False, HAS_LSE
-        )
+    sums = ()
+    if HAS_LSE:
+        sums = tl.full((BLOCK_M, SEGMENTS), NEG_INF, tl.float32), tl.zeros((BLOCK_M, SEGMENTS), tl.float32)
+    walk, sums = walk_program(
+        identity((BLOCK_M, SEGMENTS)), sums, operands, sweep, segment_length, scratch.records_ptr, RECORD, False,
+        HAS_LSE, BLOCK_D, WHOLE_D, EVEN_D, PRECISION,
+    )  # fmt: skip
 
     at = rows.index * splits + split
     segment_at = at[:, None] * SEGMENTS + tl.arange(0, SEGMENTS)[None, :]
@@ -162,10 +152,10 @@ def launch_sweep(walk: WalkParams, outputs: Arguments) -> None:
     """Launches a walk over all keys. ``outputs``: tensors of a step or of a transition, by the kernels' names.
 
     Roofline, bfloat16 on an H100: 2 d operations a (row, key) on the tensor cores; operands through the L2, each block
-    of rows all keys, and beyond WHOLE_D its queries with each tile. The walk's instructions bind up to d = 128: 27.4
-    cycles of the ALU for a warp's 32 (33.7 with ids), counted in the code of Triton 3.9 (`make compiled`). For 32,768
-    rows and keys that predicts 1.02 ms (1.26), at d = 512 0.84 (1.08), where the product alone would take 1.4 ms, and
-    17.2 GB from the L2 up to 3.1. None of it has been measured.
+    of rows all keys, and beyond WHOLE_D its queries with each tile. At d = 128 a plain tile takes 18.0 slots of the
+    scheduler for a warp's 32, with ids 22.7 cycles of the ALU, counted in the code of Triton 3.9 (`make compiled`). For
+    32,768 rows and keys that predicts 0.67 ms (0.85), beside 0.35 of products and 0.78 of loads from the L2; at d = 512
+    0.61 ms (0.85), beside 1.4 of products and up to 3.1 for 17.2 GB from the L2. None of it has been measured.
     """
     cut, n = plan(walk), walk.queries.shape[0]
     split, records = cut.splits > 1, tuning.records_on_the_way(cut.tiles, cut.samples)

@@ -5,6 +5,9 @@ thread. So the key rows are loaded permuted: column 8 g + s of the t-th product 
 each of the eight segments is a run of consecutive keys that one thread walks in its registers, from the first tile to
 the last. The operator makes that right: a segment is walked from the identity, whatever comes before it, and the eight
 are composed once, at the end (epilogue.py).
+
+A tile is *plain* if all of its 128 keys exist and no score is +inf: that is what a loop takes for granted which does
+without masks and guards. Others are walked by a second loop.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import triton.language as tl
 from .epilogue import Layout, compose_segments, store_results
 from .philox import Generator, random_words, zeros_like
 from .proposals import SWEEP, Rows
-from .scores import LOG2_E, SEGMENTS, STEPS, TILE, Operand, load_resident, multiply, sixteen_steps
+from .scores import LOG2_E, SEGMENTS, STEPS, TILE, Operand, larger, load_resident, multiply, sixteen_steps
 from .transition import (
     NEG_INF,
     Schedule,
@@ -93,11 +96,16 @@ def load_queries(
 
 @triton.jit
 def multiply_tile(
-    products, tile, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr
-):
-    """(BLOCK_M, 128) inner products of the rows with the keys of a tile, of which some may lie outside."""
-    key = products.first_key + tile * STEPS
-    keys = Operand(products.keys_ptr, products.stride_key_row, key, (key >= 0) & (key < products.m))
+    products, tile, PLAIN: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, 128) inner products of the rows with the keys of a tile. If it is not PLAIN, some may lie outside."""
+    if PLAIN:  # one number for all threads is added to addresses that leave the loop
+        tile_ptr = products.keys_ptr + tile.to(tl.int64) * STEPS * products.stride_key_row
+        keys = Operand(tile_ptr, products.stride_key_row, products.first_key, None)
+    else:
+        key = products.first_key + tile * STEPS
+        keys = Operand(products.keys_ptr, products.stride_key_row, key, (key >= 0) & (key < products.m))
     return multiply(products.resident, products.queries, keys, products.d, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
 
 
@@ -129,25 +137,36 @@ def entry_records(tile, sweep):
 
 
 @triton.jit
-def _add_to_sums(sums, similarity):
-    """The running (maximum, sum of exponentials over it) of a row's segments, in powers of two."""
+def _add_to_sums(sums, similarities, BELOW_INF: tl.constexpr):
+    """The running (maximum, sum of exponentials over it) of a row's segments, in powers of two, after four steps, for
+    which the sum is scaled once. BELOW_INF: there is no +inf."""
     largest, total = sums
-    scaled = tl.where(tl.abs(similarity) < float("inf"), similarity * LOG2_E, NEG_INF)
-    new = tl.maximum(largest, scaled)
+    new, scaled = largest, ()
+    for i in tl.static_range(4):
+        if BELOW_INF:
+            each = larger(similarities[i] * LOG2_E, NEG_INF)  # not NaN
+        else:
+            each = tl.where(tl.abs(similarities[i]) < float("inf"), similarities[i] * LOG2_E, NEG_INF)
+        new = tl.maximum(new, each)
+        scaled = scaled + (each,)
     origin = tl.where(new > NEG_INF, new, 0.0)
-    return new, total * tl.exp2(largest - origin) + tl.exp2(scaled - origin)
+    total *= tl.exp2(largest - origin)
+    for i in tl.static_range(4):
+        total += tl.exp2(scaled[i] - origin)
+    return new, total
 
 
 @triton.jit
 def walk_tile(
     walk, sums, products, step, sweep, records_ptr, due, RECORD: tl.constexpr, COUNT: tl.constexpr,
-    HAS_LSE: tl.constexpr,
+    HAS_LSE: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Sixteen steps of eight segments, from ``step`` on; the walk and the sums after them, (BLOCK_M, 8) each. Without
     HAS_LSE sums are an empty tuple.
 
     RECORD: what segments leave is stored, from the first four steps on that have a sample point of any of them, which
-    is at step ``due``. COUNT: the walk has started from the chain's own state, and counts steps that move it.
+    is at step ``due``. COUNT: the walk has started from the chain's own state, and counts steps that move it. PLAIN:
+    all keys exist, and a score of +inf would be moved to, which leaves a threshold of +inf.
     """
     rows, segments, generator = sweep.rows, sweep.segments, sweep.generator
     groups = sixteen_steps(products)
@@ -155,32 +174,41 @@ def walk_tile(
         block = segments.first_block + (step // 4 + group)
         zeros = zeros_like(groups[group][0])
         drawn = random_words(block[None, :], rows.chain_low[:, None], rows.tag[:, None], generator, zeros)
-        after = ()
+        after, similarities = (), ()
         for i in tl.static_range(4):
             number = step + (4 * group + i)
-            there = (number >= segments.begin) & (number < segments.end)
-            similarity = tl.fma(groups[group][i], rows.scale[:, None], tl.where(there, 0.0, NEG_INF)[None, :])
+            there = None if PLAIN else (number >= segments.begin) & (number < segments.end)
+            product = groups[group][i]
+            if sweep.key_ids_ptr is not None:  # early: a condition kept for later takes more instructions than a choice
+                key_id = _load_of_keys(sweep.key_ids_ptr, segments, step, 4 * group + i, there)
+                product = tl.where(key_id[None, :] == rows.query_id[:, None], NEG_INF, product)
+            if PLAIN:
+                similarity = product * rows.scale[:, None]
+            else:
+                similarity = tl.fma(product, rows.scale[:, None], tl.where(there, 0.0, NEG_INF)[None, :])
             score = similarity
             if sweep.log_proposal_ptr is not None:
-                weight_ptr = sweep.log_proposal_ptr + segments.first_key
-                score -= tl.load(weight_ptr + number, there, other=0.0)[None, :]
-            threshold = acceptance_threshold(score, drawn[i])
-            if sweep.key_ids_ptr is not None:
-                key_id = tl.load(sweep.key_ids_ptr + segments.first_key + number, there, other=0)
-                excluded = key_id[None, :] == rows.query_id[:, None]
-                threshold = tl.where(excluded, NEG_INF, threshold)
-                similarity = tl.where(excluded, NEG_INF, similarity)
-            if COUNT:
-                walk = compose(walk, (threshold, score, walk[2] + 1))
-            else:
-                walk = compose(walk, (threshold, score, number))
-            if HAS_LSE:
-                sums = _add_to_sums(sums, similarity)
-            after = after + (walk,)
+                score -= _load_of_keys(sweep.log_proposal_ptr, segments, step, 4 * group + i, there)[None, :]
+            threshold = acceptance_threshold(score, drawn[i], PLAIN)
+            walk = compose(walk, (threshold, score, walk[2] + 1 if COUNT else number))
+            after, similarities = after + (walk,), similarities + (similarity,)
+        if HAS_LSE:
+            sums = _add_to_sums(sums, similarities, PLAIN)
         if RECORD:  # noqa: SIM102  known to the compiler, as the next is not
             if due < step + 4 * (group + 1):
                 _record(records_ptr, after, step + 4 * group, sweep)
     return walk, sums
+
+
+@triton.jit
+def _load_of_keys(ptr, segments, step, i: tl.constexpr, there):
+    """(8,) of the keys i steps on from ``step``; 0 where not there. Without a mask, addresses are those of the tile and
+    i is a part of the load."""
+    at = ptr + segments.first_key + step + i
+    if there is None:
+        return tl.load(at)
+    else:
+        return tl.load(at, there, other=0)
 
 
 @triton.jit
@@ -201,6 +229,70 @@ def _record(records_ptr, after, step, sweep):
         store_transition(records_ptr, to, due, shard_transition(after[i], segments))
         sample += is_sample.to(tl.int64)
         remainder -= tl.where(is_sample, schedule.kept, 0)
+
+
+@triton.jit
+def _walk_tiles(
+    walk, sums, begin, end, operands, sweep, records_ptr, RECORD: tl.constexpr, COUNT: tl.constexpr,
+    HAS_LSE: tl.constexpr, PLAIN: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles begin .. end - 1, as ``walk_tile`` does. Samples are recorded, or the entries of their tiles."""
+    due = next_sample_step(begin * STEPS, sweep)
+    for i in range(0, end - begin):  # from 0: only such a loop's loads are made ahead if begin is not known before
+        tile = begin + i
+        products = multiply_tile(operands, tile, PLAIN, BLOCK_D, WHOLE_D, EVEN_D, PRECISION)
+        due_here = due
+        if not COUNT:  # noqa: SIM102  known to the compiler, as the next is not
+            if due < (tile + 1) * STEPS:
+                if not RECORD:
+                    to, has_sample = entry_records(tile, sweep)
+                    store_transition(records_ptr, to, has_sample, walk)
+                due = next_sample_step((tile + 1) * STEPS, sweep)
+        walk, sums = walk_tile(
+            walk, sums, products, tile * STEPS, sweep, records_ptr, due_here, RECORD, COUNT, HAS_LSE, PLAIN
+        )
+    return walk, sums
+
+
+@triton.jit
+def _choose(condition, first, second):
+    """One of two tuples, by a scalar."""
+    chosen = ()
+    for i in tl.static_range(len(first)):
+        chosen = chosen + (tl.where(condition, first[i], second[i]),)
+    return chosen
+
+
+@triton.jit
+def walk_program(
+    walk, sums, operands, sweep, segment_length, records_ptr, RECORD: tl.constexpr, COUNT: tl.constexpr,
+    HAS_LSE: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All tiles of a program: the walk, from ``walk`` on, and the sums.
+
+    Masks of keys and the guard against scores of +inf are 6 of 25 instructions. So a loop without them takes as many of
+    the first tiles as have all of their keys, and one with them the rest. Should the first have met a score of +inf,
+    its work is thrown away, and the second takes all.
+    """
+    tiles, begin = (segment_length // STEPS).to(tl.int32), 0
+    if not RECORD:
+        segments = sweep.segments
+        begin = tl.where(tl.max(segments.begin) > 0, 0, tl.maximum(tl.min(segments.end), 0)) // STEPS
+        end, end_sums = _walk_tiles(
+            walk, sums, 0, begin, operands, sweep, records_ptr, RECORD, COUNT, HAS_LSE, True, BLOCK_D, WHOLE_D, EVEN_D,
+            PRECISION,
+        )  # fmt: skip
+        # Choices, not a branch, after which no loop's loads are made ahead.
+        is_right = tl.max(tl.max(end[0], 1), 0) < float("inf")
+        begin = tl.where(is_right, begin, 0)
+        walk = _choose(is_right, end, walk)
+        sums = _choose(is_right, end_sums, sums)
+        tl.debug_barrier()  # the second loop may store the same entries again, by other threads
+    return _walk_tiles(
+        walk, sums, begin, tiles, operands, sweep, records_ptr, RECORD, COUNT, HAS_LSE, False, BLOCK_D, WHOLE_D, EVEN_D,
+        PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import INTERPRETED, log2_uniform
+from .philox import INTERPRETED, scaled_exponential
 
-MINUS_LN_2 = tl.constexpr(-0.6931471805599453)
+LN_2_TIMES_32 = tl.constexpr(22.18070977791825)
 WORDS = tl.constexpr(4)  # of a transition in memory
 NEG_INF = tl.constexpr(float("-inf"))  # as a threshold, that of an identity step: nothing lies below it
 
@@ -50,12 +50,15 @@ def identity(SHAPE: tl.constexpr):
 
 
 @triton.jit
-def acceptance_threshold(score, word):
-    """score + E, E = -log u of a random word. Where the score is not finite, something that nothing lies below: NaN.
+def acceptance_threshold(score, word, BELOW_INF: tl.constexpr = False):
+    """score + E, E = -log u of a random word. Where the score is not finite, something that nothing lies below.
 
-    score * 0 is NaN there, and no maximum takes a NaN: one instruction, where a comparison and a selection are three.
+    Of NaN that is NaN, which no maximum takes, and of -inf it is -inf. +inf needs an instruction: score * 0 is NaN
+    there. BELOW_INF leaves it out, for a caller who looks for thresholds of +inf, and has nobody move to them.
     """
-    threshold = tl.fma(score, 0.0, tl.fma(log2_uniform(word), MINUS_LN_2, score))
+    threshold = tl.fma(scaled_exponential(word), LN_2_TIMES_32, score)
+    if not BELOW_INF:
+        threshold = tl.fma(score, 0.0, threshold)
     if INTERPRETED:  # whose maximum takes a NaN in Triton 3.6
         threshold = tl.where(threshold == threshold, threshold, NEG_INF)
     return threshold
