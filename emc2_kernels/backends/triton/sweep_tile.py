@@ -174,21 +174,24 @@ def walk_tile(
         block = segments.first_block + (step // 4 + group)
         zeros = zeros_like(groups[group][0])
         drawn = random_words(block[None, :], rows.chain_low[:, None], rows.tag[:, None], generator, zeros)
+        if sweep.key_ids_ptr is not None:
+            key_ids = _load_four_steps(sweep.key_ids_ptr, segments, step + 4 * group, PLAIN)
+        if sweep.log_proposal_ptr is not None:
+            weights = _load_four_steps(sweep.log_proposal_ptr, segments, step + 4 * group, PLAIN)
         after, similarities = (), ()
         for i in tl.static_range(4):
             number = step + (4 * group + i)
-            there = None if PLAIN else (number >= segments.begin) & (number < segments.end)
             product = groups[group][i]
             if sweep.key_ids_ptr is not None:  # early: a condition kept for later takes more instructions than a choice
-                key_id = _load_of_keys(sweep.key_ids_ptr, segments, step, 4 * group + i, there)
-                product = tl.where(key_id[None, :] == rows.query_id[:, None], NEG_INF, product)
+                product = tl.where(key_ids[i][None, :] == rows.query_id[:, None], NEG_INF, product)
             if PLAIN:
                 similarity = product * rows.scale[:, None]
             else:
+                there = (number >= segments.begin) & (number < segments.end)
                 similarity = tl.fma(product, rows.scale[:, None], tl.where(there, 0.0, NEG_INF)[None, :])
             score = similarity
             if sweep.log_proposal_ptr is not None:
-                score -= _load_of_keys(sweep.log_proposal_ptr, segments, step, 4 * group + i, there)[None, :]
+                score -= weights[i][None, :]
             threshold = acceptance_threshold(score, drawn[i], PLAIN)
             walk = compose(walk, (threshold, score, walk[2] + 1 if COUNT else number))
             after, similarities = after + (walk,), similarities + (similarity,)
@@ -201,14 +204,20 @@ def walk_tile(
 
 
 @triton.jit
-def _load_of_keys(ptr, segments, step, i: tl.constexpr, there):
-    """(8,) of the keys i steps on from ``step``; 0 where not there. Without a mask, addresses are those of the tile and
-    i is a part of the load."""
-    at = ptr + segments.first_key + step + i
-    if there is None:
-        return tl.load(at)
+def _load_four_steps(ptr, segments, step, PLAIN: tl.constexpr):
+    """Four (8,), of the keys of four steps from ``step`` on; if not PLAIN, 0 where there is none. One load, because the
+    compiler takes long over each."""
+    number = step + tl.arange(0, 4)[None, :]
+    at = (ptr + segments.first_key)[:, None] + number
+    if PLAIN:
+        found = tl.load(at)
     else:
-        return tl.load(at, there, other=0)
+        there = (number >= segments.begin[:, None]) & (number < segments.end[:, None])
+        found = tl.load(at, there, other=0)
+    even, odd = tl.split(tl.reshape(found, (SEGMENTS, 2, 2)))
+    s0, s2 = tl.split(even)
+    s1, s3 = tl.split(odd)
+    return s0, s1, s2, s3
 
 
 @triton.jit
