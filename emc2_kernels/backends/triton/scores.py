@@ -89,13 +89,13 @@ def larger(a, b):
 def load_rows(operand, begin, d, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
     """(rows, BLOCK_D) of a matrix with d columns, from column ``begin`` on; zeros where there is nothing."""
     dim = begin + tl.arange(0, BLOCK_D)
-    at = operand.ptr + (operand.row[:, None] * operand.stride_row + dim[None, :])
-    if operand.row_ok is None:
+    if operand.row_ok is None:  # all that differs between threads in one term, which may leave a loop
+        at = operand.ptr + (operand.row[:, None] * operand.stride_row + dim[None, :])
         block = tl.load(at) if EVEN_D else tl.load(at, (dim < d)[None, :], other=0.0)
-    elif EVEN_D:
-        block = tl.load(at, operand.row_ok[:, None], other=0.0)
     else:
-        block = tl.load(at, operand.row_ok[:, None] & (dim < d)[None, :], other=0.0)
+        at = operand.ptr + operand.row[:, None] * operand.stride_row + dim[None, :]
+        row_ok = operand.row_ok[:, None]
+        block = tl.load(at, row_ok if EVEN_D else row_ok & (dim < d)[None, :], other=0.0)
     if INTERPRETED:  # which would multiply the bits of bfloat16
         block = block.to(tl.float32)
     return block
