@@ -32,7 +32,8 @@ class Case(NamedTuple):
     n: int
     m: int
     d: int
-    proposals: str  # "sweep", "drawn", "given"; no walk: "loss" (n pairs, around theirs), "lse", "gumbel", "isir"
+    # "sweep", "drawn", "given"; no walk: "lse", "gumbel", "isir"; around one, or a step: "loss", "isir loss" of n pairs
+    proposals: str
     step: bool = True  # else a transition
     accepts: bool = False
     lse: bool = False
@@ -65,6 +66,9 @@ CASES = {
     "lse, symmetric d=512": Case(torch.bfloat16, 8192, 8192, 512, "lse", symmetric=True),
     "loss d=128": Case(torch.bfloat16, 32, 32, 128, "loss"),
     "loss d=768": Case(torch.bfloat16, 32, 32, 768, "loss"),
+    "isir loss d=128": Case(torch.bfloat16, 32, 32, 128, "isir loss"),
+    "isir loss d=512": Case(torch.float16, 32, 32, 512, "isir loss"),
+    "isir loss float32": Case(torch.float32, 32, 32, 512, "isir loss"),
     "gumbel d=128": Case(torch.bfloat16, 32768, 100_000, 128, "gumbel"),
     "gumbel d=512": Case(torch.bfloat16, 32768, 100_000, 512, "gumbel", samples=1),
     "gumbel float32": Case(torch.float32, 4096, 100_000, 128, "gumbel", samples=2),
@@ -130,7 +134,8 @@ def launches(case: Case, generation: int) -> list[Launch]:
     launch.Kernel.__call__ = record
     tuning.device = lambda index: (generation // 10, PROCESSORS[generation])
     try:
-        without_walk = {"loss": _loss, "lse": _sum, "gumbel": _draw, "isir": _resample}.get(case.proposals)
+        others = {"loss": _loss, "isir loss": _isir_loss, "lse": _sum, "gumbel": _draw, "isir": _resample}
+        without_walk = others.get(case.proposals)
         walk = None if without_walk else _walk(case, WalkParams)
         if without_walk:
             without_walk(case)
@@ -206,18 +211,26 @@ def _walk(case: Case, make: Callable) -> Any:
     )  # fmt: skip
 
 
+def _loss_stores(case: Case) -> Any:
+    from emc2_kernels.backends.triton import emc2_loss
+
+    slots, number = 2000, _empty(torch.int64)
+    return emc2_loss.Stores(
+        _empty(torch.int64, slots), _empty(torch.float32, slots), _empty(case.dtype, slots, case.d),
+        _empty(torch.int64, slots), number, number,
+    )  # fmt: skip
+
+
+_SHRINKS = (2.0**54, 2.0**-73)
+
+
 def _loss(case: Case) -> None:
     """A loss's launches around its walk, in training, for n pairs and 16 samples an anchor."""
     from emc2_kernels.backends.triton import emc2_loss
 
-    b, d, slots = case.n, case.d, 2000
-    number = _empty(torch.int64)
-    stores = emc2_loss.Stores(
-        _empty(torch.int64, slots), _empty(torch.float32, slots), _empty(case.dtype, slots, d),
-        _empty(torch.int64, slots), number, number,
-    )  # fmt: skip
+    b, d, stores = case.n, case.d, _loss_stores(case)
     z, options = _empty(case.dtype, b, d), {"temperature": 0.2, "floor": 1e-6}
-    more = {"shrinks": (2.0**54, 2.0**-73), "seed": 0, "both_views": False, "dtype": case.dtype}
+    more = {"shrinks": _SHRINKS, "seed": 0, "both_views": False, "dtype": case.dtype}
     batch = emc2_loss.gather_batch(z, z, _empty(torch.int64, b), stores, **options, **more)
     samples = _empty(torch.int32, 2 * b, 16)
     made = emc2_loss.mean_negatives(batch, samples, stores.bank, temperature=0.2, return_similarity=False)
@@ -226,6 +239,20 @@ def _loss(case: Case) -> None:
         _empty(torch.float32), batch.anchors, batch.lengths, samples, made.means, made.shares, batch.coin_labels,
         **options, dtype=case.dtype,
     )  # fmt: skip
+
+
+def _isir_loss(case: Case) -> None:
+    """A loss's launches around its step over all candidates, in training, for n pairs and a queue of 16 items."""
+    from emc2_kernels.backends.triton import isir_loss
+
+    b, d, stores, sums, queue = case.n, case.d, _loss_stores(case), _empty(torch.float32, 2), _empty(torch.int64, 16)
+    z, index, options = _empty(case.dtype, b, d), _empty(torch.int64, b), {"temperature": 0.2, "floor": 1e-6}
+    more = {"shrinks": _SHRINKS, "dtype": case.dtype}
+    candidates = isir_loss.gather_candidates(z, z, index, stores, queue, **options, **more)
+    isir_loss.gate_candidates(candidates, sums, temperature=0.2, memory=0.9, max_staleness=0.2)
+    lse = _empty(torch.float32, 2 * b)
+    made = isir_loss.mean_loss(candidates, lse, temperature=0.2, decoupled=False, sums=sums, queue=queue)
+    isir_loss.embedding_gradients(_empty(torch.float32), candidates, made, **options, dtype=case.dtype)
 
 
 def compile_launch(launched: Launch, generation: int) -> Any:

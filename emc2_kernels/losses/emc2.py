@@ -17,7 +17,7 @@ from ..stores.queue import ItemQueue
 from ..stores.strict_state import range_errors
 from ..stores.table import fitted_tables
 from ..transition import MHState
-from . import emc2_fused
+from . import emc2_fused, emc2_isir_fused
 from .anchors import Anchors, check_call, check_finite, check_state_device, compute_dtype, finite_batch
 from .emc2_isir import bring_along, encode_along, mean_loss, resample, resampled_stats
 from .emc2_options import (
@@ -167,8 +167,10 @@ class EMC2Loss(SampledLoss):
         self.chains = ChainStore(num_items, views=2, process_group=process_group, sharded=sharded)
         self.recent = ItemQueue(num_items, queue) if queue else None
         self.drift = Staleness() if sampler == "isir" and carry == "cached" else None
-        form = sampler, proposals, carry, gather, bimodal
-        self._fusable = form == ("mh", "batch", "cached", "none", False)
+        form = proposals, carry, gather, bimodal
+        self._fusable = form == ("batch", "cached", "none", False) and (
+            sampler == "mh" or emc2_isir_fused.accepts(views, queue, normalize, backend)
+        )
         if proposals == "bank":
             self._number_slots()
 
@@ -212,9 +214,11 @@ class EMC2Loss(SampledLoss):
             )
             check_state_device(z0, "chains", self.chains.key)
             options = self._walk_options(z0, return_stats)
-            if self._fusable and emc2_fused.runs(z0, z1, self.backend):
+            if self._runs_fused(z0, z1):
                 check_finite(z0, z1)
-                return self._fused(z0, z1, index, options)
+                fused = self._resample_fused if self.sampler == "isir" else self._walk_fused
+                value, stats = fused(z0, z1, index, options)
+                return (value, stats) if return_stats else value
             anchors = Anchors.of(z0, z1, index, self.normalize, repeats)
         statistics_go_round = self.sampler == "isir" and self.gather == "ring"
         form = {"return_stats": return_stats} if statistics_go_round else {}
@@ -279,18 +283,35 @@ class EMC2Loss(SampledLoss):
             compute_dtype(z0), return_stats, self.backend,
         )  # fmt: skip
 
-    def _fused(
+    def _runs_fused(self, z0: Tensor, z1: Tensor) -> bool:
+        runs = emc2_isir_fused.runs_small if self.sampler == "isir" else emc2_fused.runs
+        return self._fusable and runs(z0, z1, self.backend)
+
+    def _walk_fused(
         self, z0: Tensor, z1: Tensor, index: Tensor, options: WalkOptions
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The same in a handful of kernels, on a GPU."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value and, if asked for, statistics; the same in a handful of kernels, on a GPU."""
         made = emc2_fused.surrogate(z0, z1, index, self.chains, self.bank, options, self.normalize, self.training)
         if not options.return_accepts:
-            return made.value
+            return made.value, {}
         items, result = made.batch.items, made.result
         proposed = count_proposals(items, items[: made.batch.keys.shape[0]])
         stats = self._stats(Anchors(made.batch.anchors, items, made.batch.chain_ids), made.negative_similarity)
         acceptance = result.num_accepted.sum().float() / proposed.clamp_min(1)  # of integers it were the default dtype
         return made.value, stats | {"acceptance": acceptance, "carry_share": (result.samples < 0).float().mean()}
+
+    def _resample_fused(
+        self, z0: Tensor, z1: Tensor, index: Tensor, options: WalkOptions
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Likewise."""
+        stores = emc2_isir_fused.Stores(self.chains, self.bank, self.drift, self.recent)
+        made = emc2_isir_fused.loss(z0, z1, index, stores, options, self.decoupled, self.training)
+        if not options.return_accepts:
+            return made.value, {}
+        resampled, kept = emc2_isir_fused.as_plain(made, self.temperature)
+        stats, similarity = resampled_stats(resampled, kept, self.num_items, options)
+        keys = resampled.sides[0].keys
+        return made.value, self._stats(Anchors(made.candidates.anchors, keys.items, keys.labels), similarity) | stats
 
     @torch.no_grad()
     def _update_all(

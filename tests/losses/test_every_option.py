@@ -23,6 +23,7 @@ MORE = {
 }
 if "triton" in RUNNABLE:
     MORE["EMC2, fused"] = lambda: EMC2Loss(ITEMS, D, sampler="mh", backend="triton")
+    MORE["EMC2, i-SIR, fused"] = lambda: EMC2Loss(ITEMS, D, sampler="isir", backend="triton")
 EVERY = LOSSES | MORE
 
 

@@ -127,17 +127,22 @@ def test_a_step_that_the_scaler_skips_is_forgotten(name):
 
 
 @pytest.mark.skipif("triton" not in RUNNABLE, reason="Triton cannot run here")
-@pytest.mark.parametrize(("views", "value"), [("one", NAN), ("both", INF)], ids=str)
-def test_the_fused_kernels_forget_it(views, value, monkeypatch):
+@pytest.mark.parametrize(
+    ("sampler", "views", "value"),
+    [("mh", "one", NAN), ("mh", "both", INF), ("isir", "both", NAN), ("isir", "both", INF)],
+    ids=str,
+)
+def test_the_fused_kernels_forget_it(sampler, views, value, monkeypatch):
     """With the look at the arguments left out, as on a GPU."""
     from emc2_kernels import checks
-    from emc2_kernels.losses import emc2_fused as fused
+    from emc2_kernels.losses import emc2_fused, emc2_isir_fused
 
     calls = []
-    surrogate = fused.surrogate
     monkeypatch.setattr(checks, "values_visible", lambda _: False)
-    monkeypatch.setattr(fused, "surrogate", lambda *arguments: calls.append(1) or surrogate(*arguments))
-    loss = EMC2Loss(ITEMS, D, sampler="mh", views=views, backend="triton")
+    module, name = (emc2_fused, "surrogate") if sampler == "mh" else (emc2_isir_fused, "loss")
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *arguments: calls.append(1) or original(*arguments))
+    loss = EMC2Loss(ITEMS, D, sampler=sampler, views=views, backend="triton")
     for step in range(2):
         loss(*batch(step))
     before = snapshot(loss)

@@ -287,7 +287,6 @@ def test_which_calls_are_made_here():
     for options in (
         {"carry": "recompute", "encode": encode},
         {"bimodal": True},
-        {"sampler": "isir", "burn_in": None},
         {"proposals": "bank"},
         {"gather": "all"},
     ):

@@ -40,8 +40,9 @@ def test_long_embeddings_are_those_of_their_directions(name, dtype, cls):
 
 
 @pytest.mark.skipif("triton" not in RUNNABLE, reason="Triton cannot run here")
-def test_long_embeddings_in_the_fused_kernels():
-    loss, other = (EMC2Loss(10, DIM, sampler="mh", backend="triton") for _ in range(2))
+@pytest.mark.parametrize("sampler", ["mh", "isir"])
+def test_long_embeddings_in_the_fused_kernels(sampler):
+    loss, other = (EMC2Loss(10, DIM, sampler=sampler, backend="triton") for _ in range(2))
     scales = torch.tensor([2.0**66, 1.0, 2.0**100, 2.0**55])[:, None]
     assert_identical(visited(loss, 0, scales), visited(other, 0, torch.ones(B, 1)))  # exact
 

@@ -35,6 +35,7 @@ ASSERTED = {
     ("drawn", "gathered_kernel"): {"chain_ids"},
     ("given", "gathered_kernel"): {"chain_ids", "proposal"},
     ("loss d=128", "gather_batch_kernel"): {"index", "chains.key"},
+    ("isir loss d=128", "gather_candidates_kernel"): {"index", "chains.key"},
     ("gumbel d=128", "gumbel_kernel"): {"chain_ids"},
     ("gumbel, split", "gumbel_kernel"): {"chain_ids", "temperature"},
     ("gumbel, nothing given", "gumbel_kernel"): set(),

@@ -17,7 +17,7 @@ from ..launch import NUMBERS, Kernel, device_guard, pointers, random_arguments
 from ..philox import load_generator
 from ..scores import store_rounded
 from ..view_coin import draw_view
-from .rows import key_anchor, num_warps, row_block, tile_rows
+from .rows import key_anchor, num_warps, row_block, tile_rows, unit_row
 
 
 class Stores(NamedTuple):
@@ -86,11 +86,7 @@ def gather_batch_kernel(
     else:
         z = tl.load(z1_ptr + i * stride_z1_row + dim, mask, other=0.0).to(tl.float32)
     if lengths_ptr is not None:
-        shrink = tl.where(tl.max(tl.abs(z), 0) > LARGE, SHRINK, 1.0)  # else its squares could overflow
-        z *= shrink
-        length = tl.sqrt_rn(tl.sum(z * z, 0))
-        tl.store(lengths_ptr + row, tl.div_rn(length, shrink))
-        z = tl.div_rn(z, tl.maximum(length, floor))
+        z = unit_row(z, lengths_ptr + row, floor, LARGE, SHRINK)
     at = row * D + dim
     tl.store(anchors_ptr + at, z, mask)
     if queries_ptr is not None:

@@ -24,6 +24,16 @@ def num_warps(elements: int) -> int:
 
 
 @triton.jit
+def unit_row(z, length_ptr, floor, LARGE: tl.constexpr, SHRINK: tl.constexpr):
+    """An embedding (BLOCK_D,) over its length, a shorter one over ``floor``; its length is stored."""
+    shrink = tl.where(tl.max(tl.abs(z), 0) > LARGE, SHRINK, 1.0)  # else its squares could overflow
+    z *= shrink
+    length = tl.sqrt_rn(tl.sum(z * z, 0))
+    tl.store(length_ptr, tl.div_rn(length, shrink))
+    return tl.div_rn(z, tl.maximum(length, floor))
+
+
+@triton.jit
 def key_anchor(position, mask, key_labels_ptr, b):
     """Which anchor is the key at ``position``: view 0 of item i is anchor i, view 1 is anchor b + i.
 

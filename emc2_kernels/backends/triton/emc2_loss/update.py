@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,6 +12,9 @@ from ..launch import NUMBERS, Kernel, device_guard, pointers
 from ..scores import store_rounded
 from .forward import Batch, Stores
 from .rows import row_block
+
+if TYPE_CHECKING:
+    from ..isir_loss import Candidates
 
 SCAN_ROWS = 2048  # pairs, up to which each program looks through the rows behind its own; beyond, one sort serves all
 BLOCK_B = 512  # that it looks at at a time
@@ -22,15 +27,15 @@ def update_stores_kernel(
     anchors_ptr,  # (2b, d) float32
     new_key_ptr, new_score_ptr,  # (2b,) int64 and float32
     now_ptr,  # () int64
-    value_ptr,  # () float32
+    value_ptr,  # float32
     b: tl.int64,
     chain_key_ptr, chain_score_ptr, bank_ptr, written_at_ptr, last_step_ptr, step_ptr,  # Stores, written
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Program (i, view) writes the slot of one anchor, unless a later row has the same item.
 
-    The step comes from ``now_ptr``, because program 0 advances ``step_ptr`` while others run. value_ptr: the batch's
-    loss. Where an embedding or a score that counts is not finite it is not either, and then nothing is written.
+    The step comes from ``now_ptr``, because program 0 advances ``step_ptr`` while others run. value_ptr: what is not
+    finite where an embedding or a score that counts is not, as the batch's loss; then nothing is written.
     """
     i, view = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     item = tl.load(items_ptr + i)
@@ -65,7 +70,12 @@ UPDATE_STORES_KERNEL = Kernel(update_stores_kernel)
 
 
 def update_stores(
-    batch: Batch, new_key: Tensor, new_score: Tensor, stores: Stores, value: Tensor, last: Tensor | None = None
+    batch: Batch | Candidates,
+    new_key: Tensor,
+    new_score: Tensor,
+    stores: Stores,
+    value: Tensor,
+    last: Tensor | None = None,
 ) -> None:
     """Writes the states (2b,) and embeddings of a batch, and advances the step, in one launch.
 
@@ -73,7 +83,8 @@ def update_stores(
     the bank in its dtype. Each program also looks at the items behind its own, b / 2 of them on average, in the cache.
 
     Args:
-        value: () float32, the loss. If it is not finite, nothing is written.
+        batch: of which items, anchors and the step are taken.
+        value: float32, of which the first number, the loss say, is looked at. If it is not finite, nothing is written.
         last: (b,) int64 the last row with each row's item; None: programs look for it, which is well up to SCAN_ROWS.
     """
     rows, d = batch.anchors.shape
