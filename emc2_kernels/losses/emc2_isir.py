@@ -51,9 +51,10 @@ class Carried(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What there is from earlier batches."""
+    """What there is from earlier batches, and what that is compared with."""
 
     carried: Carried
+    positive: Tensor  # (b,) similarity of the anchors' pairs, detached
     queue: LocalKeys | None  # for all anchors, view by view; None: there is none
     drift: Tensor | None  # (2,) the sums of ``Staleness`` with this batch's; None: nothing is kept that could be stale
 
@@ -108,14 +109,16 @@ def bring_along(
         counts.append(2 * len(items))
     held, kept = bank.read(torch.cat(wanted))
     held, kept = held.split(counts), kept.to(anchors.embeddings.dtype).split(counts)
-    sums = drift.with_batch(anchors, held[1], kept[1], shards)
+    positive = _pair_similarity(anchors)
+    sums = drift.with_batch(anchors, positive, held[1], kept[1], shards)
     fresh = is_fresh(sums)
     carried = _score(anchors, labels, held[0] & fresh, kept[0], options)
     if recent is None:
-        return Kept(carried, None, sums)
+        return Kept(carried, positive, None, sums)
     usable = usable & held[2].view(2, -1).all(0) & fresh
     left_out = torch.where(usable, 0.0, torch.inf).to(torch.float32).repeat(2)
-    return Kept(carried, LocalKeys(kept[2], items.repeat(2), torch.cat(wanted[2:]), left_out), sums)
+    queue = LocalKeys(kept[2], items.repeat(2), torch.cat(wanted[2:]), left_out)
+    return Kept(carried, positive, queue, sums)
 
 
 def encode_along(
@@ -125,7 +128,12 @@ def encode_along(
     labels = _brought(key, options)
     held, kept = bank.read(labels.flatten())
     again = _encode_again(kept.to(anchors.embeddings.dtype), labels.flatten(), held, encode, anchors, normalize)
-    return Kept(_score(anchors, labels, held, again, options), None, None)
+    return Kept(_score(anchors, labels, held, again, options), _pair_similarity(anchors), None, None)
+
+
+def _pair_similarity(anchors: Anchors) -> Tensor:
+    view_0, view_1 = anchors.embeddings.detach().chunk(2)
+    return (view_0 * view_1).sum(1)
 
 
 def _brought(key: Tensor, options: WalkOptions) -> Tensor:
@@ -219,8 +227,7 @@ def mean_loss(
         decoupled: s+ is no term of the log-sum-exp.
     """
     with torch.no_grad():
-        view_0, view_1 = anchors.embeddings.chunk(2)
-        positive = (view_0 * view_1).sum(1) / options.temperature
+        positive = kept.positive / options.temperature
         lse = resampled.lse.view(2, -1)
         counted = lse > -torch.inf
         lse = lse if decoupled else torch.logaddexp(lse, positive)

@@ -130,8 +130,8 @@ def as_plain(made: Made, temperature: float) -> tuple[Resampled, Kept]:
     scores = candidates.carried_scores
     similarity = torch.where(scores > -torch.inf, scores * temperature, 0)
     carried = Carried(candidates.carried_labels, candidates.carried_items, candidates.carried, similarity, scores)
-    state = MHState(drawn.key, drawn.score)
-    return Resampled(drawn.lse, state, drawn.position, [side]), Kept(carried, queue, candidates.totals[1:])
+    resampled = Resampled(drawn.lse, MHState(drawn.key, drawn.score), drawn.position, [side])
+    return resampled, Kept(carried, candidates.pairs[0], queue, candidates.totals[1:])
 
 
 class _Held(NamedTuple):

@@ -36,22 +36,23 @@ class Staleness(SlotTable):
         self.keep("sums", 0, torch.float32)
 
     @torch.no_grad()
-    def with_batch(self, anchors: Anchors, held: Tensor, kept: Tensor, shards: Shards | None) -> Tensor:
+    def with_batch(self, anchors: Anchors, fresh: Tensor, held: Tensor, kept: Tensor, shards: Shards | None) -> Tensor:
         """(2,) the sums with a batch's, of all ranks.
 
         Args:
+            fresh: (b,) similarity of the anchors' pairs.
             held: (2b,) bool, whether the bank has the anchors themselves.
             kept: (2b, d) what it has for them; zeros where it has nothing.
         """
         z = anchors.embeddings.detach().view(2, -1, anchors.embeddings.shape[1])
-        fresh, held = (z[0] * z[1]).sum(1), held.view(2, -1)
+        held = held.view(2, -1)
         lost = (fresh * held).sum() - (z.flip(0) * kept.to(z.dtype).view(z.shape)).sum()
         seen, positive, of_views, b = held.sum(), fresh.sum(), z.sum(1), z.shape[1]
         if shards is not None:
             numbers = torch.stack((lost, seen.to(z.dtype), positive))
             total = sum_over_ranks(torch.cat((numbers, of_views.flatten())), shards)
             (lost, seen, positive), of_views, b = total[:3], total[3:].view(2, -1), shards.total
-        (before,) = self.rows(self._both(z), "sums")
+        before = self.whole("sums")
         if b < 2:  # without a negative nothing says what a difference is worth
             return before
         negative = (torch.dot(*of_views) - positive) / (b * (b - 1))
@@ -60,10 +61,7 @@ class Staleness(SlotTable):
     def put_sums(self, sums: Tensor, only: Tensor | None) -> None:
         finite = sums.isfinite().all()  # a sum may not be where no term overflows; one without the other means nothing
         only = finite if only is None else only & finite
-        self.put(self._both(sums), only=only, distinct=True, finite=True, sums=sums)
-
-    def _both(self, like: Tensor) -> Tensor:
-        return torch.arange(2, dtype=torch.int64, device=like.device)
+        self.put_whole("sums", sums, only)
 
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
         yield from range_errors(f"{prefix}sums", tables["sums"], *FINITE)

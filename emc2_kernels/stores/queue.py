@@ -29,7 +29,7 @@ class ItemQueue(SlotTable):
 
     def outside(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """(size,) items, and which of them are some, and none of the batch's (b,)."""
-        (items,) = self.rows(self._entries(batch), "items")
+        items = self.whole("items")
         ordered = batch.sort().values  # torch.isin waits for a GPU to count what is unique
         inside = torch.searchsorted(ordered, items, right=True) > torch.searchsorted(ordered, items)
         return items, (items >= 0) & ~inside
@@ -40,14 +40,9 @@ class ItemQueue(SlotTable):
         Args:
             only: () bool; False: nothing changes. It is not waited for.
         """
-        entries = self._entries(batch)
-        (items,) = self.rows(entries, "items")
-        items = torch.cat((items, batch))[-self.num_slots :]
-        items = torch.where(last_duplicates(items) == entries, items, -1)
-        self.put(entries, only=only, distinct=True, finite=True, items=items)
-
-    def _entries(self, like: Tensor) -> Tensor:
-        return torch.arange(self.num_slots, dtype=torch.int64, device=like.device)
+        items = torch.cat((self.whole("items"), batch))[-self.num_slots :]
+        entries = torch.arange(self.num_slots, dtype=torch.int64, device=batch.device)
+        self.put_whole("items", torch.where(last_duplicates(items) == entries, items, -1), only)
 
     def _wrong_values(self, prefix: str, **tables: Tensor) -> Iterator[str]:
         items = tables["items"]

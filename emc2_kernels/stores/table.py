@@ -81,6 +81,20 @@ class SlotTable(StrictState):
         read = read_rows if torch.compiler.is_compiling() else read_rows.function
         return [read(table, slots) for table in tables]
 
+    def whole(self, name: str) -> Tensor:
+        """A copy of a table that is not over ranks."""
+        table = getattr(self, name)
+        if torch.compiler.is_compiling():  # for the reason of ``read_rows``
+            return read_rows(table, torch.arange(table.shape[0], dtype=torch.int64, device=table.device))
+        return table.clone()
+
+    def put_whole(self, name: str, value: Tensor, only: Tensor | None = None) -> None:
+        """Writes all of a table that is not over ranks, of its dtype. only: () bool; False: nothing is written."""
+        table = getattr(self, name)
+        if only is not None and not (checks.values_visible(only) and bool(only)):
+            value = torch.where(only, value, table)
+        table.copy_(value)
+
     def put(
         self,
         slots: Tensor,

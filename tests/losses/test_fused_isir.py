@@ -32,6 +32,18 @@ def batches(steps=STEPS, b=B, dim=D, dtype=torch.float32, drift=0.0):
         yield *(view.to(dtype) for view in views), index
 
 
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What kernels must fill comes with rubbish in it."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(*sizes, **options):
+        tensor = new_empty(*sizes, **options)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else -77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """A list with an entry for each call of the fused path: what it has made."""

@@ -46,7 +46,7 @@ def some_held(seed, b, share):
 def with_batch(drift, z0, z1, kept0, kept1, held0, held1):
     z, held = torch.cat((z0, z1)), torch.cat((held0, held1))
     kept = torch.where(held[:, None], torch.cat((kept0, kept1)), 0)
-    return drift.with_batch(Anchors(z, None, None), held, kept, None)
+    return drift.with_batch(Anchors(z, None, None), (z0 * z1).sum(1).detach(), held, kept, None)
 
 
 @pytest.mark.parametrize("b", [2, 7, 30])
