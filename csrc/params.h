@@ -169,7 +169,7 @@ struct LseGradientParams : ScoreParams {
   const float* lse;       // (num_rows,)
   bool symmetric;         // queries and keys are one operand, and d_queries has both gradients
   float* d_queries;       // (num_rows, dim), contiguous, as are the others
-  float* d_keys;          // (num_keys, dim), unless symmetric
+  float* d_keys;          // (num_keys, dim); null: not wanted, or symmetric
   float* d_temperatures;  // (num_rows,) or null
   int num_threads;
 };

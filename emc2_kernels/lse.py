@@ -74,7 +74,7 @@ def mean_similarity(lse: Tensor, scores: ScoreParams, backend: str) -> Tensor:
     temperature = scores.temperature
     rows = temperature.detach() if isinstance(temperature, Tensor) else lse.new_full((), temperature).expand_as(lse)
     scores = scores._replace(queries=scores.queries.detach(), keys=scores.keys.detach(), temperature=rows)
-    gradients = ops.contrastive_lse_backward(scores, torch.ones_like(lse), lse.detach(), backend)
+    gradients = ops.contrastive_lse_backward(scores, torch.ones_like(lse), lse.detach(), False, backend)
     return -rows * (rows * gradients[2])  # the square alone could overflow
 
 
@@ -92,7 +92,7 @@ def score_gradients(
     no_second_derivative: str = NO_SECOND_DERIVATIVE,
 ) -> tuple[Tensor | None, ...]:
     """Of queries, keys and the rows' temperatures, for grad (n,) of the log-sum-exps that were kept. None: of keys that
-    are the queries, and of a temperature that is a number.
+    are the queries, or need none, and of a temperature that is a number.
 
     Args:
         saved: ``ctx.saved_tensors``, which torch.utils.checkpoint lets a backward pass ask for once.
@@ -102,12 +102,12 @@ def score_gradients(
     lse, *saved = saved
     saved, others = saved[: len(ctx.numbers)], saved[len(ctx.numbers) :]
     fields = (value if tensor is None else tensor.detach() for value, tensor in zip(ctx.numbers, saved, strict=True))
-    scores = ScoreParams(*fields)
-    made = ops.contrastive_lse_backward(scores, grad.detach(), lse.detach(), ctx.backend)
+    scores, keys_wanted = ScoreParams(*fields), ctx.needs_input_grad[1]
+    made = ops.contrastive_lse_backward(scores, grad.detach(), lse.detach(), keys_wanted, ctx.backend)
     sources = (grad, *saved[:3], *others)  # queries, keys and temperatures, and what was saved behind the scores
     d_queries, d_keys, d_rows, *beside = no_double_backward(no_second_derivative, *made, *beside, of=sources)
     per_row = isinstance(scores.temperature, Tensor)
-    return d_queries, None if scores.symmetric else d_keys, d_rows if per_row else None, *beside
+    return d_queries, d_keys if keys_wanted and not scores.symmetric else None, d_rows if per_row else None, *beside
 
 
 def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:

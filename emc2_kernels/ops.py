@@ -86,14 +86,16 @@ def contrastive_lse(scores: ScoreParams, backend: str) -> Tensor:
     return resolve(backend, scores.queries, op="lse").contrastive_lse(scores)
 
 
-def _fake_lse_backward(scores: ScoreParams, *_: Tensor | str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_lse_backward(
+    scores: ScoreParams, _grad: Tensor, _lse: Tensor, keys_wanted: bool, _: str
+) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys = scores.queries, scores.keys
     rows = queries.shape[0] if isinstance(scores.temperature, Tensor) else 0
-    d_keys = queries.new_empty(0 if scores.symmetric else keys.shape)
+    d_keys = queries.new_empty(keys.shape if keys_wanted and not scores.symmetric else 0)
     return queries.new_empty(queries.shape), d_keys, queries.new_empty(rows, dtype=score_dtype(queries))
 
 
-def _check_lse_backward(scores: ScoreParams, grad: Tensor, lse: Tensor, _: str) -> None:
+def _check_lse_backward(scores: ScoreParams, grad: Tensor, lse: Tensor, _keys_wanted: bool, _: str) -> None:
     scores.check()
     for name, value in (("grad", grad), ("lse", lse)):
         checks.vector(name, value, scores.queries.shape[0], score_dtype(scores.queries), scores.queries.device)
@@ -101,10 +103,11 @@ def _check_lse_backward(scores: ScoreParams, grad: Tensor, lse: Tensor, _: str) 
 
 @operator("(Tensor queries, Tensor keys, Tensor temperatures)", check=_check_lse_backward, fake=_fake_lse_backward)
 def contrastive_lse_backward(
-    scores: ScoreParams, grad: Tensor, lse: Tensor, backend: str
+    scores: ScoreParams, grad: Tensor, lse: Tensor, keys_wanted: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and the rows' temperatures, for grad (n,) of lse (n,)."""
-    return resolve(backend, scores.queries, op="lse").contrastive_lse_backward(grad, lse, scores)
+    """Gradients of queries, keys and the rows' temperatures, for grad (n,) of lse (n,). Without ``keys_wanted``, about
+    half the work, the keys' is of shape (0,)."""
+    return resolve(backend, scores.queries, op="lse").contrastive_lse_backward(grad, lse, scores, keys_wanted)
 
 
 def _check_gumbel_sample(scores: ScoreParams, draw: DrawParams, _: str) -> None:

@@ -166,7 +166,7 @@ def _sum(case: Case) -> None:
         keys, key_ids = _empty(case.dtype, case.m, case.d), _empty(torch.int64, case.m) if case.ids else None
         scores = ScoreParams(queries, keys, temperature, query_ids, key_ids)
     lse.contrastive_lse(scores)
-    lse.contrastive_lse_backward(row, row, scores)
+    lse.contrastive_lse_backward(row, row, scores, True)
 
 
 def _common_arguments(case: Case) -> tuple:

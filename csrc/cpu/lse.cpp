@@ -253,7 +253,7 @@ void contrastive_lse_backward(const LseGradientParams& params) {
   require_scores(params);
   const Shares shares(params);
   write_gradient(params, shares, params.symmetric ? Rows::kBoth : Rows::kQueries);
-  if (!params.symmetric) write_gradient(params, shares, Rows::kKeys);
+  if (!params.symmetric && params.d_keys) write_gradient(params, shares, Rows::kKeys);
 }
 
 }  // namespace emc2

@@ -101,12 +101,13 @@ class LocalKeys(NamedTuple):
         grad: Tensor,
         lse: Tensor,
         backend: str,
+        keys_wanted: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Of queries and keys, for grad (n,) of ``resample``'s log-sum-exps; None: queries are the keys, and the first
-        is of both."""
+        is of both, or it is not wanted."""
         scores = self._scores(queries, items, temperature, carried_items)
-        d_queries, d_keys, _ = ops.contrastive_lse_backward(scores, grad, lse, backend)
-        return d_queries, None if scores.symmetric else d_keys
+        d_queries, d_keys, _ = ops.contrastive_lse_backward(scores, grad, lse, keys_wanted, backend)
+        return d_queries, d_keys if keys_wanted and not scores.symmetric else None
 
     def _scores(
         self, queries: Tensor, items: Tensor, temperature: float | Tensor, carried_items: Tensor | None = None

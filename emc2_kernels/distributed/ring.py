@@ -139,7 +139,7 @@ def ring_lse_gradient(
 
     def contribution(_: int, shard: list[Tensor]) -> list[Tensor]:
         scores = ScoreParams(queries, shard[0], rows, ids[0], shard[1], carried_ids=ids[2])
-        for_queries, for_keys, for_rows = ops.contrastive_lse_backward(scores, grad, lse, backend)
+        for_queries, for_keys, for_rows = ops.contrastive_lse_backward(scores, grad, lse, True, backend)
         d_queries.add_(for_queries)
         if d_temperature is not None:
             d_temperature.add_(for_rows.sum())

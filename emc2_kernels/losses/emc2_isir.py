@@ -304,7 +304,7 @@ def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
             rows = *side[:3], temperature, d_some, some, backend
             d_own, d_given = side.own_keys(given).lse_gradient(*rows)
             if side.queue is not None:
-                d_own = d_own.add(side.queue.lse_gradient(*rows)[0], alpha=twice)
+                d_own = d_own.add(side.queue.lse_gradient(*rows, keys_wanted=False)[0], alpha=twice)
             of_sides.append((d_own, d_given))
         d_queries, d_keys = zip(*of_sides, strict=True)
         total = (d_queries[0] if len(sides) == 1 else torch.cat(d_queries)).to(embeddings.dtype)

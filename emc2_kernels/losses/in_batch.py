@@ -157,7 +157,7 @@ def _lse_gradient(
     """Of the embeddings (2b, d) and, where it is a tensor, of the temperature ()."""
     scores = form.scores(embeddings, ids, temperature)
     parts = zip(scores, d_lse.chunk(2), lse.chunk(2), strict=True) if form.bimodal else [(*scores, d_lse, lse)]
-    found = [ops.contrastive_lse_backward(some, *of_side, form.backend) for some, *of_side in parts]
+    found = [ops.contrastive_lse_backward(some, *of_side, True, form.backend) for some, *of_side in parts]
     total = found[0][0]
     if form.bimodal:
         (query_0, key_1, _), (query_1, key_0, _) = found

@@ -256,7 +256,7 @@ def test_a_gradient_of_a_temperature_is_without_the_log_of_the_law():
         scores = ScoreParams(queries, keys, torch.full((20,), 0.2), None, None, log_proposal=law)
         own = CarriedParams(torch.zeros(20, 0, dtype=torch.int64), torch.zeros(20, 0), None, None, 1, 2, 0)
         lse = ops.isir_step(scores, own, "triton")[3]
-        found.append(ops.contrastive_lse_backward(scores, torch.ones(20), lse, "triton"))
+        found.append(ops.contrastive_lse_backward(scores, torch.ones(20), lse, True, "triton"))
     for one, other in zip(*found, strict=True):
         assert relative_rms(one, other) < 1e-5
     products = queries @ keys.T

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import COMPILED, RUNNABLE, assert_identical, normal, relative_rms, with_rows
 
-from emc2_kernels import contrastive_lse
+from emc2_kernels import contrastive_lse, ops
 from emc2_kernels.backends import gpu
 from emc2_kernels.backends.params import ScoreParams
 from emc2_kernels.lse import mean_similarity
@@ -127,6 +127,31 @@ def test_operands_without_components(backend):
     gradients = torch.autograd.grad(lse.sum(), (queries, keys))
     assert [gradient.shape for gradient in gradients] == [(3, 0), (m, 0)]
     torch.testing.assert_close(lse, torch.full((3,), math.log(m)))
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("per_row", [False, True], ids=["one temperature", "a temperature for each row"])
+def test_keys_that_need_no_gradient_get_none(backend, per_row, monkeypatch):
+    """Nor is one made: the others are the same bits, through autograd and at the operator."""
+    asked, function = [], ops.contrastive_lse_backward.function
+    monkeypatch.setattr(
+        ops.contrastive_lse_backward, "function", lambda *given: asked.append(given[3]) or function(*given)
+    )
+    found = []
+    for wanted in (True, False):
+        queries, keys = (normal(seed, size, 6).requires_grad_() for seed, size in ((0, 9), (1, 140)))
+        keys.requires_grad_(wanted)
+        temperature = torch.full((9,), 0.2, requires_grad=True) if per_row else 0.2
+        lse = contrastive_lse(queries, keys, temperature=temperature, backend=backend)
+        lse.sum().backward()
+        found.append([queries.grad, *([temperature.grad] if per_row else [])])
+        assert (keys.grad is not None) == wanted
+        scores = ScoreParams(queries.detach(), keys.detach(), 0.2, None, None)
+        made = ops.contrastive_lse_backward(scores, torch.ones(9), lse.detach(), wanted, backend)
+        assert made[1].shape == (keys.shape if wanted else (0,))
+        found[-1].append(made[0])
+    assert_identical(*found)
+    assert asked == [True, True, False, False]
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

@@ -29,6 +29,7 @@ USUAL = {
     "score": normal(8, N, 1).where(torch.arange(N)[:, None] > 0, torch.nan),
     "first_key": 0,
     "return_accepts": False,
+    "keys_wanted": True,
     "return_lse": False,
     "symmetric": False,
     "name": "value",
@@ -136,7 +137,8 @@ TABLE = {
         "one tensor": {"table": LABELS, "slots": LABELS},
     },
     "contrastive_lse": SUMS,
-    "contrastive_lse_backward": SUMS,
+    "contrastive_lse_backward": SUMS
+    | {f"{name}, keys not wanted": SUMS[name] | {"keys_wanted": False} for name in ("ids", "one tensor, symmetric")},
     "gumbel_sample": SCORES | {"everything": ALL_IDS | PER_ROW | COUNTERS | SCORED | {"num_samples": 3}},
     "isir_step": RESAMPLED,
     "mh_step": WALKS,

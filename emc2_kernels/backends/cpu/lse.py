@@ -30,12 +30,15 @@ def contrastive_lse(scores: ScoreParams) -> Tensor:
     return lse
 
 
-def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_lse_backward(
+    grad: Tensor, lse: Tensor, scores: ScoreParams, keys_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and temperatures; see ``reference_lse``."""
     core, scores = library(), contiguous_scores(scores)
     queries, keys, grad, lse = scores.queries, scores.keys, grad.contiguous(), lse.contiguous()
     d_queries = torch.empty(queries.shape, dtype=torch.float32, device="cpu")
-    d_keys = torch.empty((0,) if scores.symmetric else keys.shape, dtype=torch.float32, device="cpu")
+    of_keys = keys_wanted and not scores.symmetric
+    d_keys = torch.empty(keys.shape if of_keys else (0,), dtype=torch.float32, device="cpu")
     rows = queries.shape[0] if isinstance(scores.temperature, Tensor) else 0
     d_temperature = torch.empty(rows, dtype=torch.float32, device="cpu")
     params = core.LseGradientParams(
@@ -44,7 +47,7 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
         lse=lse.data_ptr(),
         symmetric=scores.symmetric,
         d_queries=d_queries.data_ptr(),
-        d_keys=d_keys.data_ptr(),
+        d_keys=d_keys.data_ptr() if of_keys else 0,
         d_temperatures=d_temperature.data_ptr(),
         num_threads=torch.get_num_threads(),
     )

@@ -52,14 +52,16 @@ def contrastive_lse(scores: ScoreParams) -> Tensor:
     return lse
 
 
-def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_lse_backward(
+    grad: Tensor, lse: Tensor, scores: ScoreParams, keys_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries (n, d), keys (m, d) and each row's temperature (n,), for grad (n,) of lse (n,).
 
     With p_ij = exp(s_ij - lse_i): dq_i = grad_i / temperature_i * sum_j p_ij k_j, dk_j = sum_i grad_i / temperature_i *
     p_ij q_i, and dtemperature_i = -<q_i, dq_i> / temperature_i, since sum_j p_ij s_ij is <q_i, sum_j p_ij k_j> /
     temperature_i. A row without keys has gradient 0. Where the temperature is a number, its gradient is of shape (0,).
     Where queries and keys are one operand (``scores.symmetric``), the first gradient is of both, and the second of
-    shape (0,).
+    shape (0,), as it is without ``keys_wanted``.
     """
     # An element that is not finite leaves its row or key without scores, but 0 * inf would be NaN.
     queries, keys = (_wide(operand).nan_to_num(0, 0, 0) for operand in (scores.queries, scores.keys))
@@ -74,4 +76,6 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
         d_temperature = -(queries * d_queries).sum(1) / scores.temperature if per_row else lse.new_empty(0)
     if scores.symmetric:
         d_queries, d_keys = d_queries + d_keys, d_keys.new_empty(0)
+    elif not keys_wanted:
+        d_keys = d_keys.new_empty(0)
     return d_queries.to(scores.queries.dtype), d_keys.to(scores.keys.dtype), d_temperature

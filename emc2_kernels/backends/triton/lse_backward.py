@@ -213,7 +213,9 @@ def _gradient(owners: _Operand, others: _Operand, both: Arguments, dtype: torch.
     return out[0] if splits == 1 else out.sum(0).to(dtype)
 
 
-def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_lse_backward(
+    grad: Tensor, lse: Tensor, scores: ScoreParams, keys_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and temperatures; see ``reference_lse``.
 
     Roofline on an H100, of each of the two launches for 32,768 queries and keys in bfloat16 (a symmetric call is one):
@@ -232,7 +234,7 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
     if scores.queries.shape[0] == 0 or scores.keys.shape[0] == 0:
         zeros = torch.zeros_like(scores.queries), torch.zeros_like(scores.keys)
         d_temperature = torch.zeros_like(lse) if per_row else no_temperature
-        return zeros[0], no_keys if scores.symmetric else zeros[1], d_temperature
+        return zeros[0], zeros[1] if keys_wanted and not scores.symmetric else no_keys, d_temperature
     with device_guard(scores.queries):
         coefficients = (grad / scores.temperature).contiguous()
         queries = _Operand(scores.queries, scores.query_ids)
@@ -254,7 +256,8 @@ def contrastive_lse_backward(grad: Tensor, lse: Tensor, scores: ScoreParams) -> 
             return both, no_keys, no_temperature
         # A temperature's gradient is made of the queries', unrounded.
         d_queries = _gradient(queries, keys, both_arguments, torch.float32 if per_row else dtype, as_query)
-        d_keys = _gradient(keys, queries, both_arguments, dtype, as_key)
+        as_keys = keys_wanted or scores.symmetric
+        d_keys = _gradient(keys, queries, both_arguments, dtype, as_key) if as_keys else no_keys
         d_temperature = no_temperature
         if per_row:
             d_temperature = (queries.matrix * d_queries).sum(1).div_(-scores.temperature)
