@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 import emc2_kernels as emc2
-from bench.gpu import families, loss_trials
+from bench.gpu import families, isir_loss_trials, loss_trials
 from bench.gpu.families import (
     ALIGNED,
     FEW_ROWS,
@@ -89,6 +89,8 @@ FAMILIES = {
     "lse-float32": _triton(families.lses, d=128, dtype=SINGLE),
     "loss-32": Family("triton", SMALL_LOSS),
     "loss-2500": _triton(loss_trials.losses, b=(2500, 20), items=(4000, 40), d=128, dtype=SINGLE),
+    "isir-loss-32": _triton(isir_loss_trials.losses, b=(32, 6), items=(64, 12), d=128, dtype=HALF),
+    "isir-loss-500": _triton(isir_loss_trials.losses, b=(500, 20), items=(1000, 40), d=512, dtype=SINGLE),
     "graph": _triton(families.graphs),
     "loss-graph": _triton(loss_trials.loss_graphs),
     "by-address": _triton(families.by_address),

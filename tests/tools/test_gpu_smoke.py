@@ -18,7 +18,7 @@ from bench.gpu import oracle as gpu_oracle
 from bench.gpu.trial import Context, Trial
 from bench.harness import CHECKOUT
 from emc2_kernels import ops
-from emc2_kernels.losses import EMC2Loss
+from emc2_kernels.losses import EMC2Loss, emc2_isir_fused
 from emc2_kernels.losses import anchors as pairs
 from emc2_kernels.losses import emc2_fused as fused
 
@@ -56,7 +56,8 @@ def test_a_rehearsal_passes(name, rehearsal):
 
 @interpreted
 @pytest.mark.parametrize(
-    "name", ["sweep-128", "sweep-counts", "gumbel-1", "isir-128", "isir-options", "lse-128", "loss-32", "log2"]
+    "name",
+    ["sweep-128", "sweep-counts", "gumbel-1", "isir-128", "isir-options", "lse-128", "loss-32", "isir-loss-32", "log2"],
 )
 def test_tritons_kernels_pass_in_the_interpreter(name):
     record = smoke.run_family(name, Context(CPU, "triton", "reference"))
@@ -141,6 +142,30 @@ def steeper_loss(original):
     return forward
 
 
+def i_sir(change):
+    """Of a loss on any but the reference's backend, by which it is judged: its value, or what it has kept."""
+
+    def wrap(original):
+        def forward(self, *arguments, **options):
+            value = original(self, *arguments, **options)
+            return value if self.backend == "reference" else change(self, value)
+
+        return forward
+
+    return EMC2Loss, "forward", wrap
+
+
+def spoils(part, name, change):
+    """Changes the last row of what a part of the loss keeps."""
+
+    def spoil(loss, value):
+        table = getattr(getattr(loss, part), name)
+        table[-1] = change(table[-1])
+        return value
+
+    return i_sir(spoil)
+
+
 def steeper_keys(original):
     """The gradient of the keys 5 % too long."""
 
@@ -213,6 +238,16 @@ BROKEN = {
     "a loss's incoming scores": ("loss-2500", (emc2.ChainStore, "rescore", stale_scores), ("incoming scores", None)),
     "a loss's bank": ("loss-2500", (emc2.EmbeddingBank, "put_embeddings", dull), ("bank", None)),
     "a loss's clock": ("loss-32", (emc2.EmbeddingBank, "put_embeddings", late), ("stores", None)),
+    "i-SIR's value": ("isir-loss-32", i_sir(lambda _, value: value + 1e-2), ("value", 4)),
+    "i-SIR's gradient": (
+        "isir-loss-500", i_sir(lambda _, value: value + 1e-3 * (value - value.detach())), ("gradients", None)
+    ),
+    "i-SIR's queue": ("isir-loss-32", spoils("recent", "items", lambda x: x * 0 - 1), ("stores", 4)),
+    "i-SIR's drift": ("isir-loss-500", spoils("drift", "sums", lambda x: x + 1e-2), ("drift", 4)),
+    "i-SIR's chains": ("isir-loss-500", spoils("chains", "key", lambda x: (x + 2) % 80), ("chains", 4)),
+    "i-SIR's scores": ("isir-loss-500", spoils("chains", "score", lambda x: x + 1), ("scores", None)),
+    "i-SIR's start": ("isir-loss-32", spoils("chains", "key", lambda x: torch.where(x < 0, 2, -1)), ("started", None)),
+    "i-SIR's bank": ("isir-loss-32", spoils("bank", "embeddings", lambda x: x + 0.1), ("bank", None)),
     "a graph's step": ("graph", (emc2, "mh_step", ignored_tensor), ("replays", None)),
     "a cuda graph's step": ("cuda-graph", (emc2, "mh_step", ignored_tensor), ("replays", None)),
     "E in a walk": ("cuda-log2", changed(emc2, "mh_transition", lambda x: nudge(x, (ROW, 0), 1e-3)), ("in a walk", 4)),
@@ -314,9 +349,11 @@ def test_an_exception_in_a_later_trial_keeps_the_cases_before_it(rehearsal, monk
 
 
 @interpreted
-def test_the_plain_path_is_not_taken_for_the_fused_one(monkeypatch):
-    monkeypatch.setattr(fused, "runs", lambda *arguments: False)
-    record = smoke.run_family("loss-32", Context(CPU, "triton", "reference"))
+@pytest.mark.parametrize("name", ["loss-32", "isir-loss-32"])
+def test_the_plain_path_is_not_taken_for_the_fused_one(name, monkeypatch):
+    for module in (fused, emc2_isir_fused):
+        monkeypatch.setattr(module, "runs", lambda *arguments: False)
+    record = smoke.run_family(name, Context(CPU, "triton", "reference"))
     assert record["status"] == "FAIL" and "fused path" in record["why"]
 
 
