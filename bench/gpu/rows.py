@@ -27,7 +27,7 @@ from emc2_kernels.losses import EMC2Loss
 TEMPERATURE = 0.07
 SAMPLES = 16
 CLUSTER = 256, 512  # rows that share the keys in csrc/cuda/matrix_sweep.cuh, and dimensions that stay there
-LOSS_LAUNCHES = 6  # of EMC2Loss on a GPU: five forward, one backward (emc2_kernels/losses/emc2_fused.py)
+LOSS_LAUNCHES = 6  # of EMC2Loss on a GPU, with either sampler: five forward, one backward
 
 
 def sweep_work(backend: str, n: int, m: int, d: int, call: Call, ids: bool = False) -> Work:
@@ -130,11 +130,12 @@ def make_batch(context: Context, b: int, d: int, num_items: int, dtype: torch.dt
     return z0, z1, torch.randperm(num_items, generator=draw, device=context.device)[:b]
 
 
-def small_loss(context: Context, backend: str) -> Row:
+def small_loss(context: Context, backend: str, sampler: str) -> Row:
     """EMC2Loss forward and backward at batch 32."""
     b, d, items = 32, 128, context.size(50_000, 100)
     batch = make_batch(context, b, d, items, torch.float32)
-    steps = [LossStep(EMC2Loss(items, d, sampler="mh", backend=backend).to(context.device), *batch) for _ in range(2)]
+    losses = [EMC2Loss(items, d, sampler=sampler, backend=backend).to(context.device) for _ in range(2)]
+    steps = [LossStep(loss, *batch) for loss in losses]
     replay = Replay(steps[1], context.device)
     wall = context.measure({"eager": steps[0], "replay": replay}, wall_timer)
     host = context.measure({"eager": steps[0]}, host_timer)
@@ -330,12 +331,13 @@ ROWS: dict[str, RowFunction] = {  # in the order of their weight: what the time 
     "sweep-ids-128": partial(sweep, d=128, bound=None, ids=True),
     "uniform": uniform,
     "small-64": partial(small, m=64),
-    "loss-32": small_loss,
+    "loss-32": partial(small_loss, sampler="mh"),
     "loss-16384": large_loss,
     "lse-128": partial(lse, d=128),
     "lse-backward-128": partial(lse, d=128, backward=True),
     "lse-backward-512": partial(lse, d=512, backward=True),
     "isir-128": partial(isir, d=128),
+    "isir-loss-32": partial(small_loss, sampler="isir"),
     "small-32": partial(small, m=32),
     "split": split,
     "small-64-float32": partial(small, m=64, dtype=torch.float32),
@@ -344,7 +346,7 @@ ROWS: dict[str, RowFunction] = {  # in the order of their weight: what the time 
     "crossover": partial(crossover, sides=(32, 64, 128, 256, 512, 1024)),
 }
 OF_ALL_BACKENDS = ("large-crossover", "crossover")
-NONE_ON_CUDA = ("lse-128", "lse-backward-128", "lse-backward-512", "isir-128")
+NONE_ON_CUDA = ("lse-128", "lse-backward-128", "lse-backward-512", "isir-128", "isir-loss-32")
 
 # What is measured first where a GPU is lent for minutes. No name begins another's: each can be asked for alone.
 HEADLINE = tuple(ROWS)[:11]
