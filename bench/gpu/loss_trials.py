@@ -78,9 +78,9 @@ def snapshot(loss: EMC2Loss) -> dict[str, Tensor]:
     return {name: kept.clone() for name, kept in loss.state_dict().items()}
 
 
-def make_loss(items: int, d: int, backend: str, device: torch.device) -> EMC2Loss:
+def make_loss(items: int, d: int, backend: str, device: torch.device, sampler: str = "mh") -> EMC2Loss:
     """With defaults but for the seed, whose highest bits count, too."""
-    return EMC2Loss(items, d, sampler="mh", temperature=TEMPERATURE, seed=SEED, backend=backend).to(device)
+    return EMC2Loss(items, d, sampler=sampler, temperature=TEMPERATURE, seed=SEED, backend=backend).to(device)
 
 
 def check_fused(loss: EMC2Loss, batch: Batch) -> None:
@@ -237,15 +237,17 @@ def losses(
     yield Trial(f"b = {b}", partial(run_steps, items, data, backend), judge_steps)
 
 
-def loss_graphs(context: Context, backend: str) -> Iterator[Trial]:
+def loss_graphs(context: Context, backend: str, *, sampler: str) -> Iterator[Trial]:
     """Replays of a captured forward and backward, against eager ones, and what they leave in chains and bank."""
     data = batches(32, 64, 128, torch.bfloat16, context.device)
-    yield Trial("loss in a graph", partial(loss_replays, data, backend, context), judge_loss_replays)
+    yield Trial("loss in a graph", partial(loss_replays, data, backend, context, sampler), judge_loss_replays)
 
 
-def loss_replays(data: list[Batch], backend: str, context: Context) -> list[tuple[tuple[Tensor, ...], ...]]:
+def loss_replays(
+    data: list[Batch], backend: str, context: Context, sampler: str
+) -> list[tuple[tuple[Tensor, ...], ...]]:
     """(replayed, eager) of each step, (value, gradients); at the end of what the losses have kept."""
-    eager, loss = (make_loss(64, 128, backend, context.device) for _ in range(2))
+    eager, loss = (make_loss(64, 128, backend, context.device, sampler) for _ in range(2))
     start = snapshot(loss)
     z0, z1 = (z.clone().requires_grad_() for z in data[0][:2])
     index = data[0].index.clone()

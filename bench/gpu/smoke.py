@@ -92,7 +92,8 @@ FAMILIES = {
     "isir-loss-32": _triton(isir_loss_trials.losses, b=(32, 6), items=(64, 12), d=128, dtype=HALF),
     "isir-loss-500": _triton(isir_loss_trials.losses, b=(500, 20), items=(1000, 40), d=512, dtype=SINGLE),
     "graph": _triton(families.graphs),
-    "loss-graph": _triton(loss_trials.loss_graphs),
+    "loss-graph": _triton(loss_trials.loss_graphs, sampler="mh"),
+    "isir-loss-graph": _triton(loss_trials.loss_graphs, sampler="isir"),
     "by-address": _triton(families.by_address),
     "log2": _triton(families.logarithms),
     "cuda-sweep": _variants(

@@ -280,13 +280,14 @@ def test_one_broken_number_is_the_only_one_that_is_reported(name, field, rehears
     assert case.endswith({"score": "chains"}.get(field, field))
 
 
-def test_a_graph_of_a_loss_that_does_not_advance_fails(rehearsal, monkeypatch):
+@pytest.mark.parametrize("name", ["loss-graph", "isir-loss-graph"])
+def test_a_graph_of_a_loss_that_does_not_advance_fails(name, rehearsal, monkeypatch):
     def stale(function, context):
         first = function()
         return lambda: first
 
     monkeypatch.setattr(loss_trials, "capture", stale)
-    record = smoke.run_family("loss-graph", rehearsal)
+    record = smoke.run_family(name, rehearsal)
     assert record["status"] == "FAIL" and set(wrong_cases(record)) == {"loss replays", "loss stores"}
 
 
