@@ -11,8 +11,8 @@ CARD = "H100"
 # Row -> quantity, or "quantity [backend]" where it is of one backend alone -> (low, high), in the quantity's unit.
 PREDICTED: dict[str, dict[str, tuple[float, float]]] = {
     # Triton: 1.25 to 1.6 times 0.67 and 0.85 ms, of 18.0 and 22.7 cycles for 32 pairs; 0.78 ms of loads go on beside
-    # them. The cuda backend's matrix_sweep.cuh: 15.8 instructions a pair for the walk, 1.0 for the scale and 0.85 for each
-    # 64 dimensions are 0.69 ms of the schedulers at d = 128; at d = 512 the product alone takes 1.41.
+    # them. The cuda backend's matrix_sweep.cuh: 15.8 instructions a pair for the walk, 1.0 for the scale and 0.85 for
+    # each 64 dimensions are 0.69 ms of the schedulers at d = 128; at d = 512 the product alone takes 1.41.
     "sweep-128": {"time, ms": (0.85, 1.1), "time, ms [cuda]": (0.75, 0.95), "torch.mm, ms": (0.75, 0.85)},
     "sweep-ids-128": {"time, ms": (1.05, 1.3), "time, ms [cuda]": (0.78, 1.0), "torch.mm, ms": (0.75, 0.85)},
     # Triton: the loads of a tile and its walk one after the other, 1.4 to 3.1 ms, and 0.6, with ids 0.85.
