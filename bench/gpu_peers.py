@@ -2,6 +2,7 @@
 
     python -m bench.gpu_peers              bench/results/<gpu>-peers.json, and a table; about a minute and a half
     python -m bench.gpu_peers --only CLIP-16384-512    cases whose names begin so: LOSS-PAIRS-DIM; --list prints them
+    python -m bench.gpu_peers --resume     the cases that the file lacks
     python -m bench.gpu_peers --rehearse   on the CPU, at toy sizes; the figures mean nothing
 
     pip install memeff==0.3.1              first, or that peer is reported as not installed; nothing else needs it
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import shlex
 import sys
 import time
@@ -47,7 +49,6 @@ from bench.peers import LossStep, make_operands
 
 SCHEMA = 1
 NO_GPU = 1  # an exit status, as DEAD_CONTEXT
-SWEEP_GOALS = {512: 1.2, 128: 1.0}  # d -> time over torch.mm's, at most
 SHARE_GOAL = 0.5  # of the peak, at least: NT-Xent, forward and backward
 SHARE_GOAL_DIM = 512
 DIFFERS = 0.05  # relative: bfloat16 scores of plain torch are off by less
@@ -88,6 +89,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="cases whose names begin so")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, for a look")
     parser.add_argument("--json", type=Path, metavar="PATH", help="results file (bench/results/<gpu>-peers.json)")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that the results file has already")
     parser.add_argument("--budget", type=float, default=100, help="seconds; no case is begun after them (%(default)g)")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU")
     options = parser.parse_args(arguments)
@@ -200,7 +202,7 @@ def sweep_backends(context: Context) -> list[str]:
 
 def run_sweep(d: int, context: Context, backend: str) -> dict[str, object]:
     """The goal of a large sweep beside torch.mm, in turns with it."""
-    bound = SWEEP_GOALS[d]
+    bound = rows.SWEEP_GOALS[d]
     goal = {"goal": f"sweep-{d} [{backend}]: time / torch.mm", "sense": "<=", "bound": bound}
     try:
         row = rows.sweep(context, backend, d, bound)
@@ -269,10 +271,13 @@ def run_all(options: argparse.Namespace, context: Context, results: dict, target
     """Every case and goal, within the budget; the file is written after each. Returns the exit status."""
     deadline = time.perf_counter() + options.budget
     peak = results["peak"] and Peak(**results["peak"])
-    for d in () if options.only else SWEEP_GOALS:
-        results["goals"] += [run_sweep(d, context, backend) for backend in sweep_backends(context)]
+    swept, have = list(results["goals"]), {case["name"] for case in results["cases"]}
+    for d in () if options.only or swept else rows.SWEEP_GOALS:
+        swept += [run_sweep(d, context, backend) for backend in sweep_backends(context)]
+    answer_goals(results, swept, peak, context.rehearsal)
+    write_json(results, target)
     for case in options.cases:
-        if options.only and not case.name.startswith(tuple(options.only)):
+        if case.name in have or (options.only and not case.name.startswith(tuple(options.only))):
             continue
         if time.perf_counter() > deadline:
             results["cases"].append(
@@ -282,13 +287,25 @@ def run_all(options: argparse.Namespace, context: Context, results: dict, target
         record = run_case(case, context, peak)
         results["cases"].append(record)
         print(f"{case.name} {record['seconds']} s", flush=True)
+        answer_goals(results, swept, peak, context.rehearsal)
         write_json(results, target)
         if not context_is_alive(context.device):
             return DEAD_CONTEXT
-    ran = [case for case in results["cases"] if "contestants" in case]
-    results["goals"].append(share_goal(ran, peak, context.rehearsal))
     write_json(results, target)
     return 0
+
+
+def answer_goals(results: dict, swept: list[dict], peak: Peak | None, rehearsal: bool) -> None:
+    """The sweeps', and the losses' by the cases so far: a run that is killed leaves it so."""
+    ran = [case for case in results["cases"] if "contestants" in case]
+    results["goals"] = [*swept, share_goal(ran, peak, rehearsal)]
+
+
+def read_earlier(target: Path) -> tuple[list[dict], list[dict]]:
+    """Cases that an earlier run has measured, and its goals of sweeps."""
+    earlier = json.loads(target.read_text()) if target.exists() else {"cases": [], "goals": []}
+    cases = [case for case in earlier["cases"] if "contestants" in case]
+    return cases, [goal for goal in earlier["goals"] if goal["goal"].startswith("sweep-")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -306,6 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     described = machine.describe(device)
     peak = find_peak(str(described["device"]), lambda: context.limits.best("tensor cores", BEST["tensor cores"]))
     target = options.json or (REHEARSAL if options.rehearse else results_path(described, "-peers.json"))
+    kept, goals = read_earlier(target) if options.resume else ([], [])
     results = {
         "schema": SCHEMA,
         "command": shlex.join(["python", "-m", "bench.gpu_peers", *(Path(word).name for word in arguments)]),
@@ -314,8 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "memeff": memeff_version(),
         "peak": peak and peak._asdict(),
         "settings": {"quick": options.quick, "rehearsal": options.rehearse},
-        "cases": [],
-        "goals": [],
+        "cases": kept,
+        "goals": goals,
     }
     status = run_all(options, context, results, target)
     print(

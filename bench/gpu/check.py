@@ -75,16 +75,24 @@ class Report:
         self.work = Path(tempfile.mkdtemp(prefix="emc2-gpu-check-"))
         self.bench, self.tuned = self.work / "bench.json", self.work / "tune.json"
         self.peers = self.work / "peers.json"
+        self.peers_target = target.with_name(f"{target.stem}-peers.json")
         self.parts: dict[str, dict] = {}
         self.ran: dict[str, dict] = {}  # in this run
 
     def restore(self, earlier: dict, anew: Iterable[str]) -> None:
-        """Takes in the results of an earlier run, but for the rows ``anew``, which are to be measured again."""
+        """Takes in the results of an earlier run, but for the rows and cases ``anew``, which are to be measured again.
+
+        Of a run in which all cases of ``peers`` are, nothing of that stage is kept.
+        """
         self.parts, anew = earlier["check"]["stages"], set(anew)
         kept = [row for row in earlier["rows"] if row["name"] not in anew]
         benchmark.write_results(earlier | {"rows": kept}, self.bench)
         if "tune" in earlier:
             write_json(earlier["tune"], self.tuned)
+        peers = json.loads(self.peers_target.read_text()) if self.peers_target.exists() else {"cases": []}
+        kept = [case for case in peers["cases"] if case["name"] not in anew]
+        if kept and peers["machine"]["commit"] == self.machine["commit"]:
+            write_json(peers | {"cases": kept}, self.peers)
 
     def results(self) -> dict[str, object]:
         """The benchmark's results, and beside them what the check found."""
@@ -118,7 +126,7 @@ class Report:
         for folder in filter(None, (self.target.parent, self.out)):
             write_json(self.results(), folder / self.target.name)
             if self.peers.exists():
-                files.write(folder / f"{self.target.stem}-peers.json", self.peers.read_text())
+                files.write(folder / self.peers_target.name, self.peers.read_text())
         if self.out is not None:
             files.write(self.out / "gpu-check.log", self.logs())
 
@@ -246,7 +254,8 @@ def resume(report: Report, options: argparse.Namespace) -> None:
     if not same:
         print(f"  {report.target.name} is of other code, and is replaced", flush=True)
         return
-    named = HEADLINE if "headline" in options.stages else ()
+    named = [*HEADLINE] if "headline" in options.stages else []
+    named += [case.name for case in gpu_peers.cases(options.rehearse)] if "peers" in options.stages else []
     report.restore(earlier, [name for name in named if not options.only or name.startswith(tuple(options.only))])
 
 

@@ -320,7 +320,8 @@ def run_peers(session: Session, limit: float) -> dict:
     words = [word for name in named if session.only for word in ("--only", name)]
     words += ["--rehearse"] if session.rehearse else []
     budget = f"{max(1.0, limit - LEAST_FOR_ROWS):.0f}"
-    code = run_logged(module_command("bench.gpu_peers", "--json", target, "--budget", budget, *words), log, limit)
+    words = ["--json", target, "--resume", "--budget", budget, *words]  # check.py keeps what is not to be run again
+    code = run_logged(module_command("bench.gpu_peers", *words), log, limit)
     found = json.loads(target.read_text()) if target.exists() else {"cases": [], "goals": []}
     late = sum("contestants" not in case for case in found["cases"])
     status = "timed out" if code is None or (code == 0 and late) else "passed" if code == 0 else "failed"

@@ -165,6 +165,28 @@ def test_rows_that_are_asked_for_again_are_measured_again(tmp_path):
     check.resume(found, check.parse_arguments([]))
 
 
+def test_cases_beside_peers_are_kept_until_they_are_run_again(tmp_path):
+    """By runs of the same commit, in which --out has them, too."""
+    code, names = {"commit": "abc", "dirty": False}, ["NT-Xent-16384-512", "CLIP-16384-512"]
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "x.json").write_text(json.dumps({"machine": code, "rows": [], "check": {"stages": {}}}))
+    peers = {"machine": code, "goals": [], "cases": [{"name": name} for name in names]}
+
+    def kept(commit, *words):
+        (tmp_path / "x-peers.json").write_text(json.dumps(peers | {"machine": code | {"commit": commit}}))
+        found = check.Report(code, out, tmp_path / "x.json")
+        check.resume(found, check.parse_arguments(words))
+        found.write()
+        if not found.peers.exists():
+            return None
+        return [case["name"] for case in json.loads((out / "x-peers.json").read_text())["cases"]]
+
+    assert kept("abc", "--stages", "tests") == names
+    assert kept("abc", "--stages", "peers", "--only", "CLIP") == names[:1]
+    assert kept("abc", "--stages", "peers") is None and kept("def", "--stages", "tests") is None
+
+
 STOPPED = """
 import os, signal, sys, threading
 from bench.gpu import check
