@@ -12,9 +12,10 @@ predictions.py, the method in bench/harness/timing.py. A row that fails is recor
 others; the file is written after each row, so that a run cut off keeps what it had.
 
 The headline is to take 75 s on an H100 whose kernels are compiled, and is estimated, not measured, at 30: 10 s until
-torch, Triton and the GPU have started; 14 rows (three are of both backends) at 0.3 s for operands and binaries; 45
-calls that are timed, those of the limits among them, at 0.1 s (9 rounds of 4 ms and as much again), but 1.5 s for the
-gradient at d = 512 (50 ms a call); 1 s for each of the five binaries that are disassembled; 3 s for what is forgotten.
+torch, Triton and the GPU have started; 18 rows (seven are of both backends; 14 and three where cuda has no matrix
+units) at 0.3 s for operands and binaries; 53 calls that are timed, those of the limits among them, at 0.1 s (9 rounds
+of 4 ms and as much again), but 0.4 s for the gradient at d = 512 (12 ms a call); 1 s for each of the five binaries that
+are disassembled; 3 s for what is forgotten.
 """
 
 import argparse
@@ -138,18 +139,18 @@ def reading_line(reading: dict) -> str:
         elsewhere = "" if foreseen["for_this_card"] else f" for an {foreseen['for']}"
         figures = f"{foreseen['low']:g} to {foreseen['high']:g}{elsewhere}".rjust(24)
     spread = f"{reading['lower_quartile']:.4g} .. {reading['upper_quartile']:.4g}"
-    figures += f"{reading['measured']:>10.4g}{spread:>22}"
+    figures += f"{reading['measured']:>11.4g} {spread:>22}"
     if reading["binds"] is None:
         return figures
     others = [f"{name} {limit:.3g}" for name, limit in reading["limits"].items() if name != reading["binds"]]
     also = f"  ({', '.join(others)})" if others else ""
     binds = f"{reading['binds']} {reading['limits'][reading['binds']]:.3g} ms"
-    return f"{figures}{reading['time / limit']:>8.2f} x {binds}{also}"
+    return f"{figures} {reading['time / limit']:>7.2f} x {binds}{also}"
 
 
 def readings_table(rows: Sequence[dict]) -> list[str]:
     """A line for each time that has limits."""
-    lines = [f"{'row':<17}{'backend':<10}{'quantity':<24}{'predicted':>24}{'measured':>10}{'quartiles':>22}  limit"]
+    lines = [f"{'row':<17}{'backend':<10}{'quantity':<24}{'predicted':>24}{'measured':>11} {'quartiles':>22}  limit"]
     for row in rows:
         head = f"{row['name']:<17}{row['backend']:<10}"
         lines += [f"{head}{reading['quantity']:<24}{reading_line(reading)}" for reading in row.get("readings", [])]
@@ -160,7 +161,7 @@ def table(rows: Sequence[dict]) -> str:
     """Times beside predictions and limits; goals, one a line: value, quartiles, goal, whether it was met; then the
     crossover of the backends."""
     lines = readings_table(rows)
-    lines.append(f"{'row':<17}{'backend':<10}{'quantity':<40}{'value':>10}{'quartiles':>22}{'goal':>10}")
+    lines.append(f"{'row':<17}{'backend':<10}{'quantity':<40}{'value':>11} {'quartiles':>22}{'goal':>10}")
     for row in rows:
         head = f"{row['name']:<17}{row['backend']:<10}"
         if "error" in row:
@@ -168,7 +169,7 @@ def table(rows: Sequence[dict]) -> str:
         for goal in row.get("goals", []):
             spread = f"{goal['lower_quartile']:.4g} .. {goal['upper_quartile']:.4g}"
             verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
-            figures = f"{goal['value']:>10.4g}{spread:>22}{goal['goal'] or '':>10}"
+            figures = f"{goal['value']:>11.4g} {spread:>22}{goal['goal'] or '':>10}"
             lines.append(f"{head}{goal['quantity']:<40}{figures}  {verdict}".rstrip())
         notes = row.get("notes", {})
         if "us" in notes:

@@ -59,13 +59,14 @@ def test_every_row_of_the_headline_is_read_beside_limits_and_predictions(tmp_pat
         assert not {"naive", "column loop", "streaming NT-Xent"} & row["times_ms"].keys()
     by_name = {row["name"]: row for row in results["rows"]}
     sweep, loss = by_name["sweep-ids-128"]["readings"][0], by_name["loss-32"]["readings"][1]
-    assert sweep["predicted"] == {"low": 1.5, "high": 1.75, "for": "H100", "for_this_card": False}
+    low, high = predictions.PREDICTED["sweep-ids-128"]["time, ms"]
+    assert sweep["predicted"] == {"low": low, "high": high, "for": "H100", "for_this_card": False}
     assert list(sweep["limits"]) == ["tensor cores", "memory", "L2"] and list(loss["limits"]) == ["launch, replayed"]
     assert by_name["sweep-ids-128"]["sizes"]["ids"] and not by_name["sweep-128"]["sizes"]["ids"]
     assert len(by_name["uniform"]["sizes"]["N"]) == 1
     gradient = by_name["lse-backward-128"]
     assert gradient["times_ms"]["backward"]["median"] == pytest.approx(2 * gradient["readings"][0]["measured"])
-    assert "1.5 to 1.75 for an H100" in printed and "launch, replayed" in printed
+    assert f"{low:g} to {high:g} for an H100" in printed and "launch, replayed" in printed
     assert results["limits"].keys() == {
         "tensor cores", "memory", "L2", "gather", "clock",
         "launch, called, 1", "launch, replayed, 1", "launch, called, 6", "launch, replayed, 6",

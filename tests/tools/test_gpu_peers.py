@@ -233,3 +233,46 @@ def test_cases_and_options(tmp_path, monkeypatch, capsys):
     assert gpu_peers.main(["--rehearse", "--only", "CLIP-64-32", "--json", str(tmp_path / "x.json")]) == 0
     results = json.loads((tmp_path / "x.json").read_text())
     assert [case["name"] for case in results["cases"]] == ["CLIP-64-32"] and len(results["goals"]) == 1
+
+
+def test_a_later_run_goes_on_with_the_cases_that_the_file_lacks(tmp_path, monkeypatch):
+    without_memeff(monkeypatch)
+    target, run, begun = tmp_path / "x.json", gpu_peers.run_case, []
+
+    def run_and_note(case, *more):
+        begun.append(case.name)
+        return run(case, *more)
+
+    monkeypatch.setattr(gpu_peers, "run_case", run_and_note)
+    words = ["--rehearse", "--resume", "--json", str(target)]
+    assert gpu_peers.main([*words, "--budget", "0"]) == 0 and begun == []
+    first = gpu_peers.TOY_CASES[0].name
+    assert gpu_peers.main([*words, "--only", first]) == 0 and begun == [first]
+    assert [case["name"] for case in json.loads(target.read_text())["cases"]] == begun
+    assert gpu_peers.main(words) == 0
+    assert begun == [case.name for case in gpu_peers.TOY_CASES]
+    results = json.loads(target.read_text())
+    assert [case["name"] for case in results["cases"]] == begun
+    assert [goal["bound"] for goal in results["goals"]] == [1.2, 1.0, 0.5]
+
+
+def test_a_run_that_is_killed_has_answered_what_it_could(tmp_path, monkeypatch):
+    without_memeff(monkeypatch)
+    target, run = tmp_path / "x.json", gpu_peers.run_case
+
+    def run_first(case, *more):
+        if case != gpu_peers.TOY_CASES[0]:
+            raise KeyboardInterrupt
+        return run(case, *more)
+
+    monkeypatch.setattr(gpu_peers, "run_case", run_first)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_peers.main(["--rehearse", "--json", str(target)])
+    goals = json.loads(target.read_text())["goals"]
+    assert [goal["bound"] for goal in goals] == [1.2, 1.0, 0.5] and "value" in goals[-1]
+
+
+def test_one_goal_has_one_bound():
+    """The benchmark's table, and the lines that answer the goals, are of one report."""
+    for d, bound in gpu_peers.rows.SWEEP_GOALS.items():
+        assert gpu_peers.rows.ROWS[f"sweep-{d}"].keywords["bound"] == bound
