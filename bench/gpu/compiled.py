@@ -384,7 +384,8 @@ def print_bounds(rows: list[Compiled]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    known = "; ".join(CASES)  # names have commas
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help=known)
     parser.add_argument("--generations", nargs="+", type=int, choices=GENERATIONS, default=list(GENERATIONS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--bounds", action="store_true", help="print lines of tests/tools/compiled_bounds.py instead")

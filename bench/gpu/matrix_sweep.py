@@ -58,8 +58,10 @@ def compile_kernels() -> tuple[list[Compiled], str]:
 def rows_won(results: dict) -> list[gpu.Won]:
     """For each d that a GPU has been tried with (the row "large-crossover"), the least number of rows from which on
     this kernel was faster than Triton's at every size."""
-    [row] = [row for row in results["rows"] if row["name"] == "large-crossover" and "error" not in row]
-    columns, table = row["notes"]["columns"], row["notes"]["us"]
+    measured = [row for row in results["rows"] if row["name"] == "large-crossover" and "error" not in row]
+    columns, table = (measured[0]["notes"][name] for name in ("columns", "us")) if measured else ([], [])
+    if not {"cuda", "triton"} <= set(columns):
+        raise ValueError('no row "large-crossover" of cuda and triton: bench.gpu.check --stages rest measures it')
     cuda, triton = columns.index("cuda"), columns.index("triton")
     won = []
     for d in sorted({line[1] for line in table}):
@@ -77,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--won", type=Path, metavar="FILE", help="a results file of bench.gpu.check")
     options = parser.parse_args(arguments)
     if options.won:
-        print(*rows_won(json.loads(options.won.read_text())), sep="\n")
+        try:
+            print(*rows_won(json.loads(options.won.read_text())), sep="\n")
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--won {options.won}: {error}")
         return
     kernels, log = compile_kernels()
     registers = re.findall(r"Used (\d+) registers", log)

@@ -40,11 +40,27 @@ def test_rows_won_are_printed_as_they_are_written(tmp_path, capsys):
     assert eval(printed, {"Won": gpu.Won}) == gpu.Won("NVIDIA H100", 128, 2048)
 
 
+@pytest.mark.parametrize("columns", [["n", "d", "triton"], None])
+def test_results_that_do_not_say_where_it_has_won(columns, tmp_path, capsys):
+    """The row is among the last, which a time limit cuts off; without nvcc it has one backend."""
+    found = results([[2048, 128, 9.0]])
+    if columns is None:
+        found["rows"][1] = {"name": "large-crossover", "backend": "all", "error": "not begun within 105 s"}
+    else:
+        found["rows"][1]["notes"]["columns"] = columns
+    file = tmp_path / "card.json"
+    file.write_text(json.dumps(found))
+    with pytest.raises(SystemExit):
+        matrix_sweep.main(["--won", str(file)])
+    assert "large-crossover" in capsys.readouterr().err
+
+
 def test_each_row_that_auto_goes_by_is_in_a_results_file():
     measured = []
     for file in (CHECKOUT / "bench" / "results").glob("*.json"):
         found = json.loads(file.read_text())
-        if isinstance(found, dict) and any(row.get("name") == "large-crossover" for row in found.get("rows", [])):
+        rows_ = found.get("rows", []) if isinstance(found, dict) else []
+        if any(row.get("name") == "large-crossover" and "error" not in row for row in rows_):
             measured += matrix_sweep.rows_won(found)
     assert set(gpu.MATRIX_SWEEP_WON) <= set(measured)
 
