@@ -35,12 +35,16 @@ def ask_nvidia_smi(quantity: str) -> str | None:
 
 
 def source_version() -> dict[str, str | bool | None]:
-    """Commit of the checkout that this file lies in, and whether files differ from it; bench/results does not count."""
+    """Commit of the checkout that this file lies in, and whether files differ from it; bench/results does not count.
+
+    Of a copy without .git, what ``$EMC2_COMMIT`` says: a hash, and "-dirty" after it where files differ.
+    """
     root = run_quietly("git", "rev-parse", "--show-toplevel")
     commit = run_quietly("git", "rev-parse", "--verify", "HEAD")
     # A copy without .git inside of another project's checkout would otherwise report that project's commit.
     if root is None or commit is None or Path(root).resolve() != CHECKOUT:
-        return {"commit": UNKNOWN, "dirty": None}
+        told = os.environ.get("EMC2_COMMIT", "")
+        return {"commit": told.removesuffix("-dirty") or UNKNOWN, "dirty": told.endswith("-dirty") if told else None}
     changes = run_quietly("git", "status", "--porcelain", "--", ".", ":(exclude)bench/results")
     return {"commit": commit, "dirty": None if changes is None else changes != ""}
 

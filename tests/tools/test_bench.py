@@ -267,7 +267,11 @@ def test_slow_peers_are_named() -> None:
 
 def test_commit_is_unknown_outside_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "CHECKOUT", tmp_path)
+    monkeypatch.delenv("EMC2_COMMIT", raising=False)
     assert machine.source_version() == {"commit": "unknown", "dirty": None}
+    for told, dirty in (("abc", False), ("abc-dirty", True)):
+        monkeypatch.setenv("EMC2_COMMIT", told)
+        assert machine.source_version() == {"commit": "abc", "dirty": dirty}
 
 
 def test_commit_and_dirty_flag(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
