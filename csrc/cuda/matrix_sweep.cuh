@@ -125,10 +125,13 @@ __device__ __forceinline__ void copy_all(const MatrixSweep& sweep, Shared& share
 // ---- Products of a warpgroup's rows with the tiles in the stages, chunk by chunk.
 
 // A matrix whose row 0 is at `rows` as the instruction wants it described: 8 rows of 128 bytes are an atom, in which 16
-// bytes have been exchanged. The leading offset means nothing there.
+// bytes have been exchanged. The leading offset means nothing there. An address has the block's rank in the cluster
+// above what a description has room for.
 __device__ __forceinline__ uint64_t describe(const void* rows) {
   constexpr uint64_t kSwizzle128 = 1, kAtomBytes = 8 * kRowBytes;
-  return kSwizzle128 << 62 | kAtomBytes >> 4 << 32 | uint64_t{1} << 16 | hopper::shared_address(rows) >> 4;
+  constexpr uint32_t kWithinBlock = (1u << 18) - 1;
+  return kSwizzle128 << 62 | kAtomBytes >> 4 << 32 | uint64_t{1} << 16 |
+         (hopper::shared_address(rows) & kWithinBlock) >> 4;
 }
 constexpr uint64_t kNextProduct = 2 * kProductDims >> 4;  // in a description, from one product's dimensions to the next's
 

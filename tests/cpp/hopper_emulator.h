@@ -23,7 +23,8 @@ Layout& shared_memory() {
   return *reinterpret_cast<Layout*>(emulator::block().shared);
 }
 
-inline uint32_t shared_address(const void* pointer) {
+// From the beginning of the block's shared memory.
+inline uint32_t offset_of(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - emulator::block().shared);
 }
 
@@ -38,12 +39,16 @@ inline uint32_t rank_of(const emulator::Block& block) {
   return emulator::cluster[0].get() == &block ? 0 : 1;
 }
 inline uint32_t cluster_rank() { return rank_of(emulator::block()); }
+
+// As in a cluster: the block's rank is in the highest byte.
+inline uint32_t shared_address(const void* pointer) { return cluster_rank() << 24 | offset_of(pointer); }
+
 inline void sync_cluster() { emulator::meet(emulator::cluster_barrier, "sync_cluster"); }
 
 // The same place in the shared memory of another block of the cluster.
 template <class Value>
 Value& place_in(uint32_t rank, Value& mine) {
-  return *reinterpret_cast<Value*>(emulator::cluster[rank]->shared + shared_address(&mine));
+  return *reinterpret_cast<Value*>(emulator::cluster[rank]->shared + offset_of(&mine));
 }
 
 // ---- Barriers.
@@ -144,7 +149,7 @@ inline void fill_box(char* shared, uint32_t address, const TensorMap& map, const
 }
 
 inline void copy(uint16_t ranks, void* to, const TensorMap& map, const int64_t (&at)[kMaxDims], Barrier& barrier) {
-  const uint32_t address = shared_address(to), barrier_address = shared_address(&barrier);
+  const uint32_t address = offset_of(to), barrier_address = offset_of(&barrier);
   if (address % 1024 != 0) emulator::fail("a copy into shared memory that is not aligned");
   ++emulator::progress;
   const int64_t at0 = at[0], at1 = at[1], at2 = at[2];
@@ -190,7 +195,13 @@ inline void fence_products() {}
 template <int kCount>
 void fence_sums(float (&)[kCount]) {}
 
-// A descriptor: 8 rows of 128 bytes are an atom, and atoms are `stride` bytes apart.
+// A descriptor: 8 rows of 128 bytes are an atom, and atoms are `stride` bytes apart. In no field is what belongs to
+// another; the leading offset, which this swizzle does not use, is 1 by the PTX manual.
+inline bool is_clean(uint64_t description) {
+  constexpr uint64_t kStart = 0x3fff, kStride = uint64_t{0x3fff} << 32;
+  return (description & ~(kStart | kStride)) == (uint64_t{1} << 62 | uint64_t{1} << 16);
+}
+
 template <class Half>
 float operand(const char* shared, uint64_t description, int row, int column) {
   const uint32_t start = static_cast<uint32_t>(description & 0x3fff) << 4;
@@ -204,6 +215,7 @@ float operand(const char* shared, uint64_t description, int row, int column) {
 template <class Half>
 void multiply(float (&sums)[64], uint64_t rows, uint64_t columns, bool add, Half) {
   if (rows >> 62 != 1 || columns >> 62 != 1) emulator::fail("only the 128-byte swizzle is emulated");
+  if (!is_clean(rows) || !is_clean(columns)) emulator::fail("a description holds more than its fields");
   meet_group();
   const char* const shared = emulator::block().shared;
   const int thread = static_cast<int>(emulator::current->thread.x) % 128;
