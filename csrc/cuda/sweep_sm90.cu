@@ -65,6 +65,9 @@ const char* why_not(const Walk& walk, int64_t scratch_bytes, int64_t needed, int
   if (!is_pack(operands.queries, operands.query_stride) || !is_pack(operands.keys, operands.key_stride)) {
     return "a sweep on matrix units takes rows that start at multiples of 16 bytes";
   }
+  if (operands.query_stride < operands.dim || operands.key_stride < operands.dim) {
+    return "a sweep on matrix units takes rows that do not overlap";
+  }
   if (walk.log_proposal || walk.step_output.accepted || walk.step_output.lse) {
     return "a sweep on matrix units has no proposal weights, and counts and sums nothing";
   }

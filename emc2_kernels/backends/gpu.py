@@ -95,8 +95,10 @@ def takes_matrix_sweep(walk: WalkParams, more_results: bool) -> bool:
     whole_tiles = keys.shape[0] > 0 and keys.shape[0] % MATRIX_SWEEP_KEYS == 0 and walk.first_proposal % 4 == 0
     if not whole_tiles or not 0 < queries.shape[1] <= MATRIX_SWEEP_LARGEST_D:
         return False
-    aligned = all(rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0 for rows in (queries, keys))
-    return aligned and architecture(queries.get_device()) == MATRIX_SWEEP_ARCHITECTURE
+    # Rows that share memory, as of `expand`, are none that a tensor map is documented for.
+    plain = all(rows.stride(0) % 8 == 0 and rows.stride(0) >= rows.shape[1] for rows in (queries, keys))
+    aligned = all(rows.data_ptr() % 16 == 0 for rows in (queries, keys))
+    return plain and aligned and architecture(queries.get_device()) == MATRIX_SWEEP_ARCHITECTURE
 
 
 def prefers_cuda_kernels(walk: WalkParams, more_results: bool = False) -> bool:

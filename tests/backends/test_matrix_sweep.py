@@ -213,6 +213,7 @@ REFUSED = {
     "multiples of 128 keys": sweep(m=130),
     "starts at a block of draws": sweep(first_proposal=2),
     "start at multiples of 16 bytes": sweep(d=20),
+    "rows that do not overlap": sweep()._replace(queries=unit(1, 64, seed=1, dtype=BF16).expand(8, 64)),
     "no proposal weights": sweep(log_proposal=torch.zeros(128)),
 }
 

@@ -116,7 +116,7 @@ const char* encode(TensorMap& map, const void* matrix, Dtype, const uint64_t (&s
   }
   for (int i = 0; i + 1 < kDims; ++i) {
     map.strides[i + 1] = strides[i];
-    if (strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40) return "a stride is refused";
+    if (strides[i] == 0 || strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40) return "a stride is refused";
   }
   if (reinterpret_cast<uintptr_t>(matrix) % 16 != 0 || 2 * box[0] > 128) return "a matrix is refused";
   return nullptr;
