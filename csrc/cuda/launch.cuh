@@ -12,9 +12,11 @@ namespace emc2 {
 // Makes a device current and, at the end, the one that was.
 class DeviceScope {
  public:
-  explicit DeviceScope(int device) : device_(device) {
+  // `binds`: also where it is current already. From CUDA 12 on that gives a thread which has not used the device its
+  // context, which functions of the driver look for, and do not make as those of the runtime do.
+  explicit DeviceScope(int device, bool binds = false) : device_(device) {
     error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device_) error_ = cudaSetDevice(device_);
+    if (error_ == cudaSuccess && (binds || before_ != device_)) error_ = cudaSetDevice(device_);
   }
   ~DeviceScope() {
     if (error_ == cudaSuccess && before_ != device_) cudaSetDevice(before_);

@@ -116,6 +116,8 @@ const char* launch_matrix_sweep(const Walk& walk, void* scratch, int64_t scratch
   sweep.tiles = static_cast<int32_t>(sweep.segment_length / kSteps);
   sweep.chunks = static_cast<int>((walk.operands.dim + kChunk - 1) / kChunk);
   sweep.clusters_of_rows = (walk.num_rows + kClusterRows - 1) / kClusterRows;
+  const DeviceScope scope(target.device, true);
+  if (scope.error() != cudaSuccess) return cudaGetErrorString(scope.error());
   if (const char* error = encode_operands(sweep)) return error;
   const int64_t items = sweep.clusters_of_rows * sweep.splits;
   return walk.operands.dtype == Dtype::kBfloat16 ? launch_typed<Bfloat16>(sweep, items, target)

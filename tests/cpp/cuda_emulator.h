@@ -84,7 +84,8 @@ inline void (*run)(void*) = nullptr;
 inline void* argument = nullptr;
 inline dim3 grid;
 inline std::string last_error;
-inline int launches = 0, device = 0;
+inline int launches = 0, device = -1;  // as torch says of a tensor on the CPU
+inline bool has_context = false;  // bound to the thread; to be on the safe side, each launch is from another thread
 inline bool late = false;   // whether what need not happen at once happens as late as it may
 
 inline Block& block() { return *current->block; }
@@ -292,7 +293,11 @@ struct cudaLaunchConfig_t {
 };
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::device, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return emulator::device = device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  emulator::device = device;
+  emulator::has_context = true;
+  return cudaSuccess;
+}
 struct cudaFuncAttributes {};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
@@ -338,6 +343,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     emulator::run_cluster(static_cast<int>(x), static_cast<int>(blocks), static_cast<int>(config->blockDim.x),
                           config->dynamicSmemBytes, mode % 2 == 1);
   }
+  emulator::has_context = false;
   emulator::last_error = emulator::error;
   return emulator::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }

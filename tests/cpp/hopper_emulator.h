@@ -108,6 +108,7 @@ struct TensorMap {
 template <int kDims>
 const char* encode(TensorMap& map, const void* matrix, Dtype, const uint64_t (&sizes)[kDims],
                    const uint64_t (&strides)[kDims - 1], const uint32_t (&box)[kDims]) {
+  if (!emulator::has_context) return "the thread has no context";
   map = {static_cast<const char*>(matrix), kDims, {1, 1, 1}, {2, 0, 0}, {1, 1, 1}};
   for (int i = 0; i < kDims; ++i) {
     map.sizes[i] = sizes[i];
