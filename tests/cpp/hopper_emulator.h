@@ -82,12 +82,14 @@ inline void arrive_expecting(Barrier& barrier, uint32_t bytes) {
 inline void arrive_at(Barrier& barrier, uint32_t rank) { arrive(place_in(rank, barrier)); }
 
 inline std::deque<std::function<void()>> copies;  // asked for and not made yet
+inline uint64_t copies_made = 0;
 
 inline void wait(Barrier& barrier, uint32_t parity) {
   while ((barrier.phase & 1) == parity) {
     if (!copies.empty()) {
-      const auto copy = copies.back();  // not in the order in which they were asked for
-      copies.pop_back();
+      const bool newest = ++copies_made % 2 == 0;  // not in the order in which they were asked for
+      const auto copy = newest ? copies.back() : copies.front();
+      newest ? copies.pop_back() : copies.pop_front();
       copy();
     }
     if ((barrier.phase & 1) == parity) emulator::yield();
