@@ -181,6 +181,20 @@ def test_shards_compose_to_the_whole_walk(hopper, cuts):
     assert len(hopper.launches) == len(cuts) - 1
 
 
+@pytest.mark.parametrize("first", [2**31 - 128, 2**32, 2**33 - 256])
+def test_a_shard_far_along_a_long_walk(hopper, first):
+    """Numbers of proposals and of blocks of draws past 32 bits, and products of both with samples."""
+    queries, keys = unit(20, 24, seed=3, dtype=BF16), unit(256, 24, seed=4, dtype=BF16)
+    options = {"temperature": 0.2, "seed": 7, "step": 3, "first_proposal": first, "total_proposals": 2**33}
+    for burn_in, samples in ((0, 3), (first + 100, 100), (first - 1, 50)):
+        options |= {"burn_in": burn_in, "num_samples": samples}
+        shard = emc2.mh_transition(queries, keys, backend=str(hopper), **options)
+        expected = emc2.mh_transition(queries, keys, backend="reference", **options)
+        assert torch.equal(shard.position, expected.position)
+        torch.testing.assert_close(shard.threshold, expected.threshold, rtol=1e-6, atol=2e-5)
+    assert len(hopper.launches) == 3
+
+
 def test_the_chain_ids_of_a_row_are_looked_at(hopper):
     queries, keys = unit(8, 16, seed=1, dtype=BF16), unit(128, 16, seed=2, dtype=BF16)
     chains = torch.arange(8)
