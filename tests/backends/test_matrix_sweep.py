@@ -154,6 +154,22 @@ def test_scores_that_are_not_finite_are_not_taken(hopper, value, samples):
     assert result.threshold[8:].isfinite().all()
 
 
+@pytest.mark.parametrize("segment", range(8))
+def test_one_infinite_score(hopper, segment):
+    """Of one row, in a tile without sample points: no other thread or chain would have the tile walked again."""
+    queries, keys = unit(32, 16, seed=5, dtype=FP16), unit(256, 16, seed=6, dtype=FP16)
+    keys[32 * segment + 3] = 0.0
+    keys[32 * segment + 3, 5] = torch.inf
+    queries[:, 5] = -queries[:, 5].abs() - 0.01
+    for row in (2, 13):  # a thread's first and its second
+        ones = queries.clone()
+        ones[row, 5] = 0.1
+        result, expected = step(hopper, ones, keys), step("reference", ones, keys)
+        assert torch.equal(result.samples, expected.samples)
+        torch.testing.assert_close(result.threshold, expected.threshold)
+        assert result.threshold.isfinite().all()
+
+
 @pytest.mark.parametrize(("d", "stride", "offset"), [(16, 16, 0), (16, 24, 8), (40, 64, 0), (12, 16, 8), (100, 104, 0)])
 def test_rows_anywhere_in_memory(hopper, d, stride, offset):
     """Nothing is read beside a row, also where its last chunk is not full."""
