@@ -181,10 +181,12 @@ def test_rows_anywhere_in_memory(hopper, d, stride, offset):
 
 
 @pytest.mark.parametrize("cuts", [(0, 512), (0, 128, 512), (0, 128, 256, 384, 512)], ids=str)
-def test_shards_compose_to_the_whole_walk(hopper, cuts):
-    """Sample points before, in and after each shard."""
+@pytest.mark.parametrize("samples", [9, 250])
+def test_shards_compose_to_the_whole_walk(hopper, cuts, samples):
+    """Sample points before, in and after each shard, also more than a warp has lanes."""
     queries, keys = unit(30, 24, seed=3, dtype=BF16), unit(512, 24, seed=4, dtype=BF16)
-    options = {"temperature": 0.2, "seed": 7, "step": 3, "burn_in": 60, "num_samples": 9, "total_proposals": 512}
+    options = {"temperature": 0.2, "seed": 7, "step": 3, "burn_in": 60, "total_proposals": 512}
+    options["num_samples"] = samples
     whole = emc2.mh_transition(queries, keys, backend="reference", **options)
     composed = None
     for first, end in zip(cuts, cuts[1:], strict=False):
