@@ -3,7 +3,7 @@
 # make test-slow run the slow ones, and the suite under other instruction sets, numbers of threads and seeds (test-isa)
 # make test-peers  run the adapters' tests beside open_clip and lightly, which need torchvision: in .venv-peers, 5.6 GB
 # make docs      the documentation as pages, in build/site
-# make gpu-check on a GPU: is it right, and how fast (docs/development/gpu.md); installs nothing and needs no network
+# make gpu-check on a GPU: is it right, and how fast (docs/development/gpu.md); with a Python that has torch it installs nothing
 #
 # All of them make and use .venv, with the torch that constraints.txt pins and the packages that the target needs.
 # make TARGET ENV=none   with $(PYTHON) as it is: installs nothing; examples say what they miss, and how to install it
