@@ -358,6 +358,19 @@ def test_a_second_derivative_is_an_error():
         (lse.sum() + gradient.square().sum()).backward()
 
 
+@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("distance", [0, 1, 3])
+def test_rows_that_overlap(backend, distance):
+    """Keys are windows on a sequence: rows may be any distance apart, and fewer than they are long."""
+    queries, windows = unit(1, 4, 48), normal(2, 200).as_strided((7, 48), (distance, 1))
+    gradients = []
+    for keys in (windows, windows.contiguous()):
+        leaves = queries.clone().requires_grad_(), keys.detach().requires_grad_()
+        lse = contrastive_lse(*leaves, temperature=0.5, backend=backend)
+        gradients.append(torch.autograd.grad(lse.sum(), leaves))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 def test_inputs_are_left_alone(backend):
     queries, keys, grad = unit(0, 150, 4), unit(1, 150, 4), torch.ones(150)

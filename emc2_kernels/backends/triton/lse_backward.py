@@ -170,7 +170,7 @@ class _Operand:
     """A matrix whose rows own gradients, or are the others; elements that are not finite replaced by 0, and marked."""
 
     def __init__(self, matrix: Tensor, ids: Tensor | None) -> None:
-        self.matrix = matrix.nan_to_num(0.0, 0.0, 0.0)
+        self.matrix = matrix.nan_to_num(0.0, 0.0, 0.0).contiguous()  # rows that overlap may have become columns
         self.mark = (matrix * 0).sum(1, dtype=torch.float32)  # 0 * inf is NaN
         self.ids = dense(ids)
 
