@@ -107,6 +107,24 @@ def test_assertions_can_be_left_out():
     assert output("-c", WITHOUT, EMC2_DEVICE_ASSERTIONS="0") == "[[], [], [], []]\n"
 
 
+ROUNDED = """
+import json, re, torch
+from bench.gpu import compiled as tool
+
+found, case = {}, tool.Case(torch.bfloat16, 32768, 32768, 128, "sweep", accepts=True, all_tensors=True)
+for launched in tool.launches(case, 90):
+    ptx = tool.compile_launch(launched, 90).asm["ptx"]
+    found[tool.kernel_name(launched)] = len(re.findall(r"\\bsub(\\.rn)?\\.f32\\b", ptx))
+print(json.dumps(found))
+"""
+
+
+def test_a_tile_that_is_walked_again_has_the_scores_that_it_had():
+    """Of a plain tile the compiler would make one fma of a product, its scale and log g, rounded once; not of one with
+    masks, which sweep_kernel.record and replay_kernel walk. So neither has a subtraction for it to choose by."""
+    assert json.loads(output("-c", ROUNDED)) == {"sweep_kernel.walk": 0, "replay_kernel": 0, "count_kernel": 0}
+
+
 TIMES = """
 import json, time
 from bench.gpu import compiled as tool

@@ -184,14 +184,15 @@ def walk_tile(
             product = groups[group][i]
             if sweep.key_ids_ptr is not None:  # early: a condition kept for later takes more instructions than a choice
                 product = tl.where(key_ids[i][None, :] == rows.query_id[:, None], NEG_INF, product)
+            there = (number >= segments.begin) & (number < segments.end)
             if PLAIN:
                 similarity = product * rows.scale[:, None]
             else:
-                there = (number >= segments.begin) & (number < segments.end)
                 similarity = tl.fma(product, rows.scale[:, None], tl.where(there, 0.0, NEG_INF)[None, :])
             score = similarity
-            if sweep.log_proposal_ptr is not None:
-                score -= weights[i][None, :]
+            if sweep.log_proposal_ptr is not None:  # written as one fma: the compiler would make it of a plain tile's
+                offset = -weights[i] if PLAIN else tl.where(there, -weights[i], NEG_INF)  # only, and round others twice
+                score = tl.fma(product, rows.scale[:, None], offset[None, :])
             threshold = acceptance_threshold(score, drawn[i], PLAIN)
             walk = compose(walk, (threshold, score, walk[2] + 1 if COUNT else number))
             after, similarities = after + (walk,), similarities + (similarity,)
