@@ -186,7 +186,7 @@ BOUNDS_3_6 = {
     ("isir d=128, no ids", 90, "isir_kernel"): Bound(255, 0, 90112, 34.0, 34.0),
     ("isir float32", 90, "isir_kernel"): Bound(184, 0, 22528, 41.0, 41.0),
     ("isir, split", 90, "isir_combine_kernel"): Bound(48, 0, 1024),
-    ("sweep, all given", 90, "sweep_kernel.record"): Bound(255, 752, 99328, 43.5, 43.5),
+    ("sweep, all given", 90, "sweep_kernel.record"): Bound(255, 752, 99328, 47.5, 47.5),
     ("sweep, all given", 90, "count_kernel"): Bound(255, 0, 90112, 26.0, 26.0),
     ("sweep d=128", 80, "sweep_kernel.walk"): Bound(255, 96, 54272, 22.0, 24.0),
     ("isir loss d=128", 80, "gather_candidates_kernel"): Bound(80, 0, 0),
