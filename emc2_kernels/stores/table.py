@@ -242,7 +242,7 @@ class SlotTable(StrictState):
         missing_keys += [prefix + name for name in self._tables if name not in tables]
         for name, loaded in tables.items():
             if local_metadata.get("assign_to_params_buffers", False):
-                setattr(self, name, loaded)
+                setattr(self, name, loaded.contiguous())  # kernels take tables without gaps
             else:
                 getattr(self, name).copy_(loaded)
 
