@@ -32,6 +32,12 @@ def functorch_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def differentiable(ctx: FunctionCtx, *inputs: Tensor) -> list[Tensor | None]:
+    """Of a Function's first inputs those with a gradient, the others as None: torch saves no tensor that was made in
+    inference mode."""
+    return [given if needed else None for given, needed in zip(inputs, ctx.needs_input_grad, strict=False)]
+
+
 def no_double_backward(
     message: str, *gradients: Tensor | None, of: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:

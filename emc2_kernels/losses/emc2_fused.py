@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import checks, ops
-from ..autograd import no_double_backward
+from ..autograd import differentiable, no_double_backward
 from ..backends import HALF_AND_SINGLE, gpu
 from ..backends.params import WalkParams
 from ..stores.bank import EmbeddingBank
@@ -155,7 +155,8 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, z0: Tensor, z1: Tensor, held: _Held) -> Tensor:
         batch, made = held.batch, held.made
-        ctx.save_for_backward(z0, z1, batch.anchors, batch.lengths, held.samples, made.means, made.shares)
+        embeddings = differentiable(ctx, z0, z1)
+        ctx.save_for_backward(*embeddings, batch.anchors, batch.lengths, held.samples, made.means, made.shares)
         ctx.coin_labels = batch.coin_labels
         ctx.options = {"temperature": held.temperature, "floor": held.floor, "dtype": z0.dtype}
         return held.value

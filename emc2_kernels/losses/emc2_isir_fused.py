@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import ops
-from ..autograd import no_double_backward
+from ..autograd import differentiable, no_double_backward
 from ..backends.params import CarriedParams, ScoreParams
 from ..distributed.keys import LocalKeys
 from ..isir import Drawn
@@ -152,7 +152,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, z0: Tensor, z1: Tensor, held: _Held) -> Tensor:
         candidates, made = held.candidates._replace(**_UNUSED), held.made
-        ctx.save_for_backward(z0, z1, *candidates, made.levels, made.pulls)
+        ctx.save_for_backward(*differentiable(ctx, z0, z1), *candidates, made.levels, made.pulls)
         ctx.kinds, ctx.temperature, ctx.dtype = (type(candidates), type(made)), held.temperature, z0.dtype
         return made.value
 

@@ -243,6 +243,30 @@ def test_gradients_that_nobody_asks_for_are_not_needed():
         assert_identical(make()(z0, z1.to(DEVICE), index), value)
 
 
+@pytest.mark.parametrize("sampler", ["isir", "mh"])
+def test_a_view_may_come_from_inference_mode(sampler):
+    z0, z1, index = next(batches(1))
+    with torch.inference_mode():
+        teachers = z1.to(DEVICE, copy=True)
+    expected, actual = leaf(z0), leaf(z0)
+    make(sampler=sampler)(expected, z1.to(DEVICE), index).backward()
+    make(sampler=sampler)(actual, teachers, index).backward()
+    assert_identical(actual.grad, expected.grad)
+
+
+@pytest.mark.parametrize("sampler", ["isir", "mh"])
+def test_tables_of_an_assigned_state_may_have_gaps(sampler):
+    data = list(batches(3))
+    loss, other = make(sampler=sampler), make(sampler=sampler)
+    train(loss, data[:2])
+    state = loss.state_dict()
+    for name, kept in state.items():
+        if isinstance(kept, torch.Tensor):
+            state[name] = torch.stack((kept, kept), -1)[..., 0]
+    other.load_state_dict(state, assign=True)
+    assert_identical(*(visit(some, *data[2]) for some in (other, loss)))
+
+
 def test_a_second_derivative_is_refused_not_taken_for_zero():
     z0, z1, index = next(batches(1))
     z0 = leaf(z0)
