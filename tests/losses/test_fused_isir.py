@@ -170,6 +170,18 @@ def test_views_that_the_bank_has_not_bring_nothing():
     assert_same_visit(second, first)
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["lost", "worth"])
+def test_sums_of_which_one_overflows_stay_as_they_are(place, monkeypatch):
+    monkeypatch.setattr(fused, "MEMORY", 2.0)  # or no number that a store may hold would get there
+    loss, data = make(), list(batches(2))
+    train(loss, data[:1])
+    loss.drift.sums[place] = 3e38
+    before = loss.drift.sums.clone()
+    train(loss, data[1:])
+    assert_identical(loss.drift.sums, before)
+    assert loss.step == 2
+
+
 def test_runs_and_scaled_gradients_are_the_same_bits():
     data = list(batches(3, dtype=torch.bfloat16))
     first, again, doubled = (train(make(), data, scale=scale) for scale in (1, 1, 2))
@@ -197,6 +209,15 @@ def test_short_rows_are_left_short_as_in_the_plain_path():
     expected, actual = (visit(make(name), z0 * lengths, z1, index) for name in ("reference", "triton"))
     for gradient, wanted in zip(actual[1:3], expected[1:3], strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_long_rows_are_as_in_the_plain_path():
+    z0, z1, index = next(batches(1))
+    long = torch.tensor([1.0, 2.0**60, 2.0**80, 2.0**100, 1.0, 2.0**53])[:, None]
+    expected, actual = (visit(make(name), z0 * long, z1, index) for name in ("reference", "triton"))
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1] * long, expected[1] * long, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual[2], expected[2], rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_may_lie_anywhere():
@@ -268,12 +289,14 @@ def test_tables_of_an_assigned_state_may_have_gaps(sampler):
 
 
 def test_a_second_derivative_is_refused_not_taken_for_zero():
-    z0, z1, index = next(batches(1))
-    z0 = leaf(z0)
-    value = make()(z0, z1.to(DEVICE), index)
-    (first,) = torch.autograd.grad(value, z0, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        (value + first.square().sum()).backward()
+    *views, index = next(batches(1))
+    for view in (0, 1):
+        z = [some.to(DEVICE) for some in views]
+        z[view] = leaf(z[view])
+        value = make()(*z, index)
+        (first,) = torch.autograd.grad(value, z[view], create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivative"):
+            torch.autograd.grad(first.square().sum(), z[view])
 
 
 REFUSED = {
