@@ -333,7 +333,8 @@ def test_the_driver_is_given_the_same_by_address():
     assert {
         "sweep_kernel",
         "gather_batch_kernel",
+        "gather_candidates_kernel",
         "isir_kernel",
-        "lse_gradient_kernel",
+        "isir_gradient_kernel",
         "update_stores_kernel",
     } <= kernels
