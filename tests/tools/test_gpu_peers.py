@@ -42,6 +42,12 @@ def fake_memeff(monkeypatch, loss=contestants.PlainClip, told=None):
     monkeypatch.setitem(sys.modules, "memeff", package)
 
 
+def without_compilation(monkeypatch):
+    """Inductor takes seconds, of which one test has enough."""
+    for of_loss in contestants.CONTESTANTS.values():
+        monkeypatch.delitem(of_loss, "torch.compile")
+
+
 def without_memeff(monkeypatch):
     monkeypatch.setitem(sys.modules, "memeff", None)
 
@@ -237,6 +243,7 @@ def test_cases_and_options(tmp_path, monkeypatch, capsys):
 
 def test_a_later_run_goes_on_with_the_cases_that_the_file_lacks(tmp_path, monkeypatch):
     without_memeff(monkeypatch)
+    without_compilation(monkeypatch)
     target, run, begun = tmp_path / "x.json", gpu_peers.run_case, []
 
     def run_and_note(case, *more):
@@ -258,6 +265,7 @@ def test_a_later_run_goes_on_with_the_cases_that_the_file_lacks(tmp_path, monkey
 
 def test_a_run_that_is_killed_has_answered_what_it_could(tmp_path, monkeypatch):
     without_memeff(monkeypatch)
+    without_compilation(monkeypatch)
     target, run = tmp_path / "x.json", gpu_peers.run_case
 
     def run_first(case, *more):
