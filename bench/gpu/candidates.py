@@ -99,9 +99,8 @@ def lse_gradient_candidates(tuning: ModuleType, shape: Shape) -> Iterator[Any]:
         sizes = [(64, 32, 4, 3), (64, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 32, 4, 4)]
     else:
         sizes = [(64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 8, 4), (64, 32, 8, 2)]
-        yield tuning.LseGradient(
-            64, 64, 64, 512, 8, 3, True, ""
-        )  # owners again with each tile, but little shared memory
+        # Owners again with each tile, but little shared memory.
+        yield tuning.LseGradient(64, 64, 64, 512, 8, 3, True, "")
     width = 128 if shape.d <= 128 else 256 if shape.d <= 256 else 512
     for block_m, block_n, warps, in_flight in sizes:
         yield tuning.LseGradient(block_m, block_n, width, width, warps, in_flight, True, "")

@@ -5,7 +5,7 @@
 
 How a process passes for one with a GPU is in no_cuda.py. Left out, and to be added on a GPU: the driver's part of each
 launch, torch's caching allocator in the place of malloc, and the thread in which autograd goes backward. What torch
-computes around the kernels, most of what i-SIR does, runs on the CPU here, in the place of being launched.
+computes around the kernels runs on the CPU here, in the place of being launched: little, where a loss is fused.
 
 Times are the process's, not the clock's, and the least of 30 batches of 20 calls beside their median: other processes
 disturb them little. Stages are shares of the time under Python's profiler, which makes functions dearer than they are.

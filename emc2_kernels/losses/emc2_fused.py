@@ -90,8 +90,8 @@ def surrogate(
     kernels, floor = _kernels(), NORM_FLOOR if normalize else None
     stores = kernels.Stores(chains.key, chains.score, bank.embeddings, bank.written_at, bank.last_step, options.step)
     batch = kernels.gather_batch(
-        unit_last_stride(z0),
-        unit_last_stride(z1),
+        z0,
+        z1,
         index.to(z0.device, non_blocking=True),
         stores,
         temperature=options.temperature,
@@ -118,10 +118,6 @@ def surrogate(
         kernels.update_stores(batch, *result.state, stores, value, last)
     held = _Held(value, batch, result.samples, made, options.temperature, floor)
     return Surrogate(_Backward.apply(z0, z1, held), batch, result, made.similarity)
-
-
-def unit_last_stride(z: Tensor) -> Tensor:
-    return z if z.stride(1) == 1 or z.shape[1] == 1 else z.contiguous()
 
 
 def _walk(batch: emc2_loss.Batch, options: WalkOptions) -> MHResult:

@@ -27,7 +27,7 @@ from ..stores.chains import ChainStore
 from ..stores.queue import ItemQueue
 from ..transition import MHState
 from .anchors import NORM_FLOOR, SHRINKS
-from .emc2_fused import runs, unit_last_stride
+from .emc2_fused import runs
 from .emc2_isir import NO_SECOND_DERIVATIVE, Carried, Kept, Resampled, Side
 from .emc2_sampler import WalkOptions
 from .staleness import MAX_STALENESS, MEMORY, Staleness
@@ -83,8 +83,8 @@ def loss(
     queue = None if recent is None else recent.items
     tables = shared.Stores(chains.key, chains.score, bank.embeddings, bank.written_at, bank.last_step, options.step)
     candidates = kernels.gather_candidates(
-        unit_last_stride(z0),
-        unit_last_stride(z1),
+        z0,
+        z1,
         index.to(z0.device, non_blocking=True),
         tables,
         queue,

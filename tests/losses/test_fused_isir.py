@@ -220,18 +220,23 @@ def test_long_rows_are_as_in_the_plain_path():
     torch.testing.assert_close(actual[2], expected[2], rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_may_lie_anywhere():
+@pytest.mark.parametrize("sampler", ["isir", "mh"])
+def test_inputs_may_lie_anywhere(sampler):
     z0, z1, index = next(batches(1))
-    expected = visit(make(), z0, z1, index)
+    expected = visit(make(sampler=sampler), z0, z1, index)
     for layout in LAYOUTS.values():
-        loss, leaves = make(), [leaf(z) for z in (z0, z1)]
+        loss, leaves = make(sampler=sampler), [leaf(z) for z in (z0, z1)]
         value = loss(*map(layout, leaves), index.repeat_interleave(2).to(DEVICE)[::2])
         value.backward()
         assert_identical([value.detach(), *(z.grad for z in leaves), {}, snapshot(loss)], list(expected))
+    row = z0[:1].to(DEVICE)
+    one, copies = (make(sampler=sampler)(rows, rows, index) for rows in (row.expand(B, D), row.repeat(B, 1)))
+    assert_identical(one, copies)
 
 
-def test_evaluation_writes_nothing():
-    loss, data = make(), list(batches(3))
+@pytest.mark.parametrize("sampler", ["isir", "mh"])
+def test_evaluation_writes_nothing(sampler):
+    loss, data = make(sampler=sampler), list(batches(3))
     train(loss, data[:2])
     before = snapshot(loss)
     evaluated = visit(loss.eval(), *data[2])
@@ -254,14 +259,15 @@ def test_what_is_kept_may_change_before_the_gradient():
         assert_identical([x.grad for x in z], list(wanted[1:3]))
 
 
-def test_gradients_that_nobody_asks_for_are_not_needed():
+@pytest.mark.parametrize("sampler", ["isir", "mh"])
+def test_gradients_that_nobody_asks_for_are_not_needed(sampler):
     z0, z1, index = next(batches(1))
-    value, wanted, *_ = visit(make(), z0, z1, index)
+    value, wanted, *_ = visit(make(sampler=sampler), z0, z1, index)
     z0 = leaf(z0)
-    make()(z0, z1.to(DEVICE), index).backward()
+    make(sampler=sampler)(z0, z1.to(DEVICE), index).backward()
     assert_identical(z0.grad, wanted)
     with torch.no_grad():
-        assert_identical(make()(z0, z1.to(DEVICE), index), value)
+        assert_identical(make(sampler=sampler)(z0, z1.to(DEVICE), index), value)
 
 
 @pytest.mark.parametrize("sampler", ["isir", "mh"])

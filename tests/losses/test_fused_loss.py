@@ -165,38 +165,6 @@ LAYOUTS = {
 }
 
 
-def test_inputs_may_lie_anywhere():
-    z0, z1, index = next(batches(1))
-    expected = visit(make(), z0, z1, index)
-    for layout in LAYOUTS.values():
-        loss, leaves = make(), [leaf(z) for z in (z0, z1)]
-        value = loss(*map(layout, leaves), index.repeat_interleave(2).to(DEVICE)[::2])
-        value.backward()
-        assert_identical([value.detach(), *(z.grad for z in leaves), {}, snapshot(loss)], list(expected))
-    row = z0[:1].to(DEVICE)
-    assert_identical(make()(row.expand(B, D), row.expand(B, D), index), make()(*[row.repeat(B, 1)] * 2, index))
-
-
-def test_evaluation_writes_nothing():
-    loss, data = make(), list(batches(2))
-    train(loss, data[:1])
-    before = snapshot(loss)
-    evaluated = visit(loss.eval(), *data[1])
-    assert_unchanged(loss, before)
-    assert_identical(visit(loss.train(), *data[1])[:3], evaluated[:3])
-
-
-def test_gradients_that_nobody_asks_for_are_not_needed():
-    z0, z1, index = next(batches(1))
-    value, wanted, *_ = visit(make(), z0, z1, index)
-    z0 = leaf(z0)
-    one_sided = make()(z0, z1.to(DEVICE), index)
-    one_sided.backward()
-    assert_identical(z0.grad, wanted)
-    with torch.no_grad():
-        assert_identical(make()(z0, z1.to(DEVICE), index), value)
-
-
 def test_a_second_derivative_is_refused_not_taken_for_zero():
     z0, z1, index = next(batches(1))
     z0 = leaf(z0)

@@ -17,7 +17,7 @@ from ..launch import NUMBERS, Kernel, device_guard, pointers, random_arguments
 from ..philox import load_generator
 from ..scores import store_rounded
 from ..view_coin import draw_view
-from .rows import key_anchor, num_warps, row_block, tile_rows, unit_row
+from .rows import key_anchor, num_warps, pair_arguments, row_block, tile_rows, unit_row
 
 
 class Stores(NamedTuple):
@@ -131,7 +131,7 @@ def gather_batch(
     embedding and that of its chain's key read; anchor, query and, of every other one, key written.
 
     Args:
-        z0: (b, d), any row stride, last stride 1.
+        z0: (b, d), any strides.
         z1: (b, d), likewise.
         index: (b,) int64, any stride; checked on the device.
         floor: least length that embeddings are divided by; None: they are not normalised.
@@ -156,14 +156,8 @@ def gather_batch(
         now=new((), dtype=torch.int64),
     )
     arguments = random_arguments(seed, stores.step) | pointers(stores) | pointers(batch)
+    arguments |= pair_arguments(z0, z1, index)
     arguments |= {
-        "z0_ptr": z0,
-        "z1_ptr": z1,
-        "stride_z0_row": z0.stride(0),
-        "stride_z1_row": z1.stride(0),
-        "index_ptr": index,
-        "stride_index": index.stride(0),
-        "b": b,
         "num_items": stores.chain_key.shape[0] // 2,
         "temperature": temperature,
         "floor": 1.0 if floor is None else floor,
@@ -171,8 +165,6 @@ def gather_batch(
         "queries_ptr": None if queries is anchors else queries,
         "keys_ptr": None if both_views else batch.keys,
         "coin_labels_ptr": batch.coin_labels,
-        "D": d,
-        "BLOCK_D": row_block(d),
         "LARGE": shrinks[0],
         "SHRINK": shrinks[1],
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..launch import power_of_two
+from ..launch import Arguments, power_of_two
 
 
 def row_block(dim: int) -> int:
@@ -21,6 +22,22 @@ def tile_rows(dim: int, elements: int, most: int) -> int:
 def num_warps(elements: int) -> int:
     """Enough that each thread holds some 16 elements."""
     return min(8, max(1, power_of_two(elements) // 512))
+
+
+def pair_arguments(z0: Tensor, z1: Tensor, index: Tensor) -> Arguments:
+    """What kernels that gather a batch are told of it: embeddings (b, d) and items (b,), each of any strides."""
+    z0, z1 = (z if z.stride(1) == 1 or z.shape[1] == 1 else z.contiguous() for z in (z0, z1))
+    return {
+        "z0_ptr": z0,
+        "z1_ptr": z1,
+        "stride_z0_row": z0.stride(0),
+        "stride_z1_row": z1.stride(0),
+        "index_ptr": index,
+        "stride_index": index.stride(0),
+        "b": z0.shape[0],
+        "D": z0.shape[1],
+        "BLOCK_D": row_block(z0.shape[1]),
+    }
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..emc2_loss.forward import Stores
-from ..emc2_loss.rows import num_warps, row_block, tile_rows, unit_row
+from ..emc2_loss.rows import num_warps, pair_arguments, row_block, tile_rows, unit_row
 from ..launch import NUMBERS, Kernel, device_guard, pointers
 from ..scores import store_rounded
 from ..transition import NEG_INF
@@ -220,7 +220,7 @@ def gather_candidates(
     embedding, its own kept one and two of its chain's key read; anchor, key and those two written.
 
     Args:
-        z0: (b, d), any row stride, last stride 1.
+        z0: (b, d), any strides.
         z1: (b, d), likewise.
         index: (b,) int64, any stride; checked on the device.
         queue: (q,) int64 items of the latest batches, -1: none; None: there is no queue.
@@ -230,22 +230,13 @@ def gather_candidates(
     """
     (b, d), q = z0.shape, 0 if queue is None else queue.shape[0]
     candidates = _empty_candidates(z0, q, stores.bank.dtype, dtype)
-    arguments = pointers(stores) | pointers(candidates)
+    arguments = pointers(stores) | pointers(candidates) | pair_arguments(z0, z1, index)
     arguments |= {
-        "z0_ptr": z0,
-        "z1_ptr": z1,
-        "stride_z0_row": z0.stride(0),
-        "stride_z1_row": z1.stride(0),
-        "index_ptr": index,
-        "stride_index": index.stride(0),
-        "b": b,
         "num_kept": q,
         "num_items": stores.chain_key.shape[0] // 2,
         "temperature": temperature,
         "floor": floor,
         "queue_ptr": queue,
-        "D": d,
-        "BLOCK_D": row_block(d),
         "BLOCK_B": BLOCK_B,
         "OWN": OWN,
         "LARGE": shrinks[0],
